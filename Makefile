@@ -1,0 +1,41 @@
+# Needs Python >= 3.11, git and make. Everything is installed into .venv, once.
+#
+#     make demo          a small model learns something new: what it learned and what it forgot (FULL=1: the whole run)
+#     make test          all tests (ARGS='-k pico' picks some)
+#     make check         format, lint, types, tests, every example in the docs: what a change must pass
+#     make clean         removes .venv and everything that is generated
+
+.DEFAULT_GOAL := help
+.PHONY: help demo test check clean
+
+BIN := .venv/bin
+ARGS ?=
+
+help:
+	@sed -n 's/^#     //p' Makefile
+
+demo: .venv/.installed
+	$(BIN)/lorasculpt demo $(if $(filter-out 0 no false,$(FULL)),--full)
+
+test: .venv/.installed-dev
+	$(BIN)/python -m pytest $(ARGS)
+
+# Tests treat warnings as errors (pyproject.toml). The last line runs every `>>>` example in docstrings and pages.
+check: .venv/.installed-dev
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+	$(BIN)/python -m pytest --doctest-modules --doctest-glob='*.md' $(wildcard README.md) src docs tests $(ARGS)
+
+# A stamp is newer than what it was made from; with the tools installed, the plain demo has all it needs as well.
+.venv/.installed: pyproject.toml constraints.txt
+	@test -e .venv/.installed-dev && test .venv/.installed-dev -nt pyproject.toml && test .venv/.installed-dev -nt constraints.txt || scripts/setup
+	@touch $@
+
+.venv/.installed-dev: pyproject.toml constraints.txt
+	@scripts/setup dev
+	@touch $@
+
+clean:
+	rm -rf .venv build dist demo-run .pytest_cache .ruff_cache .mypy_cache src/*.egg-info
+	find src tests benchmarks -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -1,0 +1,43 @@
+"""What every test shares: no network, one thread, a fixed seed, and the pico models saved once per run."""
+
+from __future__ import annotations
+
+import os
+
+os.environ["HF_HUB_OFFLINE"] = "1"  # read when huggingface_hub is imported, so before everything else
+os.environ["TOKENIZERS_PARALLELISM"] = "false"
+os.environ.setdefault("MPLBACKEND", "Agg")
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pico
+import pytest
+import torch
+
+torch.set_num_threads(1)  # the models are so small that a second thread only costs time
+
+
+@pytest.fixture(autouse=True)
+def seed() -> None:
+    """Every test starts from the same random state, whatever ran before it."""
+    torch.manual_seed(0)
+
+
+@pytest.fixture(scope="session")
+def pico_folder(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """``pico_folder("llava")`` is that family as a Hugging Face folder. Shared by all tests: read it, don't write there."""
+    saved: dict[str, Path] = {}
+
+    def folder(name: str) -> Path:
+        if name not in saved:
+            saved[name] = pico.save(name, tmp_path_factory.mktemp("pico") / name)
+        return saved[name]
+
+    return folder
+
+
+@pytest.fixture
+def data(tmp_path: Path) -> Path:
+    """A ``train.jsonl`` of eight pictures and one question each."""
+    return pico.write_data(tmp_path / "data")

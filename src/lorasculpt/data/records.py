@@ -1,0 +1,294 @@
+"""Data files to records: four common layouts of a row, read and checked, told apart row by row.
+
+- ``{"question": ..., "answer": ..., "image": ...}``, this library's own
+- ``{"messages": [{"role": ..., "content": ...}, ...], "images": [...]}``
+- ``{"prompt": ..., "completion": ..., "images": [...]}``, each a text or a list of messages
+- ``{"conversations": [{"from": "human", "value": ...}, ...], "image": ...}`` of LLaVA and ShareGPT
+
+In every layout ``image`` names one picture and ``images`` lists several, ``task`` names the task, ``choices`` lists what
+may be answered, ``system`` is a system message, and ``id``, ``model`` and ``meta`` are ignored. ``<image>`` marks are
+removed from the text: pictures come first in the prompt. A ``.jsonl`` file holds one row per line, a ``.json`` file a
+list of rows.
+"""
+
+from __future__ import annotations
+
+import difflib
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ..errors import UserError
+from .images import check_image
+
+MARK = "<image>"
+LAYOUTS = {
+    "conversations": {"conversations"},
+    "messages": {"messages"},
+    "prompt": {"prompt", "completion"},
+    "completion": {"prompt", "completion"},
+    "question": {"question", "answer"},
+    "answer": {"question", "answer"},
+}
+COMMON = {"image", "images", "task", "choices", "system", "id", "model", "meta"}
+ROLES = {"human": "user", "gpt": "assistant", "user": "user", "assistant": "assistant", "system": "system"}
+
+
+@dataclass(frozen=True)
+class Record:
+    """One question and its answer.
+
+    Args:
+        prompt: Chat messages ``{"role": ..., "content": text}`` in order; the last one is the user's.
+        answer: What the model is to say. Never empty.
+        images: Absolute paths of the pictures, in the order in which the prompt speaks of them.
+        task: Name of the task the question belongs to.
+        choices: What may be answered, if the row says so; the answer is among them.
+        where: File and line the record came from, for messages: ``data/train.jsonl:17``.
+    """
+
+    prompt: tuple[dict[str, str], ...]
+    answer: str
+    images: tuple[Path, ...] = ()
+    task: str = "default"
+    choices: tuple[str, ...] = ()
+    where: str = ""
+
+    @property
+    def question(self) -> str:
+        """Text of the last user message."""
+        return self.prompt[-1]["content"]
+
+
+def read(
+    path: str | Path, *, images: str | Path | None = None, limit: int | None = None, check_images: bool = True
+) -> list[Record]:
+    """Read a data file, checking every row.
+
+    Args:
+        path: A ``.jsonl`` or ``.json`` file.
+        images: Folder that image paths are relative to and may not leave. Default: the folder of ``path``.
+        limit: Read the first ``limit`` rows only. Default: all.
+        check_images: Also check that every picture is whole (`images.check_image`), each file once.
+
+    Raises:
+        UserError: for the first bad row, naming file, line and the mend.
+    """
+    path = Path(path)
+    folder = (path.parent if images is None else Path(images)).resolve()
+    records: list[Record] = []
+    checked: set[Path] = set()
+    for line, row in _rows(path):
+        if limit is not None and len(records) == limit:
+            break
+        where = f"{path}:{line}"
+        try:
+            record = _record(row, folder, where)
+            for image in record.images:
+                if check_images and image not in checked:
+                    check_image(image)
+                    checked.add(image)
+        except UserError as error:
+            raise UserError(f"{where}: {error}") from None
+        records.append(record)
+    if not records:
+        raise UserError(f"{path}: no rows to read; each line should hold one JSON object with a question and an answer")
+    return records
+
+
+# --- files to rows ------------------------------------------------------------------------------------------------
+
+
+def _rows(path: Path) -> Iterator[tuple[int, Any]]:
+    """(line number, parsed row) of each row of ``path``."""
+    if path.suffix not in {".jsonl", ".json"}:
+        raise UserError(f"{path}: data files end in .jsonl (one JSON object a line) or .json (a list of objects)")
+    try:
+        text = path.read_text(encoding="utf-8-sig")
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror}); correct the path") from None
+    except UnicodeDecodeError as error:
+        line = path.read_bytes().count(b"\n", 0, error.start) + 1
+        raise UserError(f"{path}:{line}: not UTF-8 text; save the file as UTF-8") from None
+    yield from _listed_rows(path, text) if path.suffix == ".json" else _line_rows(path, text)
+
+
+def _line_rows(path: Path, text: str) -> Iterator[tuple[int, Any]]:
+    for number, line in enumerate(text.split("\n"), start=1):
+        if line.strip():
+            try:
+                yield number, json.loads(line)
+            except json.JSONDecodeError as error:
+                message = f"not valid JSON ({error.msg} at column {error.colno}); put one whole object on the line"
+                raise UserError(f"{path}:{number}: {message}") from None
+
+
+def _listed_rows(path: Path, text: str) -> Iterator[tuple[int, Any]]:
+    """The items of a JSON list one by one, because ``json.loads`` forgets on which line an item began."""
+    decoder, position, line, counted = json.JSONDecoder(), 0, 1, 0
+
+    def skip(position: int) -> int:
+        while position < len(text) and text[position].isspace():
+            position += 1
+        return position
+
+    position = skip(position)
+    if text[position : position + 1] != "[":
+        raise UserError(f"{path}:1: a .json data file holds a list; put the objects in [...] or use .jsonl")
+    position = skip(position + 1)
+    while text[position : position + 1] != "]":
+        line, counted = line + text.count("\n", counted, position), position
+        try:
+            row, position = decoder.raw_decode(text, position)
+        except json.JSONDecodeError as error:
+            message = f"not valid JSON ({error.msg} at column {error.colno}); correct the syntax"
+            raise UserError(f"{path}:{error.lineno}: {message}") from None
+        yield line, row
+        position = skip(position)
+        if text[position : position + 1] == ",":
+            position = skip(position + 1)
+        elif text[position : position + 1] != "]":
+            here = text.count("\n", 0, position) + 1
+            raise UserError(f"{path}:{here}: not valid JSON (',' or ']' expected after a row); correct the syntax")
+
+
+# --- rows to records ----------------------------------------------------------------------------------------------
+
+
+def _record(row: Any, folder: Path, where: str) -> Record:
+    """One checked row. Its errors do not name the place: `read` adds it."""
+    if not isinstance(row, dict):
+        raise UserError(f"a row must be a JSON object, got {type(row).__name__}; write {{...}}")
+    layout = _layout(row)
+    paths = _strings(row, "images") + ([row["image"]] if isinstance(row.get("image"), str) else [])
+    if row.get("image") is not None and not isinstance(row["image"], str):
+        raise UserError("'image' must be one path; list several paths under 'images'")
+    turns, marks, inner = _turns(row, layout)
+    paths += inner
+    if marks > len(paths):
+        raise UserError(f"{marks} {MARK} marks but {len(paths)} images; add the images or remove the marks")
+    answer = _answer(turns)
+    choices = tuple(_strings(row, "choices"))
+    if choices and answer.strip().lower() not in {choice.strip().lower() for choice in choices}:
+        raise UserError(f"answer {answer!r} is not among 'choices'; add it there or correct it")
+    task = row.get("task", "default")
+    if not isinstance(task, str) or not task:
+        raise UserError(f"'task' must be a name, got {task!r}")
+    return Record(
+        prompt=tuple(turns[:-1]),
+        answer=answer,
+        images=tuple(_image(path, folder) for path in paths),
+        task=task,
+        choices=choices,
+        where=where,
+    )
+
+
+def _layout(row: dict[str, Any]) -> set[str]:
+    """The keys that hold the text of ``row``, which tell its layout; also checks that it has no key we don't know."""
+    layout = next((keys for key, keys in LAYOUTS.items() if key in row), None)
+    known = sorted(COMMON | (layout if layout else set(LAYOUTS)))
+    unknown = [key for key in row if key not in known]
+    if unknown:
+        guesses = {key: difflib.get_close_matches(key.lower(), known, n=1) for key in unknown}
+        listed = ", ".join(
+            f"{key!r} (did you mean {guess[0]!r}?)" if guess else repr(key) for key, guess in guesses.items()
+        )
+        mend = "rename it or put it under 'meta'" if len(unknown) == 1 else "rename them or put them under 'meta'"
+        raise UserError(f"unknown key{'s' if len(unknown) > 1 else ''} {listed}; {mend}")
+    if layout is None:
+        raise UserError("no question and answer; give 'question' and 'answer', 'messages', 'conversations' or 'prompt'")
+    for key in sorted(layout, reverse=True):
+        if row.get(key) is None:
+            raise UserError(f"{key!r} is missing; add it")
+    return layout
+
+
+def _turns(row: dict[str, Any], layout: set[str]) -> tuple[list[dict[str, str]], int, list[str]]:
+    """The chat messages of a row with plain text contents, the number of image marks, and image paths found inside."""
+    if "question" in layout:
+        turns = [("user", row["question"], "'question'"), ("assistant", row["answer"], "'answer'")]
+    elif "prompt" in layout:
+        turns = _listed(row, "prompt", "user") + _listed(row, "completion", "assistant")
+    else:
+        turns = _listed(row, "messages" if "messages" in layout else "conversations", "")
+    if row.get("system"):
+        turns.insert(0, ("system", row["system"], "'system'"))
+    messages, marks, paths = [], 0, []
+    for role, content, name in turns:
+        if role not in ROLES:
+            raise UserError(f"{name} has the role {role!r}; use one of {', '.join(ROLES)}")
+        text, more, found = _content(content, name)
+        if ROLES[role] != "assistant":  # an answer may well be about the mark itself
+            more, text = more + text.count(MARK), text.replace(MARK, "")
+        if not text.strip():
+            raise UserError(f"{name} is empty; write its text or remove the row")
+        messages.append({"role": ROLES[role], "content": text.strip()})
+        marks, paths = marks + more, paths + found
+    return messages, marks, paths
+
+
+def _listed(row: dict[str, Any], key: str, role: str) -> list[tuple[str, Any, str]]:
+    """(role, content, name for messages) of each message under ``key``; a bare text is a message of ``role``."""
+    value = row[key]
+    if isinstance(value, str) and role:
+        return [(role, value, f"{key!r}")]
+    if not isinstance(value, list) or not all(isinstance(message, dict) for message in value):
+        raise UserError(f"{key!r} must be a list of messages, got {value!r:.60}")
+    turns = []
+    for number, message in enumerate(value, start=1):
+        name = f"message {number} of {key!r}"
+        content = message.get("content", message.get("value"))
+        if content is None:
+            raise UserError(f"{name} has no text; give it a {'value' if key == 'conversations' else 'content'!r}")
+        turns.append((str(message.get("role", message.get("from", role))), content, name))
+    return turns
+
+
+def _content(content: Any, name: str) -> tuple[str, int, list[str]]:
+    """Text, number of image parts and image paths of a message's content: a text, a number or a list of parts."""
+    if isinstance(content, int | float) and not isinstance(content, bool):
+        content = str(content)
+    if isinstance(content, str):
+        return content, 0, []
+    if not isinstance(content, list):
+        raise UserError(f"{name} must be text, got {content!r:.60}")
+    texts, marks, paths = [], 0, []
+    for part in content:
+        kind = part.get("type") if isinstance(part, dict) else None
+        if kind == "text" and isinstance(part.get("text"), str):
+            texts.append(part["text"])
+        elif kind == "image":
+            marks += 1
+            paths += [part[key] for key in ("image", "path") if isinstance(part.get(key), str)]
+        else:
+            raise UserError(f"{name} has a part that is neither text nor image: {part!r:.60}; remove it")
+    return "\n".join(texts), marks, paths
+
+
+def _answer(turns: list[dict[str, str]]) -> str:
+    if not any(turn["role"] == "assistant" for turn in turns):
+        raise UserError("no assistant turn; add the answer that the model is to give")
+    if turns[-1]["role"] != "assistant":
+        raise UserError("the last turn is not the assistant's; remove it or add its answer")
+    if len(turns) < 2 or turns[-2]["role"] != "user":
+        raise UserError("no user turn before the last assistant turn; add the question")
+    return turns[-1]["content"]
+
+
+def _strings(row: dict[str, Any], key: str) -> list[str]:
+    values = row.get(key)
+    values = [] if values is None else values
+    if not isinstance(values, list) or not all(isinstance(value, str | int | float) for value in values):
+        raise UserError(f"{key!r} must be a list of texts, got {values!r:.60}")
+    return [str(value) for value in values]
+
+
+def _image(path: str, folder: Path) -> Path:
+    """The absolute path of an image, links followed, which lies inside ``folder``."""
+    full = (folder / path).resolve()
+    if not full.is_relative_to(folder):
+        raise UserError(f"image {path!r} lies outside {folder}; move it there or name another images folder")
+    return full

@@ -26,7 +26,7 @@ def seed() -> None:
 
 @pytest.fixture(scope="session")
 def pico_folder(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
-    """``pico_folder("llava")`` is that family as a Hugging Face folder. Shared by all tests: read it, don't write there."""
+    """``pico_folder("llava")`` is that family as a Hugging Face folder. Tests share it: read only."""
     saved: dict[str, Path] = {}
 
     def folder(name: str) -> Path:

@@ -272,7 +272,7 @@ def build(name: str, seed: int = 0) -> Built:
 
 
 def save(name: str, folder: str | Path, seed: int = 0) -> Path:
-    """Writes a family as a Hugging Face folder, which ``AutoModelForImageTextToText`` and ``AutoProcessor`` read back."""
+    """Writes a family as a Hugging Face folder, which ``transformers``' ``Auto`` classes read back."""
     model, processor = build(name, seed)
     model.save_pretrained(folder)
     processor.save_pretrained(folder)

@@ -1,0 +1,13 @@
+"""Fine-tune a multimodal LLM on your task, keep what it already knew, and see both numbers."""
+
+from __future__ import annotations
+
+from .adapters.clock import Clock as Clock
+from .adapters.clock import ClockCallback as ClockCallback
+from .adapters.load import load as load
+from .adapters.method import method_logs as method_logs
+from .errors import UserError as UserError
+from .methods import METHODS as METHODS
+from .methods import LoRASculptConfig as LoRASculptConfig
+
+__version__ = "0.1.0"

@@ -1,0 +1,1 @@
+"""Pure functions on tensors; nothing but torch is imported here."""

@@ -1,0 +1,216 @@
+"""The clock: what tells an adapter's method that an optimizer step begins, and that it has been taken.
+
+    clock.begin_step()                      penalties are computed, once
+    for batch in window:
+        loss(model, batch).backward()       ... and added to the gradient in the first backward of the window
+    clip; optimizer.step()                  right after it: prune, project
+    optimizer.zero_grad()
+    clock.end_step()
+
+A penalty that depends on the weights alone is added to ``.grad`` by a hook that fires when a gradient has been
+accumulated. So it counts exactly once per optimizer step, whatever the accumulation and the checkpointing; it is
+clipped, reduced and unscaled with the task's gradient, as if it were part of the loss; and the forward pass, compiled
+or not, knows nothing of it.
+"""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import TrainerCallback
+
+from ..errors import UserError
+from .method import Method, looks_sculpted, method_logs, methods_of, read_record, read_state
+
+
+class Clock:
+    """Drives the methods of ``model`` from a hand-written training loop.
+
+    Args:
+        model: a PEFT model, wrapped (DDP, compiled) or not.
+        optimizer: the optimizer that trains it. A step that a loss scaler skips is no step.
+        total_steps: optimizer steps of the whole training; needed where a setting is a share of training.
+        accumulation: micro-batches in a full window. The last window of an epoch may be shorter.
+        scaler: the ``torch.amp.GradScaler`` in use, if any.
+
+    Raises:
+        UserError: if ``model`` holds a pruned adapter that was loaded as plain LoRA, which training would fill again.
+        ValueError: if a method cannot run for ``total_steps``.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        optimizer: torch.optim.Optimizer,
+        total_steps: int | None = None,
+        accumulation: int = 1,
+        scaler: Any = None,
+    ):
+        self.methods = {name: method for name, method in methods_of(model).items() if _trains(method)}
+        if not self.methods and looks_sculpted(model):
+            raise UserError(
+                "this adapter was pruned and then loaded as plain LoRA, so training would fill its zeros again; "
+                "load it with lorasculpt.load(base, folder, trainable=True)."
+            )
+        self.total_steps, self.accumulation, self.scaler = total_steps, accumulation, scaler
+        self.step = max((method.step for method in self.methods.values()), default=0)
+        self._open = False
+        self._due: dict[nn.Parameter, Tensor] = {}
+        self._added: dict[nn.Parameter, Tensor] = {}
+        self._task: dict[nn.Parameter, Tensor] = {}
+        for method in self.methods.values():
+            method.begin(total_steps)
+        optimizer = getattr(optimizer, "optimizer", optimizer)  # accelerate wraps it
+        self._handles: list[Any] = [optimizer.register_step_post_hook(self._after_step)]
+        for method in self.methods.values():
+            for site in method.sites.values():
+                for leaf in (site.a, site.b):
+                    self._handles.append(leaf.weight.register_post_accumulate_grad_hook(self._accumulated))
+
+    def begin_step(self) -> None:
+        """Open the window of one optimizer step, before its first forward pass."""
+        self._open = True
+        self._due = {}
+        for method in self.methods.values():
+            self._due |= method.penalties()
+        self._added, self._task = {}, {}
+
+    def end_step(self) -> None:
+        """Close the window, after the optimizer step."""
+        self._open = False
+        self._due = {}
+
+    def _accumulated(self, parameter: nn.Parameter) -> None:
+        """A gradient has just been accumulated in ``parameter.grad``: add what is due, once, and take both norms."""
+        penalty = self._due.pop(parameter, None)
+        grad = parameter.grad
+        if penalty is not None:
+            self._task[parameter] = grad.detach().float().square().sum()
+            if self.scaler is not None and self.scaler.is_enabled():
+                penalty = penalty * self.scaler.get_scale()
+            grad.add_(penalty)
+            self._added[parameter] = penalty
+        elif parameter in self._added:  # a later micro-batch of the same window
+            self._task[parameter] = (grad - self._added[parameter]).float().square().sum()
+
+    def _after_step(self, optimizer, args, kwargs) -> None:
+        if self.methods and not self._open:
+            raise RuntimeError("call clock.begin_step() before the first backward pass of every optimizer step.")
+        self.step += 1
+        if self._added:
+            norms = sum(self._task.values()), sum(p.float().square().sum() for p in self._added.values())
+            for method in self.methods.values():
+                method.gradient = norms
+        for method in self.methods.values():
+            method.after_step(self.step)
+
+    def state_dict(self) -> dict[str, Any]:
+        """The step, and what every method needs to go on."""
+        return {"step": self.step, "methods": {name: method.state() for name, method in self.methods.items()}}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on from :meth:`state_dict`."""
+        self.step = state["step"]
+        for name, (values, tensors) in state["methods"].items():
+            self.methods[name].restore(values, tensors)
+
+    def close(self) -> None:
+        """Let go of the optimizer and the parameters."""
+        for handle in self._handles:
+            handle.remove()
+        self._handles = []
+
+
+class ClockCallback(TrainerCallback):
+    """Drives the methods under any ``transformers`` trainer: ``Trainer(..., callbacks=[ClockCallback()])``.
+
+    What the methods have to show joins the loss in the progress bar and in ``state.log_history``. Trackers that come
+    before it in the trainer's list do not see it, so TensorBoard gets it from here; :meth:`lead` puts the callback in
+    front, where every tracker sees it.
+    """
+
+    def __init__(self) -> None:
+        self.clock: Clock | None = None
+        self._leads = False
+        self._board: Any = None
+
+    def lead(self, trainer) -> ClockCallback:
+        """Move to the front of ``trainer``'s callbacks (adding itself if need be), so that all trackers see its numbers."""
+        callbacks = trainer.callback_handler.callbacks
+        if self in callbacks:
+            callbacks.remove(self)
+        callbacks.insert(0, self)
+        self._leads = True
+        return self
+
+    def on_train_begin(self, args, state, control, model=None, optimizer=None, **kwargs):
+        if getattr(args, "deepspeed", None):
+            raise UserError("DeepSpeed takes optimizer steps that no hook sees; use DDP or FSDP2 for these methods.")
+        if state.global_step:
+            _resume(model, state.global_step, Path(args.output_dir))
+        scaler = getattr(optimizer, "scaler", None)
+        self.clock = Clock(model, optimizer, state.max_steps, args.gradient_accumulation_steps, scaler)
+
+    def on_step_begin(self, args, state, control, **kwargs):
+        self.clock.begin_step()
+
+    def on_step_end(self, args, state, control, **kwargs):
+        self.clock.end_step()
+
+    def on_log(self, args, state, control, logs=None, model=None, **kwargs):
+        if self.clock is None or "loss" not in (logs or {}):
+            return
+        numbers = method_logs(model)
+        logs.update(numbers)
+        if state.log_history:
+            state.log_history[-1].update(numbers)
+        if numbers and not self._leads and state.is_world_process_zero and "tensorboard" in args.report_to:
+            self._write(args, state, numbers)
+
+    def _write(self, args, state, numbers: dict[str, float]) -> None:
+        if self._board is None:
+            from torch.utils.tensorboard import SummaryWriter
+
+            given = os.environ.get("TENSORBOARD_LOGGING_DIR")
+            runs = Path(args.output_dir) / "runs"
+            # the trainer's own writer has just made its folder: write beside its file, so that it is one run
+            newest = max(runs.iterdir(), key=lambda folder: folder.stat().st_mtime) if runs.is_dir() else runs
+            self._board = SummaryWriter(given or str(newest))
+        for key, value in numbers.items():
+            self._board.add_scalar(f"train/{key}", value, state.global_step)
+        self._board.flush()
+
+    def on_train_end(self, args, state, control, **kwargs):
+        if self.clock is not None:
+            self.clock.close()
+        if self._board is not None:
+            self._board.close()
+            self._board = None
+
+
+def _trains(method: Method) -> bool:
+    return any(site.a.weight.requires_grad for site in method.sites.values())
+
+
+def _resume(model: nn.Module, step: int, output: Path) -> None:
+    """Give every method its saved state back; the trainer itself has only loaded the weights.
+
+    The trainer does not tell its callbacks which folder it resumed from. The usual place is looked at; anywhere else
+    the masks were already taken from the zeros of the weight file, which is exact unless a kept entry is 0.
+    """
+    for name, method in methods_of(model).items():
+        folder = output / f"checkpoint-{step}"
+        folder = folder / name if name != "default" else folder
+        record = read_record(folder)
+        if record is not None and record["state"].get("step") is not None and record["state"]["pruned"] == method.pruned:
+            method.restore(*read_state(folder))
+        elif method.uncertain:
+            raise UserError(
+                f"the masks of adapter '{name}' cannot be read off its weights; put the checkpoint with its "
+                f"lorasculpt_state.safetensors at {folder} and resume again."
+            )
+        method.step = step

@@ -1,0 +1,269 @@
+"""What a method is to PEFT: a config, a tuner that injects it, and one object per adapter that the clock drives."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import Any, ClassVar
+
+import torch
+from peft import LoraConfig
+from peft.mapping import (
+    PEFT_TYPE_TO_CONFIG_MAPPING,
+    PEFT_TYPE_TO_PREFIX_MAPPING,
+    PEFT_TYPE_TO_TUNER_MAPPING,
+)
+from peft.tuners.lora import LoraModel
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from .layers import MaskedLinear, Site, sites
+
+SETTINGS_FILE = "lorasculpt.json"
+STATE_FILE = "lorasculpt_state.safetensors"
+SCHEMA = 1
+
+# What a plain LoRA may be told and a method may not, with the reason. A field that is in neither table is new in PEFT.
+SUPPORTED = frozenset(
+    "task_type peft_type auto_mapping peft_version base_model_name_or_path revision inference_mode r target_modules "
+    "exclude_modules lora_alpha lora_dropout fan_in_fan_out use_rslora modules_to_save layers_to_transform "
+    "layers_pattern rank_pattern alpha_pattern qalora_group_size runtime_config init_lora_weights bias".split()
+)
+REFUSED = {
+    "megatron_config": "Megatron layers are not nn.Linear",
+    "megatron_core": "Megatron layers are not nn.Linear",
+    "trainable_token_indices": "trained tokens are not part of the update B A",
+    "loftq_config": "it changes the base weights",
+    "eva_config": "it needs an initialisation pass of its own",
+    "corda_config": "it changes the base weights",
+    "lora_ga_config": "it changes the base weights",
+    "use_dora": "DoRA's magnitude vector is not part of the update B A",
+    "velora_config": "it replaces the forward pass of LoRA",
+    "alora_invocation_tokens": "it replaces the forward pass of LoRA",
+    "use_qalora": "it replaces the forward pass of LoRA",
+    "monteclora_config": "it replaces the forward pass of LoRA",
+    "layer_replication": "replicated layers share their base weight",
+    "lora_bias": "the adapter would not be a plain B A",
+    "target_parameters": "bare parameters have no lora_A and lora_B layers",
+    "use_bdlora": "it replaces the forward pass of LoRA",
+    "arrow_config": "it replaces the forward pass of LoRA",
+    "kasa_config": "it changes the base weights",
+    "ensure_weight_tying": "tied adapters would be counted twice",
+}
+
+
+class MethodType(str):
+    """A PEFT type of our own: a string with the ``value`` and ``name`` that PEFT's closed enum has."""
+
+    @property
+    def value(self) -> str:
+        return str(self)
+
+    @property
+    def name(self) -> str:
+        return str(self)
+
+
+class Method:
+    """One adapter's method at work: what happens at the start, after every backward, after every step, in the log.
+
+    The clock calls ``begin`` once, ``penalties`` when a step begins, ``after_step`` right after every optimizer step
+    that was taken, and ``logs`` when something is about to be logged. ``state`` and ``restore`` carry what must
+    survive a restart. A method that needs less overrides less.
+    """
+
+    def __init__(self, config: MethodConfig, model: nn.Module, adapter: str):
+        self.config, self.adapter = config, adapter
+        self.sites: dict[str, Site] = sites(model, adapter)
+        self.step = 0  # optimizer steps taken
+        self.gradient: tuple[Tensor, Tensor] | None = None  # squared norms: the task's, the penalties'
+
+    def begin(self, total_steps: int | None) -> None:
+        """Training of ``total_steps`` optimizer steps is about to start or to go on."""
+
+    def penalties(self) -> dict[nn.Parameter, Tensor]:
+        """What to add to the gradient of each parameter, once per optimizer step."""
+        return {}
+
+    def after_step(self, step: int) -> None:
+        """Optimizer step number ``step`` (from 1) has been taken."""
+        self.step = step
+
+    def logs(self) -> dict[str, float]:
+        """What to show beside the loss: here the penalties' gradient norm over the task's, where both act."""
+        if self.gradient is None or not self.gradient[0]:
+            return {}
+        task, penalty = self.gradient
+        return {"penalty_ratio": float((penalty / task).sqrt())}
+
+    def loaded(self, weights: dict[str, Tensor]) -> None:
+        """The adapter's weights were replaced by those of a file, ``{parameter name: tensor}``."""
+
+    def state(self) -> tuple[dict[str, Any], dict[str, Tensor]]:
+        """What a restart needs: plain values and tensors."""
+        return {}, {}
+
+    def restore(self, values: dict[str, Any], tensors: dict[str, Tensor]) -> None:
+        """Take back what :meth:`state` gave."""
+
+
+@dataclasses.dataclass
+class MethodConfig(LoraConfig):
+    """Shared by the configs of all methods: on disk a stock LoRA config, and beside it the method's own file."""
+
+    method: ClassVar[str]
+    implementation: ClassVar[type[Method]]
+
+    def __post_init__(self):
+        super().__post_init__()
+        stock = {f.name: f for f in dataclasses.fields(LoraConfig)}
+        for name, reason in REFUSED.items():
+            if name in stock and getattr(self, name) != _default(stock[name]):
+                raise ValueError(f"{type(self).__name__} does not support {name}: {reason}.")
+        if self.bias != "none":
+            raise ValueError(f"{type(self).__name__} does not support bias={self.bias!r}: a plain LoRA has none.")
+        if self.init_lora_weights not in (True, False, "gaussian"):
+            raise ValueError(
+                f"{type(self).__name__} does not support init_lora_weights={self.init_lora_weights!r}: it changes the "
+                "base weights or starts from B A that is not 0; use True or 'gaussian'."
+            )
+        self.peft_type = MethodType(self.method.upper())
+        self._state: tuple[dict, dict[str, Tensor]] | None = None
+
+    def settings(self) -> dict[str, Any]:
+        """The fields that plain LoRA does not have."""
+        stock = {f.name for f in dataclasses.fields(LoraConfig)}
+        return {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.name not in stock}
+
+    def save_pretrained(self, save_directory: str, **kwargs) -> None:
+        """Write ``adapter_config.json`` as stock LoRA and the method's settings and state beside it."""
+        stock = LoraConfig(**{f.name: getattr(self, f.name) for f in dataclasses.fields(LoraConfig) if f.init})
+        stock.save_pretrained(save_directory, **kwargs)
+        values, tensors = self._state or ({}, {})
+        self._state = None
+        record = {"schema": SCHEMA, "method": self.method, "settings": self.settings(), "state": values}
+        folder = Path(save_directory)
+        (folder / SETTINGS_FILE).write_text(json.dumps(record, indent=2) + "\n")
+        if tensors:
+            save_file(tensors, folder / STATE_FILE)
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: str, subfolder: str | None = None, **kwargs):
+        """The config of a folder written by :meth:`save_pretrained`, method settings included."""
+        stock = LoraConfig.from_pretrained(pretrained_model_name_or_path, subfolder=subfolder, **kwargs)
+        folder = Path(pretrained_model_name_or_path) / (subfolder or "")
+        record = read_record(folder)
+        if record is None or record["method"] != cls.method:
+            raise ValueError(f"{folder} holds no {cls.method} adapter: there is no {SETTINGS_FILE} that says so.")
+        fields = {f.name: getattr(stock, f.name) for f in dataclasses.fields(LoraConfig) if f.init}
+        fields.pop("peft_type")
+        return cls(**fields, **record["settings"])
+
+
+def _default(field: dataclasses.Field) -> Any:
+    return field.default_factory() if field.default is dataclasses.MISSING else field.default
+
+
+def read_record(folder: Path) -> dict[str, Any] | None:
+    """The contents of ``lorasculpt.json`` in ``folder``, or None if it is a plain adapter.
+
+    Raises:
+        ValueError: if the file is of a newer version of this package.
+    """
+    path = folder / SETTINGS_FILE
+    if not path.is_file():
+        return None
+    record = json.loads(path.read_text())
+    if record["schema"] > SCHEMA:
+        raise ValueError(f"{path} was written by a newer lorasculpt (schema {record['schema']}); upgrade to read it.")
+    return record
+
+
+def read_state(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """The method's saved state in ``folder``: plain values and tensors."""
+    record = read_record(folder) or {"state": {}}
+    tensors = load_file(folder / STATE_FILE) if (folder / STATE_FILE).is_file() else {}
+    return record["state"], tensors
+
+
+class MethodModel(LoraModel):
+    """PEFT's LoRA tuner with masked leaves and one :class:`Method` object per adapter."""
+
+    @property
+    def methods(self) -> dict[str, Method]:
+        """The methods at work, by adapter name; built on first use, when every layer is in place."""
+        made = self.__dict__.setdefault("_methods", {})
+        for adapter, config in self.peft_config.items():
+            if adapter not in made or made[adapter].config is not config:
+                made[adapter] = config.implementation(config, self, adapter)
+        for adapter in set(made) - set(self.peft_config):
+            del made[adapter]
+        return made
+
+    def _create_and_replace(self, lora_config, adapter_name, target, target_name, parent, current_key, **kwargs):
+        super()._create_and_replace(lora_config, adapter_name, target, target_name, parent, current_key, **kwargs)
+        layer = getattr(parent, target_name)
+        for leaves in (layer.lora_A, layer.lora_B):
+            if type(leaves[adapter_name] if adapter_name in leaves else None) is not nn.Linear:
+                raise ValueError(
+                    f"{current_key} is a {type(layer.get_base_layer()).__name__}, which {type(lora_config).__name__} "
+                    "cannot adapt: target linear layers only."
+                )
+            leaves[adapter_name] = MaskedLinear.of(leaves[adapter_name])
+
+    @classmethod
+    def _get_adapter_state_dict(cls, model, config, adapter_name, state_dict, unwanted_adapter_names):
+        found = super()._get_adapter_state_dict(model, config, adapter_name, state_dict, unwanted_adapter_names)
+        tuner = getattr(model, "base_model", None)
+        if isinstance(tuner, MethodModel):
+            # PeftModel.save_pretrained asks for the tensors first and for the config file next
+            config._state = tuner.methods[adapter_name].state()
+        return found
+
+    @classmethod
+    def _remap_adapter_state_dict_for_load(cls, model, config, adapter_name, state_dict):
+        found = super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)
+        tuner = getattr(model, "base_model", None)
+        if isinstance(tuner, MethodModel):
+            tuner.methods[adapter_name].loaded(found)
+        return found
+
+
+def register(config: type[MethodConfig]) -> type[MethodConfig]:
+    """Class decorator: let PEFT know a method by the upper-case form of its name."""
+    kind = MethodType(config.method.upper())
+    PEFT_TYPE_TO_CONFIG_MAPPING[kind] = config
+    PEFT_TYPE_TO_TUNER_MAPPING[kind] = MethodModel
+    PEFT_TYPE_TO_PREFIX_MAPPING[kind] = "lora_"
+    return config
+
+
+def methods_of(model: nn.Module) -> dict[str, Method]:
+    """The methods at work in ``model`` (wrapped or not), by adapter name; empty if it has none."""
+    for module in model.modules():
+        if isinstance(module, MethodModel):
+            return module.methods
+    return {}
+
+
+def method_logs(model: nn.Module) -> dict[str, float]:
+    """What the methods at work in ``model`` have to show: their penalties, densities and shares.
+
+    Keys are plain for one adapter and begin with ``adapter/`` where several are at work.
+    """
+    methods = methods_of(model)
+    if len(methods) == 1:
+        return next(iter(methods.values())).logs()
+    return {f"{name}/{key}": value for name, method in methods.items() for key, value in method.logs().items()}
+
+
+def looks_sculpted(model: nn.Module) -> bool:
+    """Whether a plain LoRA in ``model`` holds the zeros of a pruned adapter: dense training never leaves any in A."""
+    for module in model.modules():
+        if isinstance(module, LoraModel) and not isinstance(module, MethodModel):
+            for adapter in module.peft_config:
+                A = [site.A for site in sites(module, adapter).values()]
+                if A and all(torch.count_nonzero(a) < 0.9 * a.numel() for a in A):
+                    return True
+    return False

@@ -1,0 +1,124 @@
+"""Answers: what the model says (greedy decoding), or which of a record's choices it finds most likely."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from ..data.records import Record
+from .prompts import batches, chat, encode, evaluating, tokenizer_of
+
+# plain argmax, whatever sampling or penalties the model's own generation config suggests
+GREEDY = {"do_sample": False, "num_beams": 1, "temperature": 1.0, "top_p": 1.0, "top_k": 50, "repetition_penalty": 1.0}
+
+
+def _stops(model: nn.Module, tokenizer) -> list[int]:
+    """Tokens that end an answer: the model's own, and the tokenizer's end of text."""
+    own = model.generation_config.eos_token_id
+    own = own if isinstance(own, list) else [own]
+    return sorted({token for token in (*own, tokenizer.eos_token_id) if token is not None})
+
+
+def answer(
+    model: nn.Module,
+    processor,
+    records: Sequence[Record],
+    *,
+    batch: int = 32,
+    max_new_tokens: int = 16,
+    precision: torch.dtype | None = None,
+    progress: str | None = None,
+) -> list[str]:
+    """The greedy answer to each record, in the order of ``records``, without special tokens and outer spaces.
+
+    Args:
+        model: any Hugging Face vision-language or causal language model, wrapped by PEFT or not.
+        processor: its processor (or tokenizer, for a model without pictures), with a chat template.
+        records: the questions.
+        batch: questions answered at once.
+        max_new_tokens: length at which an answer is cut.
+        precision: dtype of autocast; None computes in the model's own.
+        progress: words beside the progress bar; None shows no bar.
+    """
+    tokenizer = tokenizer_of(processor)
+    texts = [chat(processor, record) for record in records]
+    stops, answers = _stops(model, tokenizer), [""] * len(records)
+    options = GREEDY | {"max_new_tokens": max_new_tokens, "eos_token_id": stops, "pad_token_id": tokenizer.pad_token_id}
+    with evaluating(model, precision), tqdm(total=len(records), desc=progress, disable=progress is None) as bar:
+        for part in batches(records, texts, batch):
+            inputs = encode(model, processor, [records[i] for i in part], [texts[i] for i in part])
+            tokens = model.generate(**inputs, **options, use_cache=True)
+            spoken = tokenizer.batch_decode(tokens[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
+            for i, text in zip(part, spoken, strict=True):
+                answers[i] = text.strip()
+            bar.update(len(part))
+    return answers
+
+
+def _lead(processor, record: Record, prompt: str) -> str:
+    """What the chat template writes between the prompt and an answer (a space, in some)."""
+    whole, choice = chat(processor, record, record.choices[0]), record.choices[0]
+    if whole.startswith(prompt) and choice in whole[len(prompt) :]:
+        return whole[len(prompt) :].split(choice)[0]
+    return ""
+
+
+def _followed(inputs: dict, choices: list[list[int]]) -> dict:
+    """``inputs`` with the tokens of one choice after each prompt, padding all on the left."""
+    ids, width = inputs["input_ids"], max(map(len, choices))
+    tail = torch.zeros(len(choices), width, dtype=ids.dtype)
+    mask = torch.zeros_like(tail)
+    for row, choice in enumerate(choices):
+        tail[row, : len(choice)] = torch.tensor(choice)
+        mask[row, : len(choice)] = 1
+    tail, mask = tail.to(ids.device), mask.to(ids.device)
+    tails = {"input_ids": tail, "attention_mask": mask, "token_type_ids": mask * 0, "mm_token_type_ids": mask * 0}
+    joined = {name: torch.cat([inputs[name], extra], 1) for name, extra in tails.items() if name in inputs}
+    order = joined["attention_mask"].argsort(dim=1, stable=True)  # padding first, the rest in its order
+    return inputs | {name: value.gather(1, order) for name, value in joined.items()}
+
+
+def _mean_log_likelihood(model: nn.Module, inputs: dict, choices: list[list[int]]) -> Tensor:
+    """(rows,) mean log-probability of the tokens of each choice after its prompt, in nats a token."""
+    inputs = _followed(inputs, choices)
+    width = max(map(len, choices))
+    logits = model(**inputs, use_cache=False, logits_to_keep=width + 1).logits[:, -width - 1 : -1]
+    said = logits.float().log_softmax(-1).gather(2, inputs["input_ids"][:, -width:, None])[..., 0]
+    lengths = torch.tensor([len(choice) for choice in choices], device=said.device)
+    counted = torch.arange(width, 0, -1, device=said.device) <= lengths[:, None]
+    return (said * counted).sum(1) / lengths
+
+
+def choose(
+    model: nn.Module,
+    processor,
+    records: Sequence[Record],
+    *,
+    batch: int = 32,
+    precision: torch.dtype | None = None,
+    progress: str | None = None,
+) -> list[str]:
+    """For each record the one of its ``choices`` with the highest mean log-probability per token.
+
+    For models that ramble: no decoding, nothing to parse. The end of the turn is not counted. ``batch`` counts
+    rows, one for each choice of each record. Other arguments as in ``answer``.
+    """
+    tokenizer = tokenizer_of(processor)
+    prompts = [chat(processor, record) for record in records]
+    leads = [_lead(processor, record, prompt) for record, prompt in zip(records, prompts, strict=True)]
+    rows = [(i, choice) for i, record in enumerate(records) for choice in record.choices]
+    repeated, texts = [records[i] for i, _ in rows], [prompts[i] for i, _ in rows]
+    best: dict[int, tuple[float, str]] = {}
+    with evaluating(model, precision), tqdm(total=len(rows), desc=progress, disable=progress is None) as bar:
+        for part in batches(repeated, texts, batch):
+            tokens = [tokenizer(leads[rows[j][0]] + rows[j][1], add_special_tokens=False)["input_ids"] for j in part]
+            inputs = encode(model, processor, [repeated[j] for j in part], [texts[j] for j in part])
+            for j, value in zip(part, _mean_log_likelihood(model, inputs, tokens).tolist(), strict=True):
+                i, choice = rows[j]
+                if i not in best or value > best[i][0]:
+                    best[i] = (value, choice)
+            bar.update(len(part))
+    return [best[i][1] for i in range(len(records))]

@@ -1,0 +1,78 @@
+"""Records as the model's input: the chat template, batches, padding. The same steps as in training, from TRL."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from itertools import groupby
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from trl.data_utils import prepare_multimodal_messages
+
+from ..data.images import open_image
+from ..data.records import Record
+
+
+def tokenizer_of(processor):
+    """The tokenizer inside ``processor``, or ``processor`` itself for a model without pictures."""
+    return getattr(processor, "tokenizer", processor)
+
+
+def chat(processor, record: Record, answer: str | None = None) -> str:
+    """The prompt of ``record`` in the processor's chat template, ready to be answered (or followed by ``answer``).
+
+    Pictures come first in the first user message, then the text: where TRL puts them in training.
+    """
+    messages = [dict(message) for message in record.prompt]
+    if answer is not None:
+        messages.append({"role": "assistant", "content": answer})
+    if processor is not tokenizer_of(processor):
+        # the template only needs to know where pictures stand; they are opened when their batch is encoded
+        messages = prepare_multimodal_messages(messages, list(record.images))
+    return processor.apply_chat_template(messages, tokenize=False, add_generation_prompt=answer is None)
+
+
+def batches(records: Sequence[Record], texts: Sequence[str], size: int) -> list[list[int]]:
+    """Indices of ``records`` in lists of at most ``size``, longest prompt first.
+
+    Sorting saves padding, and longest first means that memory runs out at once or never. Records of one batch have
+    the same number of pictures, since not every processor takes a mixture.
+    """
+
+    def pictures(i: int) -> int:
+        return len(records[i].images)
+
+    order = sorted(range(len(records)), key=lambda i: (pictures(i), len(texts[i])), reverse=True)
+    groups = [list(group) for _, group in groupby(order, key=pictures)]
+    return [group[i : i + size] for group in groups for i in range(0, len(group), size)]
+
+
+def encode(model: nn.Module, processor, records: Sequence[Record], texts: Sequence[str]) -> dict[str, Any]:
+    """The model's inputs for ``texts`` and the pictures of ``records``, padded on the left, on the model's device."""
+    options = {"padding": True, "padding_side": "left", "return_tensors": "pt", "add_special_tokens": False}
+    if processor is not tokenizer_of(processor):
+        pictures = [[open_image(path) for path in record.images] for record in records]
+        options["images"] = pictures if any(pictures) else None
+    encoded = processor(text=list(texts), **options)
+
+    def placed(value):
+        if not isinstance(value, Tensor):
+            return value
+        return value.to(model.device, model.dtype) if value.is_floating_point() else value.to(model.device)
+
+    return {name: placed(value) for name, value in encoded.items()}
+
+
+@contextmanager
+def evaluating(model: nn.Module, precision: torch.dtype | None) -> Iterator[None]:
+    """No dropout, no gradients, ``precision`` by autocast (None: as it is); every module's mode is restored."""
+    modes = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        with torch.no_grad(), torch.autocast(model.device.type, precision, enabled=precision is not None):
+            yield
+    finally:
+        for module, training in modes:
+            module.training = training

@@ -1,0 +1,134 @@
+"""One model, measured: what it answers to source and target tasks, and what two measurements say together."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Sequence
+
+import torch
+from torch import nn
+
+from .answer import answer, choose
+from .score import interval, score
+from .strength import strength
+from .summary import average_interval, paired_bootstrap, summary, task_average
+from .tasks import Task
+
+
+def _measure(model: nn.Module, processor, task: Task, words: str | None, max_new_tokens: int, **options) -> dict:
+    options["progress"] = None if words is None else f"{words} {task.name}"
+    if task.metric == "choice":
+        answers = choose(model, processor, task.records, **options)
+    else:
+        answers = answer(model, processor, task.records, max_new_tokens=max_new_tokens, **options)
+    scores = score(answers, task.records, task.metric)
+    low, high = interval(scores)
+    value = sum(scores) / len(scores)
+    return {"value": value, "low": low, "high": high, "n": len(scores), "scores": scores, "answers": answers}
+
+
+def evaluate(
+    model: nn.Module,
+    processor,
+    source: Sequence[Task],
+    target: Sequence[Task],
+    *,
+    batch: int = 32,
+    max_new_tokens: int = 16,
+    precision: torch.dtype | None = None,
+    progress: str | None = None,
+) -> dict[str, dict[str, dict]]:
+    """Answers and scores of ``model``: ``{"source": {task: {...}}, "target": {task: {...}}}``.
+
+    A task's entry holds ``value`` (mean score), ``low`` and ``high`` (95 % interval), ``n``, and ``scores`` and
+    ``answers`` in the order of its records. Arguments as in ``answer``; ``progress`` is followed by the task's name.
+    """
+    options = {"batch": batch, "max_new_tokens": max_new_tokens, "precision": precision}
+    return {
+        side: {task.name: _measure(model, processor, task, progress, **options) for task in group}
+        for side, group in (("source", source), ("target", target))
+    }
+
+
+def _scores(measured: dict, side: str) -> dict[str, list[float]]:
+    return {name: entry["scores"] for name, entry in measured[side].items()}
+
+
+def comparison(before: dict, after: dict) -> dict:
+    """Two results of ``evaluate`` on the same tasks as the ``source``, ``target`` and ``summary`` of a results file."""
+    sides = {}
+    for side in ("source", "target"):
+        sides[side] = {
+            name: {
+                "before": old["value"],
+                "after": after[side][name]["value"],
+                "before_interval": [old["low"], old["high"]],
+                "after_interval": [after[side][name]["low"], after[side][name]["high"]],
+                "n": old["n"],
+            }
+            for name, old in before[side].items()
+        }
+    four = [_scores(measured, side) for side in ("source", "target") for measured in (before, after)]
+    return sides | {"summary": summary(*four)}
+
+
+def curve(
+    model: nn.Module,
+    processor,
+    source: Sequence[Task],
+    target: Sequence[Task],
+    strengths: Sequence[float] = (0.25, 0.5, 0.75),
+    *,
+    progress: str | None = None,
+    **options,
+) -> list[dict]:
+    """Source and target average with the adapter at each of ``strengths``, as the ``curve`` of a results file.
+
+    Strengths 0 and 1 are the model before and after training, which are measured anyway. ``options`` go to
+    ``evaluate``.
+    """
+    points = []
+    for value in strengths:
+        words = None if progress is None else f"{progress} strength {value:g}"
+        with strength(model, value):
+            measured = evaluate(model, processor, source, target, progress=words, **options)
+        point: dict = {"strength": value}
+        for side in ("source", "target"):
+            scores = _scores(measured, side)
+            point[side] = task_average(scores)
+            point[f"{side}_interval"] = average_interval(scores, paired_bootstrap(scores, scores)[0])
+        points.append(point)
+    return points
+
+
+def gallery(
+    source: Sequence[Task], target: Sequence[Task], before: dict, after: dict, n: int = 10, seed: int = 0
+) -> list[dict]:
+    """``n`` questions about pictures with the answers before and after, as the ``gallery`` of a results file.
+
+    Half of them are target questions (all, where there are no source pictures); drawn by chance, never picked, so
+    that runs with the same test data and ``seed`` show the same pictures.
+    """
+    rng = random.Random(seed)
+    sides = {}
+    for side, group in (("target", target), ("source", source)):
+        sides[side] = [(task, i) for task in group for i, record in enumerate(task.records) if record.images]
+    few = min(n // 2, len(sides["source"]))
+    shown = []
+    for side, count in (("target", min(n - few, len(sides["target"]))), ("source", few)):
+        for task, i in rng.sample(sides[side], count):
+            record, old, new = task.records[i], before[side][task.name], after[side][task.name]
+            shown.append(
+                {
+                    "image": str(record.images[0]),
+                    "question": record.question,
+                    "answer": record.answer,
+                    "task": task.name,
+                    "side": side,
+                    "base": old["answers"][i],
+                    "base_score": old["scores"][i],
+                    "tuned": new["answers"][i],
+                    "tuned_score": new["scores"][i],
+                }
+            )
+    return shown

@@ -1,0 +1,70 @@
+"""The adapter, turned down: how much of it is needed, and what each bit of it costs."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+
+import torch
+from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.utils import ModulesToSaveWrapper
+from torch import nn
+
+
+@contextmanager
+def _scaled(layer: BaseTunerLayer, value: float) -> Iterator[None]:
+    """``layer`` with the contribution of its active adapters times ``value``."""
+    before = dict(layer.scaling)
+    for name in layer.active_adapters:
+        if name in layer.scaling:
+            layer.scaling[name] *= value
+    try:
+        yield
+    finally:
+        layer.scaling.update(before)
+
+
+@contextmanager
+def _interpolated(wrapper: ModulesToSaveWrapper, value: float) -> Iterator[None]:
+    """``wrapper`` with its trained copy moved to original + value · (trained − original)."""
+    trained = wrapper.modules_to_save[wrapper.active_adapters[0]]
+    before = {name: tensor.detach().clone() for name, tensor in trained.state_dict().items()}
+    original = wrapper.original_module.state_dict()
+    moved = {
+        name: torch.lerp(original[name], tensor, value) if tensor.is_floating_point() else tensor
+        for name, tensor in before.items()
+    }
+    try:
+        trained.load_state_dict(moved)
+        yield
+    finally:
+        trained.load_state_dict(before)
+
+
+@contextmanager
+def strength(model: nn.Module, value: float) -> Iterator[None]:
+    """Within the block the active adapters of ``model`` count ``value`` times: 0 is the base, 1 changes nothing.
+
+    Modules trained in full (PEFT's ``modules_to_save``) are interpolated between base and trained weights. Blocks
+    multiply when nested; leaving one restores what was there before it, bit for bit.
+
+    Raises:
+        ValueError: there is no adapter, it is merged into the base weights, or its effect is not a multiple of its
+            scaling (DoRA, and adapters that have none).
+    """
+    layers = [module for module in model.modules() if isinstance(module, BaseTunerLayer)]
+    wrappers = [module for module in model.modules() if isinstance(module, ModulesToSaveWrapper)]
+    if not layers:
+        raise ValueError("the model has no adapter whose strength could be set")
+    for layer in layers:
+        if layer.merged:
+            raise ValueError("the adapter is merged into the base weights: unmerge it before setting its strength")
+        if not hasattr(layer, "scaling") or any(getattr(layer, "use_dora", {}).values()):
+            raise ValueError(f"the effect of {type(layer).__name__} is not a multiple of its scaling")
+    with ExitStack() as stack:
+        for layer in layers:
+            stack.enter_context(_scaled(layer, value))
+        for wrapper in wrappers:
+            if wrapper.active_adapters:
+                stack.enter_context(_interpolated(wrapper, value))
+        yield

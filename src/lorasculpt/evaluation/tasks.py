@@ -1,0 +1,46 @@
+"""A task: its name, its questions, and how an answer to them is scored."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+
+from ..data.records import Record
+from ..errors import UserError
+from .score import METRICS
+
+
+@dataclass(frozen=True)
+class Task:
+    """Questions that are scored together. ``metric``: one of ``exact``, ``contains``, ``vqa``, ``choice``.
+
+    Raises:
+        UserError: no records, an unknown metric, or ``choice`` for a record without choices.
+    """
+
+    name: str
+    records: tuple[Record, ...]
+    metric: str = "exact"
+
+    def __post_init__(self) -> None:
+        if self.metric not in METRICS:
+            raise UserError(f"task {self.name!r}: metric {self.metric!r} is not one of {', '.join(METRICS)}.")
+        if not self.records:
+            raise UserError(f"task {self.name!r} has no questions: add some or leave the task out.")
+        for record in self.records:
+            if self.metric == "choice" and not record.choices:
+                raise UserError(
+                    f"{record.where}: the metric 'choice' of task {self.name!r} needs 'choices' in the row."
+                )
+
+
+def tasks(records: Iterable[Record], metric: str | Mapping[str, str] = "exact") -> list[Task]:
+    """``records`` grouped by their task, in the order of first appearance.
+
+    ``metric`` is that of every task, or a mapping from task names to metrics (``exact`` for those it leaves out).
+    """
+    groups: dict[str, list[Record]] = {}
+    for record in records:
+        groups.setdefault(record.task, []).append(record)
+    chosen = dict.fromkeys(groups, metric) if isinstance(metric, str) else metric
+    return [Task(name, tuple(group), chosen.get(name, "exact")) for name, group in groups.items()]

@@ -1,0 +1,183 @@
+"""Answers of tiny models: a batch says what one question at a time says, and what Hugging Face's own generate says."""
+
+from __future__ import annotations
+
+from contextlib import suppress
+
+import pico
+import pytest
+import torch
+from PIL import Image
+from trl import apply_chat_template
+from trl.data_utils import prepare_multimodal_messages
+
+from lorasculpt.data.records import Record
+from lorasculpt.evaluation import Task, answer, evaluate, gallery, tasks
+from lorasculpt.evaluation.answer import choose
+from lorasculpt.evaluation.prompts import batches, chat, evaluating
+
+
+def ask(text: str, *images, answer: str = "red", task: str = "color", system: str = "") -> Record:
+    system_turn = ({"role": "system", "content": system},) if system else ()
+    messages = (*system_turn, {"role": "user", "content": text})
+    return Record(messages, answer, images, task=task, choices=("red", "green", "a square on the left"))
+
+
+@pytest.fixture
+def records(tmp_path) -> list[Record]:
+    """Pictures and none, long questions and short, a system turn."""
+    paths = []
+    for i in range(3):
+        paths.append(tmp_path / f"{i}.png")
+        pico.picture(i).save(paths[-1])
+    return [
+        ask("What color is the shape?", paths[0]),
+        ask("Is it?", paths[1]),
+        ask("What?"),
+        ask("Is the shape on the left or on the right, what would you say?", paths[2], system="yes"),
+        ask("Is it a square or a circle or a square or a circle?", task="shape"),
+    ]
+
+
+def sharpened(name: str):
+    """A random model whose logits are far enough apart that rounding decides nothing."""
+    model, processor = pico.build(name)
+    with torch.no_grad():
+        for part, parameter in model.named_parameters():
+            if parameter.ndim > 1 and "vision" not in part and "projector" not in part:
+                parameter.mul_(6)
+    return model, processor
+
+
+def text_only(records: list[Record]) -> list[Record]:
+    return [Record(record.prompt, record.answer, (), record.task, record.choices) for record in records]
+
+
+@pytest.mark.parametrize("family", [*pico.FAMILIES, "llama"])
+def test_a_batch_answers_as_one_by_one(family, records):
+    model, processor = sharpened(family)
+    records = text_only(records) if family == "llama" else records
+    together = answer(model, processor, records, max_new_tokens=5)
+    apart = [answer(model, processor, [record], max_new_tokens=5)[0] for record in records]
+    assert together == apart
+    assert answer(model, processor, records, max_new_tokens=5, batch=2) == together
+    assert len(set(together)) > 1
+
+
+@pytest.mark.parametrize("family", [*pico.FAMILIES, "llama"])
+def test_a_batch_chooses_as_one_by_one(family, records):
+    model, processor = sharpened(family)
+    records = text_only(records) if family == "llama" else records
+    together = choose(model, processor, records, batch=4)
+    assert together == [choose(model, processor, [record], batch=1)[0] for record in records]
+
+
+def test_greedy_is_argmax(records):
+    """Against a loop without cache, padding or generate."""
+    model, processor = sharpened("llava")
+    for record in records[:2]:
+        image = Image.open(record.images[0])
+        inputs = processor(text=chat(processor, record), images=image, return_tensors="pt", add_special_tokens=False)
+        ids, said = inputs["input_ids"], []
+        for _ in range(6):
+            with torch.no_grad():
+                token = model(input_ids=ids, pixel_values=inputs["pixel_values"]).logits[:, -1].argmax(-1)
+            if token.item() == processor.tokenizer.eos_token_id:
+                break
+            said.append(token.item())
+            ids = torch.cat([ids, token[None]], 1)
+        expected = processor.tokenizer.decode(said, skip_special_tokens=True).strip()
+        assert answer(model, processor, [record], max_new_tokens=6) == [expected]
+
+
+def test_greedy_in_spite_of_a_sampling_config(records):
+    model, processor = sharpened("llava")
+    plain = answer(model, processor, records, max_new_tokens=5)
+    model.generation_config.update(do_sample=True, temperature=5.0, repetition_penalty=3.0)
+    assert answer(model, processor, records, max_new_tokens=5) == plain
+
+
+def test_choice_is_the_mean_log_likelihood(records):
+    """Against one forward pass for each choice, without padding."""
+    model, processor = sharpened("llava")
+    record = records[0]
+    inputs = processor(text=chat(processor, record), images=Image.open(record.images[0]), return_tensors="pt")
+    prompt = inputs["input_ids"]
+    means = {}
+    for choice in record.choices:
+        tokens = processor.tokenizer(choice, return_tensors="pt")["input_ids"]
+        with torch.no_grad():
+            logits = model(input_ids=torch.cat([prompt, tokens], 1), pixel_values=inputs["pixel_values"]).logits
+        said = logits[0, prompt.shape[1] - 1 : -1].log_softmax(-1)
+        means[choice] = said.gather(1, tokens[0][:, None]).mean().item()
+    assert choose(model, processor, [record]) == [max(means, key=means.get)]
+
+
+def test_the_prompt_is_that_of_training(records):
+    """Character for character what TRL's collator makes of prompt and completion."""
+    _, processor = pico.build("llava")
+    for record in records:
+        messages = prepare_multimodal_messages(list(record.prompt), list(record.images))
+        completion = prepare_multimodal_messages([{"role": "assistant", "content": record.answer}])
+        expected = apply_chat_template({"prompt": messages, "completion": completion}, processor)
+        assert chat(processor, record) == expected["prompt"]
+
+
+def test_longest_first_and_no_mixture(records):
+    texts = [record.question for record in records]
+    parts = batches(records, texts, 2)
+    assert sorted(i for part in parts for i in part) == list(range(len(records)))
+    for part in parts:
+        assert len({len(records[i].images) for i in part}) == 1
+        assert [len(texts[i]) for i in part] == sorted((len(texts[i]) for i in part), reverse=True)
+    assert parts[0] == [3, 0]
+
+
+def test_modes_are_restored():
+    model, _ = pico.build("llava")
+    model.train()
+    model.model.vision_tower.eval()
+    modes = [module.training for module in model.modules()]
+    with suppress(KeyboardInterrupt), evaluating(model, None):
+        assert not any(module.training for module in model.modules())
+        assert not torch.is_grad_enabled()
+        raise KeyboardInterrupt
+    assert [module.training for module in model.modules()] == modes
+
+
+def test_precision(records):
+    model, processor = sharpened("llava")
+    seen = []
+    model.lm_head.register_forward_hook(lambda module, inputs, output: seen.append(output.dtype))
+    answer(model, processor, records[:1], max_new_tokens=1, precision=torch.bfloat16)
+    answer(model, processor, records[:1], max_new_tokens=1)
+    assert seen == [torch.bfloat16, torch.float32]
+
+
+def test_evaluate_and_gallery(records):
+    model, processor = sharpened("llava")
+    target = [Task("color", (records[0], records[1], records[3]))]
+    source = [Task("shape", (records[4], records[1]), "choice")]
+    measured = evaluate(model, processor, source, target, max_new_tokens=3)
+    entry = measured["target"]["color"]
+    assert entry["n"] == len(entry["scores"]) == len(entry["answers"]) == 3
+    assert entry["low"] <= entry["value"] <= entry["high"]
+    assert measured["source"]["shape"]["answers"] == choose(model, processor, source[0].records)
+    shown = gallery(source, target, measured, measured, n=4)
+    assert [item["side"] for item in shown] == ["target"] * 3 + ["source"]
+    assert shown == gallery(source, target, measured, measured, n=4)
+    first = shown[0]
+    assert (
+        first["base"]
+        == first["tuned"]
+        == entry["answers"][[str(r.images[0]) for r in target[0].records].index(first["image"])]
+    )
+
+
+def test_evaluate_reads_what_was_written(tmp_path):
+    from lorasculpt.data.records import read
+
+    model, processor = pico.build("llava")
+    found = tasks(read(pico.write_data(tmp_path, 4, ("color", "side"))))
+    assert [task.name for task in found] == ["color", "side"]
+    assert evaluate(model, processor, found[:1], found[1:], max_new_tokens=2)["source"]["color"]["n"] == 4

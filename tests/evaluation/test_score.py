@@ -1,0 +1,97 @@
+"""Scores and intervals, against numbers worked by hand or printed elsewhere."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from lorasculpt.data.records import Record
+from lorasculpt.errors import UserError
+from lorasculpt.evaluation import Task, interval, score, tasks
+from lorasculpt.evaluation.score import normalise
+
+
+def record(answer: str, **fields) -> Record:
+    return Record(({"role": "user", "content": "?"},), answer, **fields)
+
+
+@pytest.mark.parametrize(
+    ("text", "plain"),
+    [
+        ("The  Cat!", "cat"),
+        ("a sea-animal.", "sea animal"),
+        ("3.5", "3.5"),
+        ("It costs 1,000 dollars.", "it costs 1,000 dollars"),
+        ("-4", "-4"),
+        ("12:30", "12:30"),
+        ("+", "+"),
+        ("The", "the"),
+        ("", ""),
+        ("ＡＢＣ", "abc"),
+    ],
+)
+def test_normalise(text, plain):
+    assert normalise(text) == plain
+
+
+@pytest.mark.parametrize(
+    ("metric", "answer", "reference", "expected"),
+    [
+        ("exact", "A cat.", "cat", 1.0),
+        ("exact", "a cat and a dog", "cat", 0.0),
+        ("exact", "", "cat", 0.0),
+        ("exact", "4", "-4", 0.0),
+        ("contains", "It is a cat, I think.", "cat", 1.0),
+        ("contains", "It is a category.", "cat", 0.0),
+        ("vqa", "red", "red", 1.0),
+        ("vqa", "red", "red|red|blue", 2 / 3),
+        ("vqa", "red", "red|red|red|red|blue", 1.0),
+        ("vqa", "Blue", "red|red|red|red|blue", 1 / 3),
+        ("vqa", "red", "red|blue", 0.5),
+        ("choice", "red", "red", 1.0),
+        ("choice", "Red", "red ", 1.0),
+        ("choice", "C", "C++", 0.0),
+    ],
+)
+def test_score(metric, answer, reference, expected):
+    assert score([answer], [record(reference)], metric) == [pytest.approx(expected)]
+
+
+def test_score_refuses():
+    with pytest.raises(UserError, match=r"'f1' is not one of exact, contains, vqa, choice"):
+        score([], [], "f1")
+    with pytest.raises(ValueError, match="longer"):
+        score(["x"], [record("x"), record("y")])
+
+
+def test_wilson():
+    # 81 of 263: a textbook example (Newcombe 1998, table I, method 3)
+    assert interval([1] * 81 + [0] * 182) == pytest.approx((0.2553, 0.3662), abs=5e-5)
+    assert interval([0] * 20) == pytest.approx((0, 0.1611), abs=5e-5)
+    low, high = interval([1] * 10)
+    assert (low, high) == (pytest.approx(0.7225, abs=5e-5), 1.0)
+
+
+def test_bootstrap():
+    values = np.random.default_rng(1).uniform(size=400)
+    low, high = interval(values)
+    half = 1.96 * values.std() / 20
+    assert (low, high) == pytest.approx((values.mean() - half, values.mean() + half), abs=0.004)
+    assert interval(values) == (low, high)
+    with pytest.raises(ValueError, match="at least one"):
+        interval([])
+
+
+def test_tasks():
+    records = [record("x", task="b"), record("y", task="a"), record("z", task="b")]
+    found = tasks(records, {"a": "contains"})
+    assert [(task.name, len(task.records), task.metric) for task in found] == [("b", 2, "exact"), ("a", 1, "contains")]
+
+
+def test_task_refuses():
+    with pytest.raises(UserError, match="'t' has no questions"):
+        Task("t", ())
+    with pytest.raises(UserError, match="metric 'bleu'"):
+        Task("t", (record("x"),), "bleu")
+    with pytest.raises(UserError, match=r"d\.jsonl:3: .*'choices'"):
+        Task("t", (record("x", where="d.jsonl:3"),), "choice")

@@ -131,10 +131,15 @@ class ClockCallback(TrainerCallback):
     What the methods have to show joins the loss in the progress bar and in ``state.log_history``. Trackers that come
     before it in the trainer's list do not see it, so TensorBoard gets it from here; :meth:`lead` puts the callback in
     front, where every tracker sees it.
+
+    Args:
+        resume: the checkpoint folder that training resumes from, where it is not ``checkpoint-<step>`` in the
+            trainer's own ``output_dir``: a trainer does not tell its callbacks.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, resume: str | Path | None = None) -> None:
         self.clock: Clock | None = None
+        self._resume = None if resume is None else Path(resume)
         self._leads = False
         self._board: Any = None
 
@@ -151,7 +156,8 @@ class ClockCallback(TrainerCallback):
         if getattr(args, "deepspeed", None):
             raise UserError("DeepSpeed takes optimizer steps that no hook sees; use DDP or FSDP2 for these methods.")
         if state.global_step:
-            _resume(model, state.global_step, Path(args.output_dir))
+            folder = self._resume or Path(args.output_dir) / f"checkpoint-{state.global_step}"
+            _resume(model, state.global_step, folder)
         scaler = getattr(optimizer, "scaler", None)
         self.clock = Clock(model, optimizer, state.max_steps, args.gradient_accumulation_steps, scaler)
 
@@ -196,21 +202,20 @@ def _trains(method: Method) -> bool:
     return any(site.a.weight.requires_grad for site in method.sites.values())
 
 
-def _resume(model: nn.Module, step: int, output: Path) -> None:
+def _resume(model: nn.Module, step: int, checkpoint: Path) -> None:
     """Give every method its saved state back; the trainer itself has only loaded the weights.
 
-    The trainer does not tell its callbacks which folder it resumed from. The usual place is looked at; anywhere else
-    the masks were already taken from the zeros of the weight file, which is exact unless a kept entry is 0.
+    Where the state file is not at ``checkpoint``, the masks were already taken from the zeros of the weight file,
+    which is exact unless a kept entry is 0.
     """
     for name, method in methods_of(model).items():
-        folder = output / f"checkpoint-{step}"
-        folder = folder / name if name != "default" else folder
+        folder = checkpoint / name if name != "default" else checkpoint
         record = read_record(folder)
-        if record is not None and record["state"].get("step") is not None and record["state"]["pruned"] == method.pruned:
+        if record is not None and record["state"].get("pruned") == method.pruned:
             method.restore(*read_state(folder))
         elif method.uncertain:
             raise UserError(
-                f"the masks of adapter '{name}' cannot be read off its weights; put the checkpoint with its "
-                f"lorasculpt_state.safetensors at {folder} and resume again."
+                f"the masks of adapter '{name}' cannot be read off its weights: {folder} must hold the "
+                "lorasculpt_state.safetensors that was saved with them."
             )
         method.step = step

@@ -17,7 +17,7 @@ from pathlib import Path
 import torch
 from peft import LoraConfig, get_peft_model
 from PIL import Image
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.nn import functional as F
 from tqdm import tqdm
@@ -30,7 +30,7 @@ LINEARS = r".*language_model.*\.(q_proj|k_proj|v_proj|o_proj|gate_proj|up_proj|d
 
 @dataclass(frozen=True)
 class Recipe:
-    """The settings of one alignment. ``text``: share of text-only questions; ``copies``: altered copies a picture."""
+    """The settings of one alignment. ``text``: share of text-only batches; ``copies``: altered copies a picture."""
 
     minutes: float = 60
     batch: int = 32
@@ -40,7 +40,7 @@ class Recipe:
     warmup: float = 0.04
     weight_decay: float = 0.05
     dropout: float = 0.1
-    text: float = 0.22
+    text: float = 0.12
     copies: int = 8
     seed: int = 0
     bf16: bool = True
@@ -83,8 +83,8 @@ class Questions:
         self.words = [word for word, _ in self.entries]
 
     def picture(self, thing: Emoji, image: str) -> Item:
-        ways = ["category", "kind", "what"] if thing.kind else ["category"]
-        ways += ["name", "name", "yesno", "called"] if thing.named else []
+        ways = ["category"] * 2 + (["kind", "what"] if thing.kind else [])
+        ways += ["name"] * 3 + ["yesno"] * 2 + ["called"] if thing.named else []
         way = self.rng.choice(ways)
         if way == "category":
             return world.category(thing, image)
@@ -105,14 +105,14 @@ class Questions:
         return Item("meaning", f"What does '{word}' mean?", gloss)
 
     def draw(self, n: int, copies: dict[str, list[int]]) -> list[tuple[Item, int | None]]:
+        """``n`` questions, all about pictures or all about words: mixed lengths would be mostly padding."""
+        if self.rng.random() < self.text:
+            return [(self.words_only(), None) for _ in range(n)]
         batch = []
         for _ in range(n):
-            if self.rng.random() < self.text:
-                batch.append((self.words_only(), None))
-            else:
-                thing = self.rng.choice(self.things)
-                file = thing.files[0] if self.rng.random() < 0.7 else self.rng.choice(thing.files)
-                batch.append((self.picture(thing, file), self.rng.choice(copies[file])))
+            thing = self.rng.choice(self.things)
+            file = thing.files[0] if self.rng.random() < 0.7 else self.rng.choice(thing.files)
+            batch.append((self.picture(thing, file), self.rng.choice(copies[file])))
         return batch
 
 
@@ -193,8 +193,14 @@ def held_out(model, processor, split: str) -> list[tuple[Item, Tensor | None]]:
     return [(item, tokens[item.image] if item.image else None) for item in items]
 
 
-def build(target: Path = base.ALIGNMENT, log: Path | None = None, recipe: Recipe = Recipe()) -> dict:
-    """Train the alignment, write it to ``target`` and every measurement to ``log``; returns the final measurement."""
+def build(
+    target: Path = base.ALIGNMENT, log: Path | None = None, recipe: Recipe | None = None, start: Path | None = None
+) -> dict:
+    """Train the alignment, write it to ``target`` and every measurement to ``log``; returns the final measurement.
+
+    ``start`` is an earlier alignment to go on from.
+    """
+    recipe = recipe or Recipe()
     torch.manual_seed(recipe.seed)
     rng = random.Random(recipe.seed)
     model, processor = base.unaligned()
@@ -225,6 +231,8 @@ def build(target: Path = base.ALIGNMENT, log: Path | None = None, recipe: Recipe
 
     config = LoraConfig(r=recipe.r, lora_alpha=2 * recipe.r, lora_dropout=recipe.dropout, target_modules=LINEARS)
     tuned = get_peft_model(model, config)
+    if start is not None:
+        _continue(tuned, load_file(start), config)
     projector = model.model.multi_modal_projector.requires_grad_(True)
     lora = [p for name, p in tuned.named_parameters() if "lora_" in name]
     groups = [
@@ -287,3 +295,15 @@ def _save(tuned, projector, config: LoraConfig, target: Path) -> None:
     partial = target.with_suffix(".partial")
     save_file({name: value.contiguous() for name, value in kept.items()}, partial)
     partial.rename(target)
+
+
+@torch.no_grad()
+def _continue(tuned, alignment: dict[str, Tensor], config: LoraConfig) -> None:
+    """Put an earlier alignment, as :func:`_save` wrote it, into the model that is about to be trained."""
+    names = {}
+    for name, value in tuned.named_parameters():
+        plain = name.removeprefix("base_model.model.").replace(".default.weight", "")
+        names[plain] = value
+    for name, value in alignment.items():
+        scale = config.r / config.lora_alpha if name.endswith(".lora_B") else 1.0
+        names[name].copy_(value.float() * scale)

@@ -1,8 +1,8 @@
 """EfficientNet-Lite0 as a Hugging Face vision tower: an image becomes 9 tokens of 1280 numbers.
 
 The batch norms are folded into the convolutions when the weights are converted, so the tower has no training mode and
-no running statistics that fine-tuning could disturb. A tower that is asked to ``remember`` computes each image once:
-it is frozen in the demo, so its output for an image never changes.
+no running statistics that fine-tuning could disturb. Within :func:`remembering` each image is computed once: the tower
+is frozen in the demo, so its output for an image never changes.
 
 Architecture: Tan & Le, EfficientNet (arXiv 1905.11946), in its Lite form: no squeeze-and-excitation, ReLU6, stem and
 head of fixed width. The output of the head, 1280 channels on a 6 x 6 grid for 192-pixel images, is pooled to 3 x 3.
@@ -11,6 +11,8 @@ head of fixed width. The output of the head, 1280 channels on a 6 x 6 grid for 1
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
@@ -76,6 +78,7 @@ class LiteTower(PreTrainedModel):
     config_class = LiteTowerConfig
     main_input_name = "pixel_values"
     base_model_prefix = "vision_tower"
+    _known: dict[bytes, Tensor] | None = None  # shared by all towers while remembering
 
     def __init__(self, config: LiteTowerConfig):
         super().__init__(config)
@@ -86,17 +89,12 @@ class LiteTower(PreTrainedModel):
             blocks += [Block(kernel, 1, expansion, outer, outer) for _ in range(repeats - 1)]
         self.blocks = nn.ModuleList(blocks)
         self.head = Conv(320, config.hidden_size, 1)
-        self._known: dict[bytes, Tensor] | None = None
         self.post_init()
 
     def _init_weights(self, module: nn.Module) -> None:
         if isinstance(module, nn.Conv2d):
             nn.init.kaiming_normal_(module.weight)
             nn.init.zeros_(module.bias)
-
-    def remember(self, on: bool = True) -> None:
-        """Compute each distinct image once and keep the result in memory. Only for a frozen tower."""
-        self._known = {} if on else None
 
     def forward(self, pixel_values: Tensor, **_) -> BaseModelOutput:
         tokens = self._tokens(pixel_values) if self._known is None else self._recalled(pixel_values)
@@ -119,6 +117,16 @@ class LiteTower(PreTrainedModel):
                 for key, tokens in zip(new, self._tokens(pixel_values[list(new.values())]), strict=True):
                     self._known[key] = tokens
         return torch.stack([self._known[key] for key in keys])
+
+
+@contextmanager
+def remembering() -> Iterator[None]:
+    """Within the block, compute each distinct image once. Only for frozen towers with the published weights."""
+    LiteTower._known = {}
+    try:
+        yield
+    finally:
+        LiteTower._known = None
 
 
 def register() -> None:

@@ -208,7 +208,8 @@ def _listed(options: tuple[str, ...]) -> str:
 
 def category(thing: Emoji, image: str) -> Item:
     """Which of the eight categories: the options are not listed, the model has to know them."""
-    return Item("emoji_category", "What kind of thing is this?", thing.category, image, tuple(CATEGORIES.values()))
+    options = tuple(dict.fromkeys(CATEGORIES.values()))
+    return Item("emoji_category", "What kind of thing is this?", thing.category, image, options)
 
 
 def pick_name(thing: Emoji, image: str, names: list[str], rng: random.Random) -> Item:

@@ -1,0 +1,231 @@
+"""The command line: ``lorasculpt train | eval | report | export | inspect | methods | demo``.
+
+Exit codes: 0 done, 1 something broke here, 2 the input has to be mended (one sentence says what).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib
+import json
+import os
+import sys
+import warnings
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated
+
+import click
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from .errors import UserError
+
+app = typer.Typer(
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode="markdown",
+    pretty_exceptions_enable=False,
+    help="Fine-tune a multimodal LLM on your task, keep what it already knew, and see both numbers.\n\n"
+    "A run is one YAML file: `lorasculpt train run.yaml`, then `eval`, `report`, `export`. "
+    "See it work on a small real model: `lorasculpt demo`.",
+)
+demo_app = typer.Typer(invoke_without_command=True, add_completion=False, help="See it work on a small real model.")
+app.add_typer(demo_app, name="demo")
+
+Run = Annotated[Path, typer.Argument(help="The YAML file of the run.", show_default=False)]
+Overrides = Annotated[
+    list[str] | None,
+    typer.Argument(help="Settings that replace those of the file, such as training.lr=1e-4 method.density=0.05."),
+]
+
+
+class Target(StrEnum):
+    """What an adapter can be exported to."""
+
+    lora = "lora"
+    merged = "merged"
+
+
+@app.command()
+def train(run: Run, overrides: Overrides = None) -> None:
+    """Train the adapter that RUN describes. Goes on by itself from the last checkpoint.
+
+    A run that fits on one screen:
+
+        base: path/or/hub-id
+        output: runs/invoices
+        method: {name: lorasculpt, r: 32, lora_alpha: 64, density: 0.1, prune_step: 0.05}
+        data: {train: data/train.jsonl}
+        training: {epochs: 3, batch: 8, lr: 2e-4}
+        evaluate: {source: [data/general.jsonl], target: [data/test.jsonl]}
+
+    A row of data is {"image": "a.png", "question": "...", "answer": "...", "task": "..."}; LLaVA, ShareGPT and
+    messages rows work too.
+    """
+    from .config import RunConfig
+    from .train import train as go
+
+    print(f"adapter: {go(RunConfig.load(run, overrides or []))}")
+
+
+@app.command("eval")
+def evaluate(run: Run, overrides: Overrides = None) -> None:
+    """Measure RUN's base and adapter on its source and target tasks; writes results.json into the run's folder."""
+    from .config import RunConfig
+    from .measure import measure
+
+    path, _ = measure(RunConfig.load(run, overrides or []))
+    _summary([path])
+    print(f"results: {path}")
+
+
+@app.command()
+def report(
+    results: Annotated[list[Path], typer.Argument(help="One or more results.json files.", show_default=False)],
+    out: Annotated[Path, typer.Option(help="The folder to write into.")] = Path("report"),
+) -> None:
+    """Make one self-contained page (report.html), and the same numbers as Markdown and JSON."""
+    from .report import report as go
+
+    print(f"report: {go(results, out)}")
+
+
+@app.command()
+def export(
+    adapter: Annotated[Path, typer.Argument(help="The adapter's folder.", show_default=False)],
+    base: Annotated[str, typer.Option(help="The model it was trained on.", show_default=False)],
+    out: Annotated[Path, typer.Option(help="The folder to write.", show_default=False)],
+    to: Annotated[Target, typer.Option(help="A plain LoRA, or the whole model with the adapter merged in.")] = Target.lora,
+    dtype: Annotated[str | None, typer.Option(help="float32, bfloat16 or float16.")] = None,
+    force: Annotated[bool, typer.Option(help="Replace an earlier export.")] = False,
+) -> None:
+    """Write the adapter in a form that other programs load, and check that it answers as before."""
+    from .export import export as go
+
+    go(adapter, base, out, to.value, dtype=dtype, force=force)
+    print(f"exported: {out}")
+
+
+@app.command("inspect")
+def inspect_(
+    adapter: Annotated[Path, typer.Argument(help="The adapter's folder.", show_default=False)],
+    base: Annotated[Path | None, typer.Option(help="The model's folder: adds the overlap with large weights.")] = None,
+    layers: Annotated[bool, typer.Option(help="Every layer, not only each kind of layer.")] = False,
+    to_json: Annotated[Path | None, typer.Option("--json", help="Write the numbers to this file.")] = None,
+    plot: Annotated[Path | None, typer.Option(help="Draw them into this PNG or SVG.")] = None,
+) -> None:
+    """Show where an adapter's update lies: density against theory, energy, overlap, redundancy."""
+    from . import inspect as looking
+
+    found = looking.inspect(adapter, base)
+    looking.show(found, layers=layers)
+    if to_json:
+        looking.write_json(found, to_json)
+    if plot:
+        looking.plot(found, plot)
+
+
+@app.command()
+def methods(
+    name: Annotated[str | None, typer.Argument(help="Show this method's settings.", show_default=False)] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+) -> None:
+    """List the methods, or one method's settings and their defaults."""
+    from .methods import METHODS
+
+    if name is not None and name not in METHODS:
+        raise UserError(f"no method is called {name!r}; there are {', '.join(METHODS)}.")
+    chosen = [METHODS[name]] if name else list(METHODS.values())
+    facts = [
+        {
+            "method": config.method,
+            "idea": importlib.import_module(config.__module__).__doc__.split("\n")[0].split(": ", 1)[-1],
+            "settings": _settings(config),
+        }
+        for config in chosen
+    ]
+    if as_json:
+        print(json.dumps(facts, indent=2))
+        return
+    table = Table(*(("setting", "default") if name else ("method", "idea")))
+    for fact in facts:
+        rows = fact["settings"].items() if name else [(fact["method"], fact["idea"])]
+        for row in rows:
+            table.add_row(*map(str, row))
+    Console().print(table)
+
+
+@demo_app.callback()
+def demo(
+    context: typer.Context,
+    full: Annotated[bool, typer.Option(help="The whole evaluation, on every held-out item.")] = False,
+    out: Annotated[Path, typer.Option(help="The folder to write into.")] = Path("demo-run"),
+) -> None:
+    """Teach a small real vision-language model to read digits, twice, and see what each run learned and forgot."""
+    if context.invoked_subcommand is None:
+        from .demo.run import demo as go
+
+        _summary(go(out, full=full))
+
+
+@demo_app.command()
+def build(
+    out: Annotated[Path, typer.Option(help="The file to write.")] = Path("alignment.safetensors"),
+    log: Annotated[Path, typer.Option(help="Where every measurement goes.")] = Path("alignment.jsonl"),
+    minutes: Annotated[float, typer.Option(help="How long to train.")] = 60,
+    start: Annotated[Path | None, typer.Option(help="An earlier alignment to go on from.")] = None,
+) -> None:
+    """Align the demo's base model anew (its alignment ships with the package; about an hour)."""
+    from .demo.build import Recipe
+    from .demo.build import build as go
+
+    go(out, log, Recipe(minutes=minutes), start)
+
+
+def _settings(config: type) -> dict[str, object]:
+    """The fields of a method that plain LoRA does not have, with their defaults."""
+    from peft import LoraConfig
+
+    stock = {field.name for field in dataclasses.fields(LoraConfig)}
+    return {field.name: field.default for field in dataclasses.fields(config) if field.name not in stock}
+
+
+def _summary(results: list[Path]) -> None:
+    """Print what each run learned and kept."""
+    table = Table("run", "source before", "source after", "retention", "target before", "target after", "H-mean", "minutes")
+    for path in results:
+        for run in json.loads(path.read_text())["runs"]:
+            numbers = run["summary"]
+            keys = ("source_before", "source_after", "retention", "target_before", "target_after", "h_mean")
+            cells = [f"{100 * numbers[key]:.1f} %" for key in keys]
+            table.add_row(f"{run['method']} (seed {run['seed']})", *cells, f"{run['seconds'] / 60:.1f}")
+    Console().print(table)
+
+
+def main() -> None:
+    """Run the command line; a user's mistake is one sentence and exit code 2."""
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    if not sys.warnoptions:
+        warnings.simplefilter("ignore", FutureWarning)  # of the libraries underneath, which the user cannot mend
+    try:
+        app(standalone_mode=False)
+    except UserError as error:
+        print(f"lorasculpt: {error}", file=sys.stderr)
+        sys.exit(2)
+    except click.exceptions.Abort:
+        print("lorasculpt: stopped.", file=sys.stderr)
+        sys.exit(1)
+    except click.ClickException as error:
+        error.show()
+        sys.exit(2)
+    except OSError as error:
+        if error.errno == 28:  # no space left on device
+            print(f"lorasculpt: the disk is full ({error.filename or 'while writing'}); make room and run it again.", file=sys.stderr)
+            sys.exit(2)
+        raise
+
+
+if __name__ == "__main__":
+    main()

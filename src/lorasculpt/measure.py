@@ -1,0 +1,102 @@
+"""A trained run → ``results.json``: before and after on every task, the curve over strength, ten pictures."""
+
+from __future__ import annotations
+
+import json
+import platform
+from collections.abc import Sequence
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from .adapters.load import load as load_adapter
+from .config import RunConfig
+from .errors import UserError
+from .evaluation import comparison, curve, evaluate, gallery
+from .models.load import load
+from .train import ADAPTER, LOG_FILE, held_out, precision
+
+RESULTS_FILE = "results.json"
+STRENGTHS = (0.25, 0.5, 0.75)
+
+
+def measure(
+    config: RunConfig,
+    *,
+    before: dict | None = None,
+    strengths: Sequence[float] = STRENGTHS,
+    curve_limit: int | None = None,
+    progress: bool = True,
+) -> tuple[Path, dict]:
+    """Measure the adapter of a finished run against its base and write ``results.json`` into the run's folder.
+
+    Args:
+        config: the run.
+        before: what :func:`measure` returned for another run on the same base and tasks; saves measuring the base.
+        strengths: where the curve of source against target is taken, between 0 and 1.
+        curve_limit: items per task on the curve; None takes all.
+
+    Returns:
+        The file, and the measurement of the base for ``before``.
+
+    Raises:
+        UserError: if there is no trained adapter or nothing to measure it with.
+    """
+    folder = config.output / ADAPTER
+    if not (folder / "adapter_config.json").is_file():
+        raise UserError(f"{config.output} holds no trained adapter yet; run lorasculpt train first.")
+    source, target = held_out(config)
+    if not source or not target:
+        raise UserError("name what to measure: evaluate.source (what must be kept) and evaluate.target (what is learned).")
+    model, processor = load(config.base)
+    options: dict[str, Any] = {
+        "precision": precision(config, model),
+        "batch": config.evaluate.batch,
+        "max_new_tokens": config.evaluate.max_new_tokens,
+    }
+    name = str(config.method.get("name", "lorasculpt"))
+    if before is None:
+        before = evaluate(model, processor, source, target, progress="base" if progress else None, **options)
+    model = load_adapter(model, folder)
+    after = evaluate(model, processor, source, target, progress=name if progress else None, **options)
+    small_source, small_target = held_out(config, curve_limit or config.evaluate.limit)
+    points = []
+    if config.projector != "full":  # a replaced projector has no strength
+        words = name if progress else None
+        points = curve(model, processor, small_source, small_target, strengths, progress=words, **options)
+        points = [_end(0.0, before), *points, _end(1.0, after)]
+    training = json.loads((config.output / LOG_FILE).read_text())
+    run = {
+        "method": name,
+        "seed": config.seed,
+        "steps": training["steps"],
+        "settings": json.loads(config.model_dump_json()),
+        **comparison(before, after),
+        "seconds": training["seconds"],
+        "adapter_bytes": sum(path.stat().st_size for path in folder.glob("*.safetensors")),
+        "trainable": training["trainable"],
+        "curve": points,
+        "training": training["history"],
+        "gallery": gallery(source, target, before, after),
+    }
+    path = config.output / RESULTS_FILE
+    path.write_text(json.dumps({"schema": 1, "versions": versions(), "runs": [run]}, indent=1) + "\n")
+    return path, before
+
+
+def _end(strength: float, measured: dict) -> dict[str, Any]:
+    """The point of the curve where the adapter counts not at all, or whole."""
+    from .evaluation.summary import average_interval, paired_bootstrap, task_average
+
+    point: dict[str, Any] = {"strength": strength}
+    for side in ("source", "target"):
+        scores = {name: entry["scores"] for name, entry in measured[side].items()}
+        point[side] = task_average(scores)
+        point[f"{side}_interval"] = average_interval(scores, paired_bootstrap(scores, scores)[0])
+    return point
+
+
+def versions() -> dict[str, str]:
+    """What the numbers were made with."""
+    names = ("lorasculpt", "torch", "transformers", "peft", "trl", "accelerate")
+    return {"python": platform.python_version(), **{name: version(name) for name in names}}

@@ -1,0 +1,265 @@
+"""Config → trained adapter, on TRL's ``SFTTrainer``; no method is named here.
+
+    run.yaml → records → model + adapter → SFTTrainer + ClockCallback → output/adapter
+
+``output`` holds ``run.yaml`` (what ran), ``checkpoint-<step>`` (whole ones only), ``adapter`` and ``training.json``.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import shutil
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+from safetensors.torch import save_file
+from torch import nn
+from transformers import TrainerCallback, set_seed
+from trl import SFTConfig, SFTTrainer
+
+from .adapters.clock import ClockCallback
+from .adapters.load import PROJECTOR_FILE
+from .config import RunConfig
+from .data.batches import Collator, rows
+from .data.records import read
+from .errors import UserError
+from .evaluation import Task, evaluate, tasks
+from .evaluation.summary import task_average
+from .methods import METHODS
+from .models.load import autocast_dtype, load
+from .models.parts import parts, target_regex
+
+RUN_FILE, LOG_FILE, ADAPTER = "run.yaml", "training.json", "adapter"
+
+
+def train(config: RunConfig, *, progress: bool = True) -> Path:
+    """Train the adapter that ``config`` describes and return its folder.
+
+    Goes on by itself from the last whole checkpoint in ``config.output``; an adapter that is already there is left
+    alone. What is written is written under another name first.
+
+    Raises:
+        UserError: for anything in the config, the data or the folders that the user can mend.
+    """
+    output = config.output
+    _claim(output, config)
+    adapter = output / ADAPTER
+    if (adapter / "adapter_config.json").is_file():
+        return adapter
+    set_seed(config.seed)
+    model, processor = load(config.base)
+    model = attach(model, config)
+    records = read(config.data.train, images=config.data.images, limit=config.data.limit)
+    resume = _last_checkpoint(output)
+    clock = ClockCallback(resume)
+    trainer = SFTTrainer(
+        model=model,
+        args=_arguments(config, progress, precision(config, model)),
+        train_dataset=rows(records),
+        processing_class=processor,
+        data_collator=Collator(processor),
+        callbacks=[_Keep(output, config.training.keep, config.projector == "full")],
+        optimizers=(_optimizer(model, config), None),
+    )
+    clock.lead(trainer)
+    if config.evaluate.every:
+        trainer.add_callback(_Measure(config, processor, precision(config, model)))
+    began = time.monotonic()
+    try:
+        trainer.train(resume_from_checkpoint=str(resume) if resume else None)
+    except ValueError as error:
+        if "prune_step" in str(error):  # the one setting that can only be judged once the steps are counted
+            raise UserError(f"{config.where('method.prune_step')}: {error}") from error
+        raise
+    if trainer.is_world_process_zero():
+        _write(output, config, trainer, time.monotonic() - began)
+    return adapter
+
+
+def attach(model: nn.Module, config: RunConfig) -> PeftModel:
+    """``model`` with the adapter of ``config.method`` on the linears of its scope, and its projector as asked.
+
+    Raises:
+        UserError: for an unknown method, or a setting that it does not take, with the line in the file.
+    """
+    settings = dict(config.method)
+    name = settings.pop("name", "lorasculpt")
+    known: dict[str, type[LoraConfig]] = {"lora": LoraConfig, **METHODS}
+    if name not in known:
+        raise UserError(f"{config.where('method.name')}: no method is called {name!r}; there are {', '.join(known)}.")
+    fields = [field.name for field in dataclasses.fields(known[name]) if field.init]
+    for key in settings:
+        if key not in fields:
+            raise UserError(f"{config.where(f'method.{key}')}: {name} has no setting {key!r}; see lorasculpt methods.")
+    if "target_modules" not in settings:
+        scopes = [config.scope] + (["projector"] if config.projector == "lora" and config.scope != "all" else [])
+        settings["target_modules"] = "|".join(target_regex(model, scope) for scope in scopes)
+    try:
+        adapted = get_peft_model(model, known[name](**settings))
+    except (TypeError, ValueError) as error:
+        key = next((key for key in settings if key in str(error)), "name")
+        raise UserError(f"{config.where(f'method.{key}')}: {error}") from error
+    if config.projector == "full":
+        for parameter in _projector(adapted).values():
+            parameter.requires_grad_(True)
+    return adapted
+
+
+def precision(config: RunConfig, model: nn.Module) -> torch.dtype | None:
+    """The dtype of autocast that ``config.training.precision`` asks for; None is full precision."""
+    wanted = config.training.precision
+    device = next(model.parameters()).device
+    if wanted == "auto":
+        return autocast_dtype(device)
+    return {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}[wanted]
+
+
+def held_out(config: RunConfig, limit: int | None = None) -> tuple[list[Task], list[Task]]:
+    """The source and target tasks of ``config.evaluate``, at most ``limit`` items of each file."""
+    found = []
+    limit = config.evaluate.limit if limit is None else limit
+    for files in (config.evaluate.source, config.evaluate.target):
+        records = [record for file in files for record in read(file, images=config.evaluate.images)]
+        grouped = tasks(records)
+        kept = [dataclasses.replace(task, records=task.records[:limit]) for task in grouped]
+        metrics = config.evaluate.metric
+        found.append([dataclasses.replace(task, metric=metrics.get(task.name, task.metric)) for task in kept])
+    return found[0], found[1]
+
+
+def _projector(model: nn.Module) -> dict[str, nn.Parameter]:
+    base = model.get_base_model()
+    names = parts(base).projector
+    if not names:
+        raise UserError("this model has no projector to train; set projector: frozen.")
+    return {
+        name: parameter
+        for name, parameter in base.named_parameters()
+        if ".lora_" not in name and any(name.startswith(f"{part}.") for part in names)
+    }
+
+
+def _optimizer(model: nn.Module, config: RunConfig) -> torch.optim.Optimizer:
+    """AdamW with two learning rates: the projector's (adapted or full), and everybody else's."""
+    settings = config.training
+    names = tuple(f".{part.split('.')[-1]}." for part in parts(model).projector)
+    projector, others = [], []
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            (projector if any(part in name for part in names) else others).append(parameter)
+    groups: list[dict[str, Any]] = [{"params": others, "lr": settings.lr}]
+    if projector:
+        groups.append({"params": projector, "lr": settings.projector_lr})
+    return torch.optim.AdamW(groups, weight_decay=settings.weight_decay)
+
+
+def _arguments(config: RunConfig, progress: bool, autocast: torch.dtype | None) -> SFTConfig:
+    settings = config.training
+    length = {"max_steps": settings.steps} if settings.steps else {"num_train_epochs": settings.epochs}
+    on_cpu = not (torch.cuda.is_available() or torch.backends.mps.is_available())
+    return SFTConfig(
+        # checkpoints are made here and moved out when they are whole
+        output_dir=str(config.output / ".partial"),
+        **length,
+        per_device_train_batch_size=settings.batch,
+        gradient_accumulation_steps=settings.accumulation,
+        learning_rate=settings.lr,
+        warmup_steps=settings.warmup,
+        lr_scheduler_type=settings.schedule,
+        weight_decay=settings.weight_decay,
+        max_grad_norm=settings.max_grad_norm,
+        gradient_checkpointing=settings.checkpointing,
+        bf16=autocast == torch.bfloat16,
+        fp16=autocast == torch.float16,
+        logging_steps=settings.log_every,
+        save_strategy="steps" if settings.save_every else "no",
+        save_steps=settings.save_every or 500,
+        report_to=settings.report_to,
+        dataloader_num_workers=settings.workers,
+        dataloader_pin_memory=not on_cpu,
+        seed=config.seed,
+        disable_tqdm=not progress,
+        use_cpu=on_cpu,
+        remove_unused_columns=False,
+        max_length=None,
+        dataset_kwargs={"skip_prepare_dataset": True},
+    )
+
+
+def _claim(output: Path, config: RunConfig) -> None:
+    """Make ``output`` this run's folder, or find that it already is."""
+    path, text = output / RUN_FILE, config.to_yaml()
+    if path.is_file():
+        if path.read_text() != text:
+            raise UserError(f"{output} holds another run (see {path}); choose another output, or delete it.")
+    elif output.is_dir() and any(output.iterdir()):
+        raise UserError(f"{output} is not empty and holds no run of this program; choose another output.")
+    output.mkdir(parents=True, exist_ok=True)
+    path.write_text(text)
+    shutil.rmtree(output / ".partial", ignore_errors=True)
+
+
+def _last_checkpoint(output: Path) -> Path | None:
+    found = [path for path in output.glob("checkpoint-*") if path.is_dir()]
+    return max(found, key=lambda path: int(path.name.split("-")[1]), default=None)
+
+
+class _Keep(TrainerCallback):
+    """Move each checkpoint out of ``.partial`` when it is whole, and drop the oldest."""
+
+    def __init__(self, output: Path, keep: int, projector: bool):
+        self.output, self.keep, self.projector = output, keep, projector
+
+    def on_save(self, args, state, control, model=None, **kwargs):
+        if not state.is_world_process_zero:
+            return
+        made = Path(args.output_dir) / f"checkpoint-{state.global_step}"
+        if self.projector:
+            save_projector(model, made)
+        made.rename(self.output / made.name)
+        found = sorted(self.output.glob("checkpoint-*"), key=lambda path: int(path.name.split("-")[1]))
+        for old in found[: -self.keep]:
+            shutil.rmtree(old)
+
+
+class _Measure(TrainerCallback):
+    """Source and target, measured on a few items at chosen steps: the curves of the report."""
+
+    def __init__(self, config: RunConfig, processor, autocast: torch.dtype | None):
+        self.config, self.processor, self.autocast = config, processor, autocast
+        self.source, self.target = held_out(config, config.evaluate.during)
+
+    def on_step_end(self, args, state, control, model=None, **kwargs):
+        if state.global_step % self.config.evaluate.every and state.global_step != state.max_steps:
+            return
+        options = {"batch": self.config.evaluate.batch, "max_new_tokens": self.config.evaluate.max_new_tokens}
+        found = evaluate(model, self.processor, self.source, self.target, precision=self.autocast, **options)
+        point: dict[str, Any] = {"step": state.global_step}
+        for side in ("source", "target"):
+            if found[side]:
+                point[side] = task_average({name: entry["scores"] for name, entry in found[side].items()})
+        state.log_history.append(point)
+
+
+def save_projector(model: nn.Module, folder: Path) -> None:
+    """Write a fully trained projector beside its adapter."""
+    tensors = {name: value.detach().contiguous().cpu() for name, value in _projector(model).items()}
+    save_file(tensors, folder / PROJECTOR_FILE)
+
+
+def _write(output: Path, config: RunConfig, trainer: SFTTrainer, seconds: float) -> None:
+    """``training.json`` and then ``adapter``, whose presence says that the run is done."""
+    trained = sum(p.numel() for p in trainer.model.parameters() if p.requires_grad)
+    record = {"seconds": round(seconds, 1), "steps": trainer.state.global_step, "trainable": trained}
+    record["history"] = trainer.state.log_history
+    (output / LOG_FILE).write_text(json.dumps(record, indent=1) + "\n")
+    partial = output / ".partial" / ADAPTER
+    trainer.model.save_pretrained(partial)
+    if config.projector == "full":
+        save_projector(trainer.model, partial)
+    partial.rename(output / ADAPTER)
+    shutil.rmtree(output / ".partial", ignore_errors=True)

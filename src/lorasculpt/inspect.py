@@ -595,16 +595,18 @@ def _heat(axes: Axes, inspection: Inspection, field: str, title: str) -> None:
 
 
 def _scatter(axes: Axes, inspection: Inspection) -> None:
-    for kind in inspection.kinds:
-        own = [x.measures for x in inspection.layers if x.kind == kind]
-        axes.scatter([100 * m.expected_ba for m in own], [100 * m.density_ba for m in own], s=14, alpha=0.7, label=kind)
+    # a colour for each kind, or for each part where there are more kinds than colours the eye can tell apart
+    field = "kind" if len(inspection.kinds) <= 8 else "part"
+    for name in dict.fromkeys(getattr(x, field) for x in inspection.layers):
+        own = [x.measures for x in inspection.layers if getattr(x, field) == name]
+        axes.scatter([100 * m.expected_ba for m in own], [100 * m.density_ba for m in own], s=14, alpha=0.7, label=name)
     seen = [100 * x for layer in inspection.layers for x in (layer.measures.expected_ba, layer.measures.density_ba)]
     margin = max(2.0, 0.1 * (max(seen) - min(seen)))
     ends = (min(seen) - margin, max(seen) + margin)
     axes.plot(ends, ends, color="0.5", linewidth=1, linestyle="--")
     axes.set(xlim=ends, ylim=ends, xlabel="expected of random masks, %", ylabel="measured, %")
     axes.set_title("Density of BA", loc="left")
-    axes.legend(fontsize="x-small", frameon=False, ncols=math.ceil(len(inspection.kinds) / 8))
+    axes.legend(fontsize="x-small", frameon=False)
 
 
 def _curves(axes: Axes, inspection: Inspection) -> None:
@@ -615,7 +617,7 @@ def _curves(axes: Axes, inspection: Inspection) -> None:
         (line,) = axes.plot(shares, middle, label=label)
         axes.fill_between(shares, low, high, color=line.get_color(), alpha=0.2, linewidth=0)
     axes.set(xlim=(0, 100), ylim=(0, 102), xlabel="largest entries kept, %", ylabel="norm kept, %")
-    axes.set_title("Redundancy (band: 80% of modules)", loc="left")
+    axes.set_title("Redundancy, 10th to 90th percentile", loc="left")
     axes.legend(fontsize="small", frameon=False, loc="lower right")
 
 
@@ -624,7 +626,7 @@ def _overlaps(axes: Axes, inspection: Inspection) -> None:
     values = [100 * (inspection.kinds[kind].overlap or 0.0) for kind in kinds]
     axes.barh(range(len(kinds)), values)
     axes.axvline(100 * LARGE, color="0.5", linewidth=1, linestyle="--")
-    axes.set_yticks(range(len(kinds)), kinds)
+    axes.set_yticks(range(len(kinds)), kinds, fontsize="small")
     axes.invert_yaxis()
-    axes.set_xlabel("%; dashed: no preference")
-    axes.set_title(f"Energy on the largest {LARGE:.0%} of |W|", loc="left")
+    axes.set_xlabel(f"% on the largest {LARGE:.0%}")
+    axes.set_title("Energy on large |W|", loc="left")

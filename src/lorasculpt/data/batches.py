@@ -28,8 +28,8 @@ _MESSAGES = List({"role": Value("string"), "content": Value("string")})
 def rows(records: Sequence[Record]) -> Dataset:
     """``records`` in the shape that TRL's ``SFTTrainer`` and `Collator` take.
 
-    Columns: ``prompt`` and ``completion`` (lists of messages), ``task`` (name), and ``images`` (lists of paths) unless no
-    record has a picture: TRL refuses that column for a model without eyes. Train with
+    Columns: ``prompt`` and ``completion`` (lists of messages), ``task`` (name), and ``images`` (lists of paths) if any
+    record has a picture: TRL refuses that column for a model that reads text only. Train with
     ``SFTConfig(remove_unused_columns=False, max_length=None, dataset_kwargs={"skip_prepare_dataset": True})``.
     """
     columns: dict[str, list] = {
@@ -63,9 +63,9 @@ def prompt_text(processor: Any, messages: Sequence[Mapping[str, Any]], images: i
 class Collator:
     """Rows of `rows` to a batch: ``input_ids``, ``attention_mask`` and ``labels`` (batch, length), and pixels if any.
 
-    Rows with and without pictures may share a batch. Batches of a processor are padded on the right, as TRL's are; those
-    of a plain tokenizer on its ``padding_side``. PaliGemma reads its prompt in both directions and ends it in its own way,
-    so its batches come from its processor's prompt and suffix; it cannot take a row without a picture.
+    Rows with and without pictures may share a batch. Batches of a processor are padded on the right, as TRL's are;
+    those of a plain tokenizer on its ``padding_side``. PaliGemma reads its prompt in both directions and ends it in its
+    own way, so its batches come from its processor's prompt and suffix; it cannot take a row without a picture.
 
     Args:
         processor: The model's processor, or its tokenizer if it reads text only.

@@ -5,10 +5,10 @@
 - ``{"prompt": ..., "completion": ..., "images": [...]}``, each a text or a list of messages
 - ``{"conversations": [{"from": "human", "value": ...}, ...], "image": ...}`` of LLaVA and ShareGPT
 
-In every layout ``image`` names one picture and ``images`` lists several, ``task`` names the task, ``choices`` lists what
-may be answered, ``system`` is a system message, and ``id``, ``model`` and ``meta`` are ignored. ``<image>`` marks are
-removed from the text: pictures come first in the prompt. A ``.jsonl`` file holds one row per line, a ``.json`` file a
-list of rows.
+In every layout ``image`` names one picture and ``images`` lists several, ``task`` names the task, ``choices`` lists
+what may be answered, ``system`` is a system message, and ``id``, ``model`` and ``meta`` are ignored. ``<image>`` marks
+are removed from the text: pictures come first in the prompt. A ``.jsonl`` file holds one row per line, a ``.json`` file
+a list of rows.
 """
 
 from __future__ import annotations

@@ -1,0 +1,118 @@
+"""A base model and its processor from a folder or the Hub, and the precision it trains in."""
+
+from __future__ import annotations
+
+import importlib.util
+import re
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForImageTextToText,
+    AutoProcessor,
+    AutoTokenizer,
+    BitsAndBytesConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    ProcessorMixin,
+)
+from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES as IMAGE_TEXT_CLASSES
+
+from ..demo import tower
+from ..errors import UserError
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "auto": "auto"}
+QUANTIZATIONS = ("4bit", "8bit")
+
+
+def load(
+    base: str | Path,
+    *,
+    dtype: str = "float32",
+    trust_remote_code: bool = False,
+    quantization: str | None = None,
+) -> tuple[PreTrainedModel, ProcessorMixin | PreTrainedTokenizerBase]:
+    """The model, on the CPU and in evaluation mode, and its processor (its tokenizer if it reads text only).
+
+    Attention is eager without a GPU, where it was measured to be faster at the sizes that a CPU can train; with one it is
+    transformers' own choice, SDPA wherever the family has it. Weights are read from safetensors files alone. A tokenizer
+    without a padding token gets its end token for one: padding is masked everywhere.
+
+    Args:
+        base: A model folder, or the name of a model on the Hub.
+        dtype: ``"float32"``, ``"bfloat16"``, ``"float16"``, or ``"auto"`` for what the files hold.
+        trust_remote_code: Run the code that comes with the model.
+        quantization: ``"4bit"`` (NF4, computing in bfloat16) or ``"8bit"`` through bitsandbytes. Default: none.
+
+    Raises:
+        UserError: no model there, or one that needs another package or its own code.
+    """
+    tower.register()
+    if dtype not in DTYPES:
+        raise UserError(f"dtype {dtype!r} is unknown; use one of {', '.join(DTYPES)}")
+    if Path(base).exists() and not (Path(base) / "config.json").exists():
+        raise UserError(f"{base} is no model folder: it has no config.json; name the folder that has one")
+    if not Path(base).exists() and not re.fullmatch(r"[\w-][\w.-]*(/[\w.-]+)?", str(base)):
+        raise UserError(f"the model folder {base} does not exist; correct the path")
+    options: dict[str, Any] = {"trust_remote_code": trust_remote_code}
+    try:
+        config = AutoConfig.from_pretrained(base, **options)
+        own_code = getattr(config, "auto_map", {})
+        sees = config.model_type in IMAGE_TEXT_CLASSES or "AutoModelForImageTextToText" in own_code
+        processor = (AutoProcessor if sees else AutoTokenizer).from_pretrained(base, **options)
+        model = (AutoModelForImageTextToText if sees else AutoModelForCausalLM).from_pretrained(
+            base,
+            dtype=DTYPES[dtype],
+            attn_implementation=None if torch.cuda.is_available() else "eager",
+            quantization_config=_quantization(quantization),
+            use_safetensors=True,
+            **options,
+        )
+    except (OSError, ValueError, ImportError, SafetensorError) as error:
+        reason = str(error).strip().split("\n")[0]
+        raise UserError(f"{base} cannot be loaded as a model ({reason}); check the name or the folder") from error
+    tokenizer = getattr(processor, "tokenizer", processor)
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    return model, processor
+
+
+def _quantization(name: str | None) -> BitsAndBytesConfig | None:
+    if name is None:
+        return None
+    if name not in QUANTIZATIONS:
+        raise UserError(f"quantization {name!r} is unknown; use one of {', '.join(QUANTIZATIONS)}, or none")
+    if importlib.util.find_spec("bitsandbytes") is None:
+        raise UserError("quantization needs the package bitsandbytes; install it with: pip install bitsandbytes")
+    if name == "8bit":
+        return BitsAndBytesConfig(load_in_8bit=True)
+    return BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=torch.bfloat16)
+
+
+def autocast_dtype(device: torch.device | str) -> torch.dtype | None:
+    """What ``precision: auto`` means on ``device``: bfloat16 where it is faster than float32, else None (no autocast).
+
+    On CUDA that is a matter of hardware support. CPUs differ too much to know, so one is timed for some 20 ms.
+    """
+    device = torch.device(device)
+    if device.type == "cuda":
+        return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else None
+    if device.type != "cpu":
+        return None
+    return torch.bfloat16 if _seconds(torch.float32) >= 1.5 * _seconds(torch.bfloat16) else None
+
+
+def _seconds(dtype: torch.dtype) -> float:
+    """Time of a product of the size of a small language model's layers on this CPU: the better of two, after one more."""
+    a, b = torch.ones(512, 576, dtype=dtype), torch.ones(576, 576, dtype=dtype)
+    times = []
+    for _ in range(3):
+        start = time.perf_counter()
+        a @ b
+        times.append(time.perf_counter() - start)
+    return min(times[1:])

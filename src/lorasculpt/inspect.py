@@ -26,9 +26,9 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from torch import Tensor
 
-from lorasculpt.errors import UserError
-from lorasculpt.ops.conflict import awareness
-from lorasculpt.ops.density import density, expected_density, product_density, redundancy_curve
+from .errors import UserError
+from .ops.conflict import awareness
+from .ops.density import density, expected_density, product_density, redundancy_curve
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -468,7 +468,7 @@ def _layer(pair: Pair, measures: Measures) -> Layer:
 def _together(group: Sequence[Measures]) -> Measures:
     """Several modules as one; how each field is combined is said at :class:`Measures`."""
 
-    def by(weight: str, field: str) -> float | None:
+    def by(weight: str, field: str) -> Any:
         pairs = [(getattr(m, weight), getattr(m, field)) for m in group if getattr(m, field) is not None]
         total = math.fsum(w for w, _ in pairs)
         return math.fsum(w * value for w, value in pairs) / total if total else None
@@ -562,7 +562,8 @@ def plot(inspection: Inspection, path: str | Path) -> None:
 
     height = 0.28 * len(inspection.kinds) + 1  # inches of a heat map
     figure = Figure(figsize=(12, 2 * height + 4), layout="constrained")
-    above, below = figure.subfigures(2, 1, height_ratios=[2 * height, 4])
+    grid = figure.add_gridspec(2, 1, height_ratios=[2 * height, 4])
+    above, below = figure.add_subfigure(grid[0]), figure.add_subfigure(grid[1])
     energy, density = above.subplots(2, 1)
     _heat(energy, inspection, "share", "Share of the update's energy, %")
     _heat(density, inspection, "density_ba", "Density of BA, %")
@@ -577,7 +578,7 @@ def plot(inspection: Inspection, path: str | Path) -> None:
 def _heat(axes: Axes, inspection: Inspection, field: str, title: str) -> None:
     """Kinds down, layers across; grey where there is no adapter."""
     kinds = list(inspection.kinds)
-    blocks = sorted({x.block for x in inspection.layers if x.block is not None})
+    blocks: list[int | None] = [*sorted({x.block for x in inspection.layers if x.block is not None})]
     if any(x.block is None for x in inspection.layers):
         blocks.append(None)
     cells = np.full((len(kinds), len(blocks)), np.nan)
@@ -597,7 +598,7 @@ def _heat(axes: Axes, inspection: Inspection, field: str, title: str) -> None:
 def _scatter(axes: Axes, inspection: Inspection) -> None:
     # a colour for each kind, or for each part where there are more kinds than colours the eye can tell apart
     field = "kind" if len(inspection.kinds) <= 8 else "part"
-    for name in dict.fromkeys(getattr(x, field) for x in inspection.layers):
+    for name in dict.fromkeys(getattr(x, field) for x in sorted(inspection.layers, key=_order)):
         own = [x.measures for x in inspection.layers if getattr(x, field) == name]
         axes.scatter([100 * m.expected_ba for m in own], [100 * m.density_ba for m in own], s=14, alpha=0.7, label=name)
     seen = [100 * x for layer in inspection.layers for x in (layer.measures.expected_ba, layer.measures.density_ba)]

@@ -1,0 +1,370 @@
+"""An adapter for the world outside: a plain LoRA folder, or the base model with the update merged in.
+
+Whatever is written is loaded again from disk, by the stock classes a user would load it with, and must answer fixed
+prompts as the adapter does. Only then does it appear under its name; a failed export leaves nothing behind.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import tempfile
+import warnings
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from peft import LoraConfig, PeftModel
+from PIL import Image, ImageDraw
+from safetensors.torch import save_file
+from torch import Tensor, nn
+from transformers import AutoConfig
+
+from .adapters.load import PROJECTOR_FILE
+from .adapters.load import load as load_adapter
+from .errors import UserError
+from .inspect import Adapter, Pair, read_adapter, read_config
+from .models.load import load
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+TOLERANCE = {"float32": 1e-3, "float16": 1e-2, "bfloat16": 5e-2}
+"""Largest relative difference of the logits that is put down to rounding, by the precision of what was written."""
+AGREEMENT = {"float32": 0.98, "float16": 0.95, "bfloat16": 0.85}
+"""Smallest share of positions with the same most likely token."""
+PROMPTS = (
+    "The capital of France is",
+    "Question: What is 12 + 30? Answer:",
+    "def fibonacci(n):\n    if n < 2:\n        return n\n    return",
+)
+IMAGE_PROMPT = "Describe the picture in one sentence."
+VISIBLE = 1e-5
+"""Relative effect on the logits from which on an adapter must be found again in what was written."""
+VLLM_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)
+"""Values that vLLM takes for ``--max-lora-rank``."""
+CARD = """\
+---
+{base_model}library_name: peft
+tags:
+- lora
+---
+
+# {name}
+
+A plain LoRA of rank {r}: two factors for each adapted linear layer, and nothing else.
+
+With PEFT:
+
+```python
+from peft import PeftModel
+from transformers import AutoModelForImageTextToText
+
+base = AutoModelForImageTextToText.from_pretrained("{base}")  # AutoModelForCausalLM for a text model
+model = PeftModel.from_pretrained(base, "path/to/{name}")
+```
+
+With vLLM:
+
+```sh
+vllm serve {base} --enable-lora --max-lora-rank {rank} --lora-modules {name}=path/to/{name}
+```
+
+`export.json` says how closely this adapter's logits agree with those of the adapter it was made from.
+"""
+
+
+@dataclass(frozen=True)
+class Parity:
+    """How far the logits of what was written are from those of the live adapter, over every position of the prompts."""
+
+    positions: int
+    max_abs: float  # largest difference of one logit
+    relative: float  # ||difference|| / ||logits centred at each position||
+    top1: float  # share of positions with the same most likely token
+    effect: float  # relative difference that the adapter itself makes to its base
+    kept: float | None  # how much of that effect is found again, 1 being all of it; None for an adapter without effect
+
+
+@dataclass(frozen=True)
+class Report:
+    """What an export wrote, and how well it agrees with the adapter; ``export.json`` in the folder holds the same."""
+
+    out: str
+    to: str
+    dtype: str
+    adapter: str
+    base: str
+    bytes: int
+    parity: Parity
+    tolerance: float
+    agreement: float
+    versions: dict[str, str]
+
+
+def export(
+    adapter_folder: str | Path,
+    base: str | Path,
+    out: str | Path,
+    to: Literal["lora", "merged"] = "lora",
+    *,
+    dtype: str | None = None,
+    force: bool = False,
+) -> Report:
+    """Write an adapter as a plain LoRA or as a merged model, and check what was written against the adapter.
+
+    The base is loaded in fp32 whatever ``dtype`` says, so that the check sees the rounding of what was written and no
+    other: 4 bytes of memory for each of its parameters, and for each position of the prompts its logits.
+
+    Args:
+        adapter_folder: an adapter that is a LoRA on disk.
+        base: the model it belongs to, a folder or a name on the Hub.
+        out: the folder to write.
+        to: ``"lora"``: lora_A and lora_B alone, one scaling for all modules, for PEFT, vLLM and llama.cpp.
+            ``"merged"``: W + (alpha/r) BA with processor and generation configuration, for anything that loads models.
+        dtype: ``"float32"``, ``"bfloat16"`` or ``"float16"``. None keeps a LoRA's own, and merges in the base's own.
+        force: replace an earlier export in ``out``.
+
+    Raises:
+        UserError: the adapter cannot be exported in this way or does not fit the base, ``out`` is taken, or what was
+            written does not agree with the adapter within ``TOLERANCE`` and ``AGREEMENT``.
+    """
+    folder, out = Path(adapter_folder), Path(out)
+    _check_words(to, dtype)
+    read_config(folder)  # refuses a method that is no single product
+    _check_out(out, force, folder, Path(base))
+    adapter = _plain(folder) if to == "lora" else None
+
+    model, processor = load(str(base))
+    live = _attach(load_adapter, model, folder)
+    inputs = _prompts(processor)
+    expected = _logits(live, inputs)
+    with live.disable_adapter():
+        without = _logits(live, inputs)
+
+    out.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=f".{out.name}-", dir=out.parent) as temporary:
+        written = Path(temporary) / out.name
+        written.mkdir()
+        if adapter:
+            dtype = dtype or _known(adapter.pairs[0].A.dtype)
+            _write_lora(adapter, written, str(base), dtype)
+            del live, model  # one base in memory at a time
+            found = _logits(_attach(PeftModel.from_pretrained, load(str(base))[0], written), inputs)
+        else:
+            dtype = dtype or _known(AutoConfig.from_pretrained(str(base)).dtype)
+            _write_merged(live, processor, written, dtype)
+            del live, model
+            found = _merged_logits(written, inputs)
+        report = Report(
+            out=str(out),
+            to=to,
+            dtype=dtype,
+            adapter=str(folder),
+            base=str(base),
+            bytes=sum(file.stat().st_size for file in written.iterdir()),
+            parity=_compare(expected, without, found),
+            tolerance=TOLERANCE[dtype],
+            agreement=AGREEMENT[dtype],
+            versions={name: version(name) for name in ("lorasculpt", "torch", "transformers", "peft")},
+        )
+        _check_parity(report)
+        content = json.dumps({"schema": 1, **asdict(report)}, indent=1, allow_nan=False)
+        (written / "export.json").write_text(content + "\n", encoding="utf-8")
+        if out.exists():
+            out.rename(Path(temporary) / "replaced")
+        written.rename(out)
+    return report
+
+
+# --- what may be exported -------------------------------------------------------------------------------------------
+
+
+def _check_words(to: str, dtype: str | None) -> None:
+    if to not in ("lora", "merged"):
+        raise UserError(f"An export is to 'lora' or 'merged', not {to!r}.")
+    if dtype is not None and dtype not in DTYPES:
+        raise UserError(f"The dtype of an export is one of {', '.join(DTYPES)}, not {dtype!r}.")
+
+
+def _check_out(out: Path, force: bool, *sources: Path) -> None:
+    for source in sources:
+        if source.resolve().is_relative_to(out.resolve()):
+            raise UserError(f"{out} holds {source}, which the export is made from; name another folder.")
+    if out.exists() and not out.is_dir():
+        raise UserError(f"{out} is a file; name a folder.")
+    if out.is_dir() and any(out.iterdir()):
+        if not (out / "export.json").is_file():
+            raise UserError(f"{out} is not empty and holds no export; name another folder.")
+        if not force:
+            raise UserError(f"{out} holds an earlier export; force the new one to replace it.")
+
+
+def _plain(folder: Path) -> Adapter:
+    """The adapter, if lora_A and lora_B are all there is to it."""
+    adapter = read_adapter(folder)
+    more = adapter.other[0] if adapter.other else PROJECTOR_FILE if (folder / PROJECTOR_FILE).is_file() else None
+    if more:
+        raise UserError(
+            f"{folder} also holds {more}, for which a plain LoRA has no place; export it as a merged model."
+        )
+    return adapter
+
+
+def _attach(loader: Callable[[nn.Module, str], PeftModel], model: nn.Module, folder: Path) -> PeftModel:
+    with warnings.catch_warnings():
+        # PEFT only warns, and the modules concerned would silently be those of the base
+        warnings.filterwarnings("error", message="Found missing adapter keys")
+        try:
+            return loader(model, str(folder)).eval()
+        except UserWarning as error:
+            raise UserError(f"The adapter in {folder} does not fit the base: {str(error)[:200]}") from None
+
+
+def _known(dtype: torch.dtype | str | None) -> str:
+    name = str(dtype).removeprefix("torch.")
+    return name if name in DTYPES else "float32"
+
+
+# --- writing --------------------------------------------------------------------------------------------------------
+
+
+def _write_lora(adapter: Adapter, out: Path, base: str, dtype: str) -> None:
+    """Stock files. Ranks and scalings that differ by module, or rsLoRA's, are folded into the factors.
+
+    vLLM takes one rank and one alpha for all modules, llama.cpp one alpha and no rsLoRA: they would scale such an
+    adapter wrongly without a word. So B takes the scaling in, and smaller ranks are filled up with zeros.
+    """
+    config = LoraConfig.from_pretrained(str(adapter.folder))
+    pairs = adapter.pairs
+    if config.rank_pattern or config.alpha_pattern or config.use_rslora:
+        config.r = config.lora_alpha = max(pair.A.shape[0] for pair in pairs)
+        config.rank_pattern, config.alpha_pattern, config.use_rslora = {}, {}, False
+        pairs = tuple(_folded(pair, config.r) for pair in pairs)
+    config.init_lora_weights = True  # another value changes the base when the adapter is loaded
+    config.inference_mode = True
+    config.base_model_name_or_path = config.base_model_name_or_path or base
+    config.save_pretrained(str(out))
+    tensors = {
+        f"base_model.model.{pair.name}.lora_{side}.weight": factor.to(DTYPES[dtype]).contiguous()
+        for pair in pairs
+        for side, factor in (("A", pair.A), ("B", pair.B))
+    }
+    save_file(tensors, out / "adapter_model.safetensors", metadata={"format": "pt"})
+    (out / "README.md").write_text(_card(config, out.name), encoding="utf-8")
+
+
+def _folded(pair: Pair, r: int) -> Pair:
+    """The same update with a scaling of 1 and rank ``r``."""
+    missing = r - pair.A.shape[0]
+    A = torch.nn.functional.pad(pair.A, (0, 0, 0, missing))
+    B = torch.nn.functional.pad(pair.B * pair.scaling, (0, missing))
+    return Pair(pair.name, A, B, 1.0)
+
+
+def _card(config: LoraConfig, name: str) -> str:
+    base = config.base_model_name_or_path
+    on_hub = re.fullmatch(r"[\w.-]+/[\w.-]+", base) is not None and not Path(base).exists()
+    shown = base if on_hub else "path/to/the/base/model"
+    rank = next((rank for rank in VLLM_RANKS if rank >= config.r), config.r)
+    return CARD.format(
+        base_model=f"base_model: {base}\n" if on_hub else "", base=shown, name=name, r=config.r, rank=rank
+    )
+
+
+def _write_merged(live: PeftModel, processor: Any, out: Path, dtype: str) -> None:
+    """The model with the update in its weights, and everything else that loading it needs."""
+    model = live.merge_and_unload(safe_merge=True).to(DTYPES[dtype])
+    generation = getattr(model, "generation_config", None)
+    if generation is not None and not generation.do_sample:
+        # some bases state these without sampling, where they have no effect; such a configuration cannot be saved
+        generation.temperature = generation.top_p = generation.top_k = None
+    model.save_pretrained(out)
+    processor.save_pretrained(out)
+
+
+# --- the parity check -----------------------------------------------------------------------------------------------
+
+
+def _prompts(processor: Any) -> list[dict[str, Tensor]]:
+    """The fixed prompts as model inputs: text, and a picture if the processor takes one."""
+    tokenizer = getattr(processor, "tokenizer", processor)
+    inputs = []
+    for text in PROMPTS:
+        encoded = tokenizer(text, return_tensors="pt")
+        inputs.append({key: encoded[key] for key in ("input_ids", "attention_mask")})
+    if getattr(processor, "image_processor", None) is not None:
+        inputs.append(_image_prompt(processor))
+    return inputs
+
+
+def _image_prompt(processor: Any) -> dict[str, Tensor]:
+    picture = Image.new("RGB", (224, 224), (200, 220, 240))
+    draw = ImageDraw.Draw(picture)
+    draw.ellipse((30, 40, 130, 140), fill=(220, 40, 40))
+    draw.rectangle((110, 120, 200, 200), fill=(40, 90, 200))
+    if getattr(processor, "chat_template", None):
+        content = [{"type": "image", "image": picture}, {"type": "text", "text": IMAGE_PROMPT}]
+        return dict(
+            processor.apply_chat_template(
+                [{"role": "user", "content": content}],
+                add_generation_prompt=True,
+                tokenize=True,
+                return_dict=True,
+                return_tensors="pt",
+            )
+        )
+    token = getattr(processor, "image_token", "<image>")
+    return dict(processor(images=picture, text=f"{token}\n{IMAGE_PROMPT}", return_tensors="pt"))
+
+
+@torch.no_grad()
+def _logits(model: nn.Module, inputs: Sequence[dict[str, Tensor]]) -> Tensor:
+    """Logits of every position of every prompt, (positions, vocabulary), in fp32 on the CPU."""
+    device = next(model.parameters()).device
+    found = [model(**{key: x.to(device) for key, x in one.items()}).logits[0] for one in inputs]
+    return torch.cat(found).float().cpu()
+
+
+def _merged_logits(folder: Path, inputs: Sequence[dict[str, Tensor]]) -> Tensor:
+    model, processor = load(str(folder))
+    again = _prompts(processor)
+    if any(not torch.equal(a["input_ids"], b["input_ids"]) for a, b in zip(inputs, again, strict=True)):
+        raise UserError(
+            "The processor that was written reads the prompts differently from the base's; nothing is kept."
+        )
+    return _logits(model.eval(), again)
+
+
+def _compare(expected: Tensor, without: Tensor, found: Tensor) -> Parity:
+    # a constant added to all logits of a position changes no probability, so it is not counted as size
+    size = float((expected - expected.mean(-1, keepdim=True)).norm())
+    effect, error = expected - without, found - expected
+    relative_effect = float(effect.norm()) / size
+    # the part of the written model's own effect that points where the adapter's does: 0 if the adapter was lost,
+    # however small it is beside the rounding of the base
+    kept = 1 + float((error * effect).sum() / effect.square().sum()) if relative_effect > VISIBLE else None
+    return Parity(
+        positions=expected.shape[0],
+        max_abs=float(error.abs().max()),
+        relative=float(error.norm()) / size,
+        top1=float((found.argmax(-1) == expected.argmax(-1)).float().mean()),
+        effect=relative_effect,
+        kept=kept,
+    )
+
+
+def _check_parity(report: Report) -> None:
+    parity = report.parity
+    present = parity.kept is None or abs(parity.kept - 1) < 0.5
+    if parity.relative <= report.tolerance and parity.top1 >= report.agreement and present:
+        return
+    kept = "" if parity.kept is None else f", with {parity.kept:.0%} of the adapter's effect"
+    mend = "" if report.dtype == "float32" else "; try dtype='float32'"
+    raise UserError(
+        f"The export of {report.adapter} does not agree with the adapter and was not kept: logits differ by "
+        f"{parity.relative:.2g} (at most {report.tolerance:g}), by {parity.max_abs:.2g} at the worst, and agree "
+        f"on the top token at {parity.top1:.1%} of {parity.positions} positions "
+        f"(at least {report.agreement:.0%}){kept}{mend}."
+    )

@@ -1,0 +1,404 @@
+"""One YAML file is one run: read, checked, and every mistake told with its line.
+
+```yaml
+base: HuggingFaceTB/SmolVLM-256M-Instruct
+output: runs/invoices
+method: {name: lorasculpt, r: 32, density: 0.1}
+data: {train: invoices/train.jsonl}
+training: {epochs: 3}
+evaluate: {source: [general/test.jsonl], target: [invoices/test.jsonl]}
+```
+
+Relative paths are relative to the file. The settings under ``method`` belong to the method and are checked where it is
+built, which points at their lines with `RunConfig.error`.
+"""
+
+from __future__ import annotations
+
+import difflib
+import importlib.util
+import re
+from collections.abc import Callable, Hashable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    PlainSerializer,
+    PrivateAttr,
+    ValidationError,
+    ValidationInfo,
+    field_validator,
+    model_validator,
+)
+
+from .errors import UserError
+
+Key = tuple[Hashable, ...]
+
+
+def _resolve(value: Any, info: ValidationInfo) -> Any:
+    """A path as written, taken relative to the folder of the YAML file that it was written in."""
+    if isinstance(value, str) and value:
+        folder = (info.context or {}).get("folder", Path())
+        return folder / Path(value).expanduser()
+    return value
+
+
+def _name_or_folder(value: Any, info: ValidationInfo) -> Any:
+    """The name of a model, or the path of a folder that exists."""
+    path = _resolve(value, info)
+    return str(path) if isinstance(path, Path) and path.exists() else value
+
+
+def _listed(value: Any) -> Any:
+    return [value] if isinstance(value, str) else value
+
+
+RelativePath = Annotated[Path, BeforeValidator(_resolve), PlainSerializer(str)]
+Paths = Annotated[list[RelativePath], BeforeValidator(_listed)]
+Positive = Annotated[int, Field(ge=1)]
+
+
+class _Section(BaseModel):
+    """Unknown keys are errors, a setting has the type it says (``batch: true`` is not 1), and nothing changes later."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
+
+
+class Data(_Section):
+    """What is trained on.
+
+    Args:
+        train: Data file (`lorasculpt.data.records`).
+        images: Folder of its pictures. Default: the data file's.
+        limit: Use the first so many rows. Default: all.
+    """
+
+    train: RelativePath
+    images: RelativePath | None = None
+    limit: Positive | None = None
+
+
+class Training(_Section):
+    """How it is trained.
+
+    Args:
+        steps: Optimizer steps; or else ``epochs``.
+        epochs: Passes over the data. Default: 1, unless ``steps`` is given.
+        batch: Rows per device and micro-batch.
+        accumulation: Micro-batches per optimizer step.
+        lr: Peak learning rate of the adapter.
+        projector_lr: Peak learning rate of the projector, where it is trained.
+        warmup: Share of the steps in which the learning rate rises, in [0, 1).
+        schedule: How the learning rate falls after that.
+        weight_decay: Of AdamW.
+        max_grad_norm: Gradients are clipped to this norm; 0 does not clip.
+        precision: Of the computation; weights of the adapter stay in fp32. ``auto``: bf16 where it is faster.
+        checkpointing: Compute activations twice to save memory.
+        save_every: Steps between checkpoints. Default: none before the end.
+        keep: Newest checkpoints to keep.
+        log_every: Steps between log entries.
+        report_to: Trackers by transformers' names. Default: ``[tensorboard]`` where it is installed.
+        workers: Processes that prepare batches; 0 prepares them in the training process.
+    """
+
+    steps: Positive | None = None
+    epochs: Annotated[float, Field(gt=0)] | None = None
+    batch: Positive = 8
+    accumulation: Positive = 1
+    lr: Annotated[float, Field(gt=0)] = 2e-4
+    projector_lr: Annotated[float, Field(gt=0)] = 2e-5
+    warmup: Annotated[float, Field(ge=0, lt=1)] = 0.03
+    schedule: Literal["cosine", "linear", "constant"] = "cosine"
+    weight_decay: Annotated[float, Field(ge=0)] = 0.0
+    max_grad_norm: Annotated[float, Field(ge=0)] = 1.0
+    precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
+    checkpointing: bool = False
+    save_every: Positive | None = None
+    keep: Positive = 2
+    log_every: Positive = 10
+    report_to: list[str] = Field(
+        default_factory=lambda: ["tensorboard"] if importlib.util.find_spec("tensorboard") else []
+    )
+    workers: Annotated[int, Field(ge=0)] = 0
+
+    @model_validator(mode="before")
+    @classmethod
+    def _one_length(cls, values: Any) -> Any:
+        if isinstance(values, dict):
+            given = [key for key in ("steps", "epochs") if values.get(key) is not None]
+            if len(given) == 2:
+                raise ValueError("has both steps and epochs; remove one, or set it to null")
+            if not given:
+                return {**values, "epochs": 1.0}
+        return values
+
+
+class Evaluate(_Section):
+    """What is measured before and after training.
+
+    Args:
+        source: Data files of what the model knew.
+        target: Data files of what it is taught.
+        images: Folder of their pictures. Default: each data file's.
+        limit: Questions per task. Default: all.
+        every: Steps between measurements during training. Default: none.
+        during: Questions per task of such a measurement.
+        batch: Questions at a time.
+        max_new_tokens: Longest answer.
+        metric: Metric of a task by its name. Default of a task: ``exact``.
+    """
+
+    source: Paths = Field(default_factory=list)
+    target: Paths = Field(default_factory=list)
+    images: RelativePath | None = None
+    limit: Positive | None = None
+    every: Positive | None = None
+    during: Positive = 50
+    batch: Positive = 32
+    max_new_tokens: Positive = 16
+    metric: dict[str, Literal["exact", "contains", "vqa", "choice"]] = Field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class _Origin:
+    """Where each key was written. Two runs are equal wherever they were written, so nothing here is compared."""
+
+    file: str = field(default="the run", compare=False)
+    lines: dict[Key, int] = field(default_factory=dict, compare=False)
+    overrides: dict[Key, str] = field(default_factory=dict, compare=False)
+
+    def place(self, key: Key) -> str:
+        """``run.yaml:12`` or the override that gave ``key``, or else what encloses it."""
+        for outer in _outward(key):
+            if outer in self.overrides:
+                return f"override {self.overrides[outer]!r}"
+        line = self.line(key)
+        return self.file if line is None else f"{self.file}:{line}"
+
+    def line(self, key: Key) -> int | None:
+        """The line of ``key``, or else of what encloses it."""
+        return next((self.lines[outer] for outer in _outward(key) if outer in self.lines), None)
+
+
+def _outward(key: Key) -> list[Key]:
+    """``key`` and everything that encloses it, from the inside."""
+    return [key[:length] for length in range(len(key), 0, -1)]
+
+
+class RunConfig(_Section):
+    """Everything about one run.
+
+    Args:
+        base: Folder or Hub name of the base model.
+        output: Folder for everything the run writes.
+        seed: Of data order and initial adapter.
+        method: ``name`` of the method, and its settings.
+        scope: Which part of the model gets the adapter.
+        projector: Whether the projector is left alone, gets an adapter too, or is trained whole.
+        data: What is trained on.
+        training: How.
+        evaluate: What is measured.
+    """
+
+    base: Annotated[str, Field(min_length=1), BeforeValidator(_name_or_folder)]
+    output: RelativePath
+    seed: Annotated[int, Field(ge=0)] = 0
+    method: dict[str, Any] = Field(default_factory=lambda: {"name": "lorasculpt"})
+    scope: Literal["language", "vision", "projector", "all"] = "language"
+    projector: Literal["frozen", "lora", "full"] = "frozen"
+    data: Data
+    training: Training = Field(default_factory=lambda: Training(epochs=1.0))
+    evaluate: Evaluate = Field(default_factory=Evaluate)
+    _origin: _Origin = PrivateAttr(default_factory=_Origin)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _empty_sections(cls, values: Any) -> Any:
+        """A section without keys (all of them commented out) is one that was not given."""
+        return (
+            {key: value for key, value in values.items() if value is not None} if isinstance(values, dict) else values
+        )
+
+    @field_validator("method")
+    @classmethod
+    def _named(cls, method: dict[str, Any]) -> dict[str, Any]:
+        return {"name": "lorasculpt", **method}
+
+    @field_validator("projector")
+    @classmethod
+    def _one_treatment(cls, projector: str, info: ValidationInfo) -> str:
+        scope = info.data.get("scope")
+        if projector == "full" and scope in ("projector", "all"):
+            raise ValueError(f"must not be full with scope: {scope}, which gives the projector an adapter; change one")
+        return projector
+
+    @classmethod
+    def load(cls, path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
+        """Read and check a YAML file.
+
+        Args:
+            path: The file.
+            overrides: ``key=value`` with a dotted key, such as ``training.lr=1e-4``. Values are read as YAML.
+
+        Raises:
+            UserError: for the first mistake, naming its line or its override and the mend.
+        """
+        path = Path(path)
+        values, lines = _read(path)
+        origin = _Origin(str(path), lines)
+        for override in overrides:
+            _override(values, override, origin)
+        try:
+            config = cls.model_validate(values, context={"folder": path.parent.resolve()})
+        except ValidationError as error:
+            raise UserError(_explain(error, origin)) from None
+        config._origin = origin
+        return config
+
+    def to_yaml(self) -> str:
+        """The whole run as YAML, every default written out; `load` reads it back as an equal run."""
+        return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+
+    def line_of(self, key: str) -> int | None:
+        """Line on which a dotted key such as ``"method.density"`` was written; None if it was not, or overridden."""
+        path = tuple(key.split("."))
+        overridden = any(outer in self._origin.overrides for outer in _outward(path))
+        return None if overridden else self._origin.lines.get(path)
+
+    def error(self, key: str, message: str) -> UserError:
+        """The error to raise about a dotted key: ``run.yaml:7: method.density <message>``."""
+        return UserError(f"{self._origin.place(tuple(key.split('.')))}: {key} {message}")
+
+
+# --- YAML with line numbers -----------------------------------------------------------------------------------------
+
+
+class _Loader(yaml.SafeLoader):
+    """Reads ``5e-4`` as the number it is; YAML 1.1 takes it for text."""
+
+
+_Loader.yaml_implicit_resolvers = {key: list(value) for key, value in yaml.SafeLoader.yaml_implicit_resolvers.items()}
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float", re.compile(r"[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+$"), list("-+.0123456789")
+)
+
+
+def _parse(text: str, place: Callable[[int], str]) -> tuple[Any, dict[Key, int]]:
+    """The value of a YAML text, and the line of every key in it. ``place`` names a line in messages."""
+    loader = _Loader(text)
+    lines: dict[Key, int] = {}
+    try:
+        node = loader.get_single_node()
+        return (None if node is None else _value(loader, node, (), lines, place)), lines
+    except yaml.MarkedYAMLError as error:
+        mark = error.problem_mark or error.context_mark
+        where = place(mark.line + 1 if mark else 1)
+        raise UserError(f"{where}: not valid YAML ({error.problem}); correct the syntax") from None
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
+        raise UserError(f"{place(1)}: not valid YAML ({str(error).splitlines()[0]}); correct the syntax") from None
+    finally:
+        loader.dispose()
+
+
+def _value(loader: _Loader, node: yaml.Node, key: Key, lines: dict[Key, int], place: Callable[[int], str]) -> Any:
+    if isinstance(node, yaml.SequenceNode):
+        items = []
+        for number, item in enumerate(node.value):
+            lines[(*key, number)] = item.start_mark.line + 1
+            items.append(_value(loader, item, (*key, number), lines, place))
+        return items
+    if not isinstance(node, yaml.MappingNode):
+        return loader.construct_object(node)
+    values: dict[Any, Any] = {}
+    for name_node, item in node.value:
+        name, line = loader.construct_object(name_node), name_node.start_mark.line + 1
+        if not isinstance(name, Hashable):
+            raise UserError(f"{place(line)}: a key must be a name; correct it")
+        if name in values:
+            dotted = ".".join(map(str, (*key, name)))
+            raise UserError(f"{place(line)}: {dotted} is given twice (first on line {lines[(*key, name)]}); remove one")
+        lines[(*key, name)] = line
+        values[name] = _value(loader, item, (*key, name), lines, place)
+    return values
+
+
+def _read(path: Path) -> tuple[dict[str, Any], dict[Key, int]]:
+    try:
+        text = path.read_text(encoding="utf-8")
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror}); name a YAML file") from None
+    except UnicodeDecodeError:
+        raise UserError(f"{path}: not UTF-8 text; save the file as UTF-8") from None
+    values, lines = _parse(text, lambda line: f"{path}:{line}")
+    if not isinstance(values, dict):
+        raise UserError(f"{path}:1: a run must be a mapping of keys such as base, output and data; got {values!r:.40}")
+    return values, lines
+
+
+def _override(values: dict[str, Any], override: str, origin: _Origin) -> None:
+    """Write ``key=value`` into ``values`` and note it in ``origin``."""
+    dotted, equals, text = override.partition("=")
+    key = tuple(dotted.strip().split("."))
+    if not equals or not all(key):
+        raise UserError(f"override {override!r} must have the form key=value, such as training.lr=1e-4")
+    section = values
+    for depth, name in enumerate(key[:-1], start=1):
+        if section.get(name) is None:
+            section[name] = {}
+        section = section[name]
+        if not isinstance(section, dict):
+            raise UserError(f"override {override!r}: {'.'.join(key[:depth])} is no section; override it as a whole")
+    section[key[-1]], _ = _parse(text, lambda line: f"override {override!r}")
+    origin.overrides[key] = override
+
+
+# --- messages -------------------------------------------------------------------------------------------------------
+
+
+def _explain(error: ValidationError, origin: _Origin) -> str:
+    """The first mistake in one sentence: its place, its key, what it must be and what it is."""
+    mistakes = error.errors(include_url=False)
+    first = min(mistakes, key=lambda mistake: origin.line(_key(mistake["loc"])) or float("inf"))
+    key = _key(first["loc"])
+    dotted, got = ".".join(map(str, key)) or "the run", f"got {first['input']!r:.80}"
+    match first["type"]:
+        case "missing":
+            return f"{origin.place(key[:-1])}: {dotted} is missing; add it"
+        case "extra_forbidden":
+            known = _keys(key[:-1])
+            close = difflib.get_close_matches(str(key[-1]), known, n=1)
+            mend = f"did you mean {close[0]}?" if close else f"use one of {', '.join(known)}"
+            return f"{origin.place(key)}: {dotted} is no setting; {mend}"
+        case "value_error":
+            return f"{origin.place(key)}: {dotted} {first['ctx']['error']}"
+        case "model_type" | "dict_type":
+            return f"{origin.place(key)}: {dotted} must be a section of keys; {got}"
+        case "is_instance_of":
+            return f"{origin.place(key)}: {dotted} must be a path; {got}"
+    must = (
+        first["msg"]
+        .replace("Input should be", "must be")
+        .replace("a valid integer", "an integer")
+        .replace("valid ", "")
+    )
+    return f"{origin.place(key)}: {dotted} {must}; {got}"
+
+
+def _key(location: tuple[int | str, ...]) -> Key:
+    """A pydantic location without the marks that it adds for dictionary keys."""
+    return tuple(name for name in location if name != "[key]")
+
+
+def _keys(section: Key) -> list[str]:
+    """The settings of a section."""
+    model: Any = RunConfig
+    for name in section:
+        model = model.model_fields[name].annotation
+    return list(model.model_fields)

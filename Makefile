@@ -38,4 +38,4 @@ check: .venv/.installed-dev
 
 clean:
 	rm -rf .venv build dist demo-run .pytest_cache .ruff_cache .mypy_cache src/*.egg-info
-	find src tests benchmarks -name __pycache__ -type d -prune -exec rm -rf {} +
+	find . -path ./.git -prune -o -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 from collections.abc import Sequence
 
+import numpy as np
 import torch
 from torch import nn
 
@@ -54,6 +55,11 @@ def _scores(measured: dict, side: str) -> dict[str, list[float]]:
     return {name: entry["scores"] for name, entry in measured[side].items()}
 
 
+def _or_null(value: float | list[float]) -> float | list[float] | None:
+    """``value``, or None where it is not defined: JSON has no nan."""
+    return None if np.isnan(value).any() else value
+
+
 def comparison(before: dict, after: dict) -> dict:
     """Two results of ``evaluate`` on the same tasks as the ``source``, ``target`` and ``summary`` of a results file."""
     sides = {}
@@ -69,7 +75,7 @@ def comparison(before: dict, after: dict) -> dict:
             for name, old in before[side].items()
         }
     four = [_scores(measured, side) for side in ("source", "target") for measured in (before, after)]
-    return sides | {"summary": summary(*four)}
+    return sides | {"summary": {name: _or_null(value) for name, value in summary(*four).items()}}
 
 
 def curve(

@@ -1,0 +1,205 @@
+"""The plots, as SVG to be put inside a page.
+
+Colours are drawn as place-holders that become CSS variables, so that one picture serves light and dark; text stays text
+in the page's own font. The same numbers give the same bytes.
+"""
+
+from __future__ import annotations
+
+import io
+import re
+from itertools import pairwise
+
+import matplotlib as mpl
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.backends.backend_svg import FigureCanvasSVG
+from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+
+from .results import Entry
+
+Point = tuple[float, float]
+
+SERIES = 9
+MARKERS = "osD^vPXph"
+INK, MUTED, GRID = "#010101", "#010102", "#010103"
+VARIABLES = {INK: "ink", MUTED: "muted", GRID: "line"} | {f"#01020{i}": f"series-{i}" for i in range(SERIES)}
+STYLE = {
+    "svg.fonttype": "none",
+    "font.size": 10,
+    "text.parse_math": False,  # a dollar sign in a label is a dollar sign
+    "text.color": INK,
+    "axes.labelcolor": INK,
+    "axes.edgecolor": MUTED,
+    "axes.grid": True,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.axisbelow": True,
+    "grid.color": GRID,
+    "grid.linewidth": 0.8,
+    "xtick.color": MUTED,
+    "ytick.color": MUTED,
+    "legend.frameon": False,
+    "lines.linewidth": 1.8,
+    "lines.markersize": 6,
+}
+WIDTH = 4.7  # inches: wide enough for a column of a page, and still readable when a phone shrinks it
+
+
+def colour(i: int) -> str:
+    """The place-holder for series ``i``."""
+    return f"#01020{i % SERIES}"
+
+
+def svg(figure: Figure, name: str, description: str) -> str:
+    """``figure`` as an ``<svg>`` element without ids that could clash, dates, fonts, or fixed size."""
+    with mpl.rc_context({"svg.hashsalt": name}):
+        FigureCanvasSVG(figure)
+        buffer = io.StringIO()
+        figure.savefig(buffer, format="svg", metadata={"Date": None}, transparent=True, bbox_inches="tight")
+    text = re.sub(r"<metadata>.*?</metadata>\s*", "", buffer.getvalue(), flags=re.DOTALL)
+    text = re.sub(r'<g id="[^"]*">', "<g>", text[text.index("<svg") :])
+    box = re.search(r'viewBox="[^"]*"', text)[0]
+    text = re.sub(r"<svg[^>]*>", f'<svg {box} role="img" aria-label="{description}">', text, count=1)
+    for place, variable in VARIABLES.items():
+        text = text.replace(place, f"var(--{variable})")
+    return re.sub(r"(font: *(?:\w+ )?[\d.]+px)[^;\"]*", r"\1 system-ui, sans-serif", text).strip()
+
+
+def _bars(points: list[dict]) -> list[list[Point]]:
+    """The two error bars, target's and source's, of each of ``points``, in percent."""
+    bars = []
+    for point in points:
+        x, y = point["target"], point["source"]
+        if x.low is not None and x.high is not None:
+            bars.append([(100 * x.low, 100 * y.value), (100 * x.high, 100 * y.value)])
+        if y.low is not None and y.high is not None:
+            bars.append([(100 * x.value, 100 * y.low), (100 * x.value, 100 * y.high)])
+    return bars
+
+
+class _Labels:
+    """Puts small labels beside points, on whichever side collides least with lines and other labels."""
+
+    SIDES = (
+        (0.6, 0.7, "left"),
+        (-0.6, -0.7, "right"),
+        (-0.6, 0.7, "right"),
+        (0.6, -0.7, "left"),
+        (0, 1, "center"),
+        (0, -1, "center"),
+        (1, 0, "left"),
+    )
+
+    def __init__(self, axes: Axes, lines: list[list[Point]], bars: list[list[Point]]):
+        self.axes = axes
+        self.taken: list[tuple[float, float, float, float]] = []  # centre and half size of boxes, in points
+        for line in (*lines, *bars):
+            for start, end in pairwise(self._place(line)):
+                self.taken += [(*(start + share * (end - start)), 1.5, 1.5) for share in np.linspace(0, 1, 24)]
+        self.taken += [(*place, 4.5, 4.5) for line in lines for place in self._place(line)]
+
+    def _place(self, points: list[Point]) -> np.ndarray:
+        return self.axes.transData.transform(points) * 72 / self.axes.figure.dpi
+
+    def put(self, text: str, point: Point, tint: str, gap: float = 6) -> None:
+        """Write ``text`` beside ``point``, ``gap`` points from it."""
+        (x, y), half, height = self._place([point])[0], 2.7 * len(text), 4.0
+        boxes, offsets = [], []
+        for across, up, align in self.SIDES:
+            dx, dy = across * gap, up * (gap + height)
+            offsets.append((dx, dy, align))
+            boxes.append((x + dx + {"center": 0, "left": half, "right": -half}[align], y + dy, half, height))
+
+        def collisions(box: tuple[float, float, float, float]) -> float:
+            overlap = ((box[2] + w - abs(box[0] - cx), box[3] + h - abs(box[1] - cy)) for cx, cy, w, h in self.taken)
+            return sum(a * b for a, b in overlap if a > 0 and b > 0)
+
+        side = min(range(len(boxes)), key=lambda i: collisions(boxes[i]))
+        dx, dy, align = offsets[side]
+        self.axes.annotate(
+            text, point, (dx, dy - 3), textcoords="offset points", ha=align, va="baseline", size=9, color=tint
+        )
+        self.taken.append(boxes[side])
+
+
+def _limits(axes: Axes, points: np.ndarray) -> None:
+    """A margin around all ``points`` (n, 2), within 0 and 100 where they are."""
+    for set_limits, values in ((axes.set_xlim, points[:, 0]), (axes.set_ylim, points[:, 1])):
+        low, high = values.min(), values.max()
+        margin = max(4.0, 0.1 * (high - low))
+        set_limits(low - margin, high + margin)
+
+
+def tradeoff(entries: list[Entry]) -> str:
+    """Source against target average as each adapter is turned from strength 0 to 1."""
+    with mpl.rc_context(STYLE):
+        figure = Figure(figsize=(WIDTH, 4.1), layout="constrained")
+        axes = figure.add_subplot(xlabel="target: what it was taught (%)", ylabel="source: what it knew (%)")
+        xy = [[(100 * p["target"].value, 100 * p["source"].value) for p in entry.curve] for entry in entries]
+        seeds = [
+            [(100 * run["summary"]["target_after"], 100 * run["summary"]["source_after"]) for run in entry.runs]
+            for entry in entries
+        ]
+        bars = [_bars(entry.curve[1:]) for entry in entries]
+        _limits(axes, np.array([point for group in (*xy, *seeds) for point in group]))
+        for i, (entry, line) in enumerate(zip(entries, xy, strict=True)):
+            style = {"color": colour(i), "marker": MARKERS[i % SERIES]}
+            axes.plot(*zip(*line, strict=True), **style, label=entry.label, markevery=range(1, len(line)))
+            axes.plot(*line[-1], **style, markersize=10)
+            for bar in bars[i]:
+                axes.plot(*zip(*bar, strict=True), color=colour(i), linewidth=1, alpha=0.45)
+            if len(entry.runs) > 1:
+                axes.plot(*zip(*seeds[i], strict=True), color=colour(i), marker=".", linestyle="none", alpha=0.7)
+        base = xy[0][0]
+        axes.plot(*base, marker="*", markersize=15, color=INK, linestyle="none", label="base model")
+        figure.legend(loc="outside upper left", ncols=min(3, len(entries) + 1))
+        figure.draw_without_rendering()  # places the axes: labels are put in points
+        labels = _Labels(axes, xy, [bar for group in bars for bar in group])
+        labels.put("base", base, INK, gap=9)
+        for i, (entry, line) in enumerate(zip(entries, xy, strict=True)):
+            for point, place in zip(entry.curve[1:], line[1:], strict=True):
+                labels.put(f"{point['strength']:g}", place, colour(i), gap=9 if place is line[-1] else 6)
+        return svg(figure, "tradeoff", "Source average against target average over adapter strength")
+
+
+def _means(steps: list[float], values: list[float], shown: int = 60) -> tuple[list[float], list[float]]:
+    """The means of at most ``shown`` windows of equal length: the loss of single batches is mostly noise."""
+    width = -(-len(steps) // shown)
+    windows = [slice(i, i + width) for i in range(0, len(steps), width)]
+    return [float(np.mean(steps[w])) for w in windows], [float(np.mean(values[w])) for w in windows]
+
+
+def _series(run: dict, key: str) -> tuple[list[float], list[float]]:
+    rows = [row for row in run.get("training") or () if row.get(key) is not None]
+    return [row["step"] for row in rows], [row[key] for row in rows]
+
+
+def training(entries: list[Entry]) -> str | None:
+    """Loss, and source and target average, over the steps of training; None if no run recorded any."""
+    if not any(run.get("training") for entry in entries for run in entry.runs):
+        return None
+    with mpl.rc_context(STYLE):
+        figure = Figure(figsize=(WIDTH, 4.8), layout="constrained")
+        loss, scores = figure.subplots(2, 1, sharex=True)
+        loss.set(ylabel="training loss")
+        scores.set(xlabel="optimizer step", ylabel="average (%)")
+        for i, entry in enumerate(entries):
+            style = {"color": colour(i), "alpha": 1 if len(entry.runs) == 1 else 0.6}
+            for run in entry.runs:
+                steps, values = _series(run, "loss")
+                if steps:
+                    loss.plot(*_means(steps, values), **style)
+                for side, dashes in (("source", "-"), ("target", (0, (3, 2)))):
+                    steps, values = _series(run, side)
+                    small = {"marker": MARKERS[i % SERIES], "markersize": 4, "linestyle": dashes}
+                    scores.plot(steps, [100 * value for value in values], **style, **small)
+        lines = [
+            Line2D([], [], color=colour(i), marker=MARKERS[i % SERIES], markersize=4, label=entry.label)
+            for i, entry in enumerate(entries)
+        ]
+        lines += [Line2D([], [], color=MUTED, label="source"), Line2D([], [], color=MUTED, ls="--", label="target")]
+        figure.legend(handles=lines, loc="outside upper left", ncols=min(4, len(lines)))
+        loss.set_ylim(bottom=0)
+        return svg(figure, "training", "Training loss, source average and target average over steps")

@@ -1,0 +1,204 @@
+"""Results files, read and put together: the runs of one method that differ in nothing but the seed are one entry."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import NormalDist, mean, stdev
+
+from ..errors import UserError
+
+NUMBERS = (
+    "source_before",
+    "source_after",
+    "retention",
+    "target_before",
+    "target_after",
+    "gain",
+    "h_mean",
+    "average",
+)
+REQUIRED = ("method", "seed", "source", "target", "summary")
+# 97.5 % quantile of Student's t for 1 to 9 degrees of freedom
+STUDENT = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)
+
+
+@dataclass(frozen=True)
+class Number:
+    """A measured value and its 95 % interval (None, None if the results don't tell it)."""
+
+    value: float
+    low: float | None = None
+    high: float | None = None
+
+    def separate(self, other: Number) -> bool:
+        """Both intervals are known and don't overlap."""
+        if None in (self.low, self.high, other.low, other.high):
+            return False
+        return self.low > other.high or other.low > self.high
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One method (with one choice of settings): its runs, and every number over them.
+
+    ``source`` and ``target`` map a task to ``{"before": Number, "after": Number, "n": int}``; ``curve`` is a list of
+    ``{"strength": float, "source": Number, "target": Number}`` from strength 0 (the base) to 1.
+    """
+
+    label: str
+    runs: list[dict]
+    numbers: dict[str, Number]
+    source: dict[str, dict]
+    target: dict[str, dict]
+    curve: list[dict]
+    seconds: float | None
+    adapter_bytes: float | None
+
+    @property
+    def seeds(self) -> list[int]:
+        """The seed of each run."""
+        return [run["seed"] for run in self.runs]
+
+
+def read(paths: Sequence[Path]) -> list[dict]:
+    """The runs in the results files (or folders of runs) ``paths``; each gets the ``folder`` that it was found in.
+
+    Raises:
+        UserError: a file is missing, is no JSON, has another schema, or lacks a part of a run.
+    """
+    runs: list[dict] = []
+    for path in paths:
+        path = path / "results.json" if path.is_dir() else path
+        try:
+            content = json.loads(path.read_text(encoding="utf-8"))
+        except OSError as error:
+            raise UserError(f"{path}: cannot be read ({error.strerror}); name a results.json or its folder.") from None
+        except ValueError as error:
+            raise UserError(f"{path}: not valid JSON ({error}); evaluate the run again to write it anew.") from None
+        if not isinstance(content, dict) or content.get("schema") != 1:
+            raise UserError(f'{path}: not a results file of schema 1; name one that begins with {{"schema": 1.')
+        for number, run in enumerate(content.get("runs", ()), start=1):
+            missing = [key for key in REQUIRED if key not in run]
+            missing += [key for key in NUMBERS if key not in run.get("summary", NUMBERS)]
+            if missing:
+                raise UserError(f"{path}: run {number} has no {missing[0]!r}; evaluate it again.")
+            runs.append(run | {"folder": path.parent, "versions": content.get("versions", {})})
+    if not runs:
+        raise UserError(f"{paths[0] if paths else 'results'}: no runs to report; evaluate one first.")
+    first = runs[0]
+    for run in runs:
+        if any(list(run[side]) != list(first[side]) for side in ("source", "target")):
+            raise UserError(f"{run['folder']}: its tasks are not those of {first['folder']}; report them apart.")
+    return runs
+
+
+def measured(found: dict, name: str) -> Number:
+    """``found[name]`` with the interval beside it; what is null in the file is nan here."""
+    value = math.nan if found[name] is None else found[name]
+    low, high = found.get(f"{name}_interval") or (None, None)
+    unknown = low is None or high is None or math.isnan(low) or math.isnan(high)
+    return Number(value, None if unknown else low, None if unknown else high)
+
+
+def _student(freedom: int) -> float:
+    """97.5 % quantile of Student's t: the table, then Fisher's expansion around the normal quantile."""
+    if freedom <= len(STUDENT):
+        return STUDENT[freedom - 1]
+    z = NormalDist().inv_cdf(0.975)
+    return z + (z**3 + z) / (4 * freedom) + (5 * z**5 + 16 * z**3 + 3 * z) / (96 * freedom**2)
+
+
+def over_seeds(values: Sequence[Number]) -> Number:
+    """One run's number as it is; of several seeds the mean, with an interval for seeds and test items together.
+
+    The seeds are tested on the same items, so that their spread alone (Student's interval of the mean) does not tell
+    how sure the items make us: the runs' own intervals, averaged, are added to it in quadrature.
+    """
+    if len(values) == 1:
+        return values[0]
+    x = [number.value for number in values]
+    half = _student(len(x) - 1) * stdev(x) / math.sqrt(len(x))
+    below = mean(0.0 if number.low is None else number.value - number.low for number in values)
+    above = mean(0.0 if number.high is None else number.high - number.value for number in values)
+    return Number(mean(x), mean(x) - math.hypot(half, below), mean(x) + math.hypot(half, above))
+
+
+def _over_tasks(runs: list[dict], side: str) -> dict[str, dict]:
+    return {
+        name: {
+            # the base is the same for every seed: its spread is that of the test items
+            "before": measured(found, "before"),
+            "after": over_seeds([measured(run[side][name], "after") for run in runs]),
+            "n": found["n"],
+        }
+        for name, found in runs[0][side].items()
+    }
+
+
+def _curve(runs: list[dict], numbers: dict[str, Number]) -> list[dict]:
+    """The curve over the strengths that every run has, with both ends from the summary."""
+    points = [{point["strength"]: point for point in run.get("curve") or ()} for run in runs]
+    inner = sorted(set.intersection(*map(set, points)) - {0, 1})
+    curve = [
+        {"strength": value}
+        | {side: over_seeds([measured(found[value], side) for found in points]) for side in ("source", "target")}
+        for value in inner
+    ]
+    base, tuned = (
+        {"strength": strength, "source": numbers[f"source_{when}"], "target": numbers[f"target_{when}"]}
+        for strength, when in ((0, "before"), (1, "after"))
+    )
+    return [base, *curve, tuned]
+
+
+def _entry(label: str, runs: list[dict]) -> Entry:
+    found = {name: [measured(run["summary"], name) for run in runs] for name in NUMBERS}
+    numbers = {name: values[0] if name.endswith("_before") else over_seeds(values) for name, values in found.items()}
+    mean_of = {
+        key: mean(known) if (known := [run[key] for run in runs if run.get(key) is not None]) else None
+        for key in ("seconds", "adapter_bytes")
+    }
+    return Entry(
+        label,
+        runs,
+        numbers,
+        _over_tasks(runs, "source"),
+        _over_tasks(runs, "target"),
+        _curve(runs, numbers),
+        **mean_of,
+    )
+
+
+def _without_seed(run: dict) -> dict:
+    return {key: value for key, value in run.get("settings", {}).items() if key != "seed"}
+
+
+def entries(runs: list[dict]) -> list[Entry]:
+    """``runs`` by method and settings, in the order of first appearance.
+
+    An entry is called by its runs' ``label``, or their ``method``; two of the same name by what sets them apart too.
+    """
+    groups: dict[str, list[dict]] = {}
+    for run in runs:
+        key = json.dumps([run["method"], run.get("label"), _without_seed(run)], sort_keys=True, default=str)
+        groups.setdefault(key, []).append(run)
+    names = [group[0].get("label") or group[0]["method"] for group in groups.values()]
+    found = []
+    for name, group in zip(names, groups.values(), strict=True):
+        others = [_without_seed(other[0]) for twin, other in zip(names, groups.values(), strict=True) if twin == name]
+        own = _without_seed(group[0])
+        apart = [key for key in own if any(other.get(key) != own[key] for other in others)]
+        found.append(_entry(" ".join([name, *(f"{key}={own[key]}" for key in apart)]), group))
+    return found
+
+
+def best(numbers: Sequence[Number]) -> int | None:
+    """Index of the number that lies above all others beyond its interval and theirs, if there is one."""
+    if len(numbers) < 2 or any(math.isnan(number.value) for number in numbers):
+        return None
+    top = max(range(len(numbers)), key=lambda i: numbers[i].value)
+    return top if all(numbers[top].separate(other) for i, other in enumerate(numbers) if i != top) else None

@@ -1,0 +1,291 @@
+"""The page, the table and the JSON of made-up results: they stand alone, agree, and say what the numbers say."""
+
+from __future__ import annotations
+
+import json
+import re
+from html.parser import HTMLParser
+from pathlib import Path
+
+import numpy as np
+import pico
+import pytest
+
+from lorasculpt.errors import UserError
+from lorasculpt.evaluation import comparison, interval
+from lorasculpt.report import report
+from lorasculpt.report.results import Number, best, entries, over_seeds, read
+from lorasculpt.report.words import bracket, duration, headline, listed, percent, size, verdict
+
+VOID = {"meta", "img", "br", "link", "input", "hr"}
+
+
+def measured(share: float, n: int = 200) -> dict:
+    scores = [1.0] * round(share * n) + [0.0] * (n - round(share * n))
+    low, high = interval(scores)
+    return {"value": float(np.mean(scores)), "low": low, "high": high, "n": n, "scores": scores}
+
+
+def run(method: str, source: tuple[float, float], target: float, seed: int = 0, **fields) -> dict:
+    """A made-up run: two source tasks from 80 % and 60 % to ``source``, one target task from 10 % to ``target``."""
+    before = {"source": {"a_b": measured(0.8), "c": measured(0.6)}, "target": {"digits": measured(0.1)}}
+    after = {"source": {"a_b": measured(source[0]), "c": measured(source[1])}, "target": {"digits": measured(target)}}
+    return {"method": method, "seed": seed, "settings": {"r": 8, "seed": seed}, **comparison(before, after), **fields}
+
+
+def details(i: int) -> dict:
+    """The parts of a run that it may lack."""
+    picture = {"image": "0.png", "question": "<b>Which</b> & why?", "answer": "7", "task": "digits"}
+    gone = {"image": "gone.png", "question": "Is it?", "answer": "yes", "task": "a_b", "base": "Yes.", "tuned": ""}
+    point = {"source": 0.6, "target": 0.4, "source_interval": [0.5, 0.7], "target_interval": [0.3, 0.5]}
+    return {
+        "steps": 20,
+        "seconds": 75.0,
+        "adapter_bytes": 1_234_567,
+        "trainable": 1000,
+        "curve": [{"strength": 0.5} | point],
+        "training": [{"step": s, "loss": 3 - s / 20 - i / 10} for s in range(1, 21)]
+        + [{"step": s, "source": 0.7 - s / 100, "target": s / 40} for s in (0, 10, 20)],
+        "gallery": [picture | {"base": "nine", "tuned": "7" if i == 0 else "1"}, gone],
+    }
+
+
+def write(folder: Path, *runs: dict, name: str = "results.json") -> Path:
+    folder.mkdir(parents=True, exist_ok=True)
+    pico.picture(0).save(folder / "0.png")
+    path = folder / name
+    path.write_text(json.dumps({"schema": 1, "versions": {"torch": "2.0"}, "runs": list(runs)}, allow_nan=False))
+    return path
+
+
+def two() -> list[dict]:
+    return [
+        run("lora", (0.3, 0.2), 0.6, label="LoRA", **details(0)),
+        run("sparse", (0.7, 0.5), 0.55, **details(1)),
+    ]
+
+
+class Page(HTMLParser):
+    """Checks that tags are nested, and keeps the text and the addresses."""
+
+    def __init__(self, text: str):
+        super().__init__()
+        self.open, self.texts, self.addresses = [], [], []
+        self.feed(text)
+        assert self.open == []
+
+    def handle_starttag(self, tag, attributes):
+        assert tag != "script"
+        self.addresses += [
+            value for name, value in attributes if name in {"src", "href", "xlink:href", "srcset", "data"}
+        ]
+        if tag not in VOID:
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag, attributes):
+        self.addresses += [value for name, value in attributes if name in {"src", "href", "xlink:href"}]
+
+    def handle_endtag(self, tag):
+        assert self.open.pop() == tag
+
+    def handle_data(self, data):
+        self.texts.append(data)
+
+    def text(self) -> str:
+        return re.sub(r"[ \n]+", " ", " ".join(self.texts))
+
+
+def test_the_page_stands_alone(tmp_path):
+    path = report(write(tmp_path, *two()), tmp_path / "out")
+    text = path.read_text()
+    page = Page(text)
+    assert "http://" not in text
+    assert "https://" not in text
+    assert "@import" not in text
+    assert page.addresses
+    assert all(address.startswith(("data:image/", "#")) for address in page.addresses)
+    ids = re.findall(r'\bid="([^"]*)"', text)
+    assert {address[1:] for address in page.addresses if address.startswith("#")} <= set(ids)
+    assert len(ids) == len(set(ids))
+    assert '<meta name="viewport"' in text
+    assert text.count("<svg") == 2
+    assert "#0102" not in text  # every place-holder has become a variable
+    for variable in set(re.findall(r"var\((--[\w-]+)\)", text)):
+        assert text.count(f"{variable}: ") == 2, f"{variable} is not defined for light and dark"
+
+
+def test_the_same_results_give_the_same_bytes(tmp_path):
+    results = write(tmp_path, *two())
+    one, other = report(results, tmp_path / "one"), report(tmp_path, tmp_path / "other")
+    for name in ("report.html", "report.md", "report.json"):
+        assert (one.parent / name).read_bytes() == (other.parent / name).read_bytes()
+
+
+def test_page_table_and_json_agree(tmp_path):
+    path = report(write(tmp_path, *two()), tmp_path / "out")
+    shown = Page(path.read_text()).text()
+    table = path.with_suffix(".md").read_text()
+    content = json.loads(path.with_suffix(".json").read_text())
+    assert [method["label"] for method in content["methods"]] == ["LoRA", "sparse"]
+    numbers = [n for method in content["methods"] for n in method["summary"].values()]
+    numbers += [
+        n
+        for method in content["methods"]
+        for task in method["source"].values()
+        for n in (task["before"], task["after"])
+    ]
+    for number in numbers:
+        if number not in [method["summary"]["gain"] for method in content["methods"]]:
+            assert 0 <= number["low"] <= number["value"] <= number["high"]
+        found = Number(**number)
+        assert f"{percent(found.value)} {bracket(found)}" in shown
+        assert bracket(found) in table
+    for sentence in content["headline"]:
+        assert sentence in shown
+        assert sentence in table
+    assert content["methods"][0]["summary"]["source_after"]["value"] == pytest.approx(0.25)
+    assert content["methods"][0]["curve"][1]["source"] == {"value": 0.6, "low": 0.5, "high": 0.7}
+    assert [point["strength"] for point in content["methods"][0]["curve"]] == [0, 0.5, 1]
+
+
+def test_gallery(tmp_path):
+    text = report(write(tmp_path, *two()), tmp_path / "out").read_text()
+    assert "<b>Which</b>" not in text
+    assert "&lt;b&gt;Which&lt;/b&gt; &amp; why?" in text
+    assert "picture not found" in text
+    shown = Page(text).text()
+    assert "base model ✗ nine (wrong) LoRA ✓ 7 (right) sparse ✗ 1 (wrong)" in shown
+    assert "base model ✓ Yes. (right) LoRA ✗ (nothing) (wrong)" in shown
+
+
+def test_markdown(tmp_path):
+    table = report(write(tmp_path, *two()), tmp_path / "out").with_suffix(".md").read_text()
+    lines = [line for line in table.splitlines() if line.startswith("|")]
+    assert {line.count("|") for line in lines[:5]} == {10}
+    assert lines[2].startswith("| base model | 70.0 [")
+    assert "| LoRA | 25.0 [" in lines[3]
+    assert lines[3].endswith("| 1 min 15 s | 1.2 MB |")
+    assert "| **60.0** [" in lines[4]  # source averages are far apart
+    assert "**55.0**" not in lines[4]  # targets are not
+    assert "**60.0**" not in lines[3]
+
+
+def made(*runs: dict) -> list:
+    return entries([one | {"folder": Path(), "versions": {}} for one in runs])
+
+
+def test_headline():
+    found = made(*two())
+    assert headline(found) == [
+        "LoRA learned digits to 60\u00a0% and kept 36\u00a0% of what the model knew; "
+        "sparse learned 55\u00a0% and kept 86\u00a0%.",
+        "sparse kept more than LoRA; the difference in what they learned is within the noise.",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("source", "target", "words"),
+    [
+        ((0.7, 0.5), 0.9, "B is ahead of A on both counts."),
+        ((0.1, 0.1), 0.2, "B is behind A on both counts."),
+        ((0.7, 0.5), 0.3, "B kept more than A but learned less: a trade-off. In the harmonic mean"),
+        ((0.1, 0.1), 0.9, "B kept less than A but learned more: a trade-off."),
+        ((0.31, 0.21), 0.61, "within the noise: their intervals overlap."),
+        ((0.1, 0.1), 0.61, "B kept less than A; the difference in what they learned is within the noise."),
+        ((0.31, 0.21), 0.2, "B learned less than A; the difference in what they kept is within the noise."),
+    ],
+)
+def test_verdict(source, target, words):
+    a, b = made(run("A", (0.3, 0.2), 0.6), run("B", source, target))
+    assert words in verdict(a, b)
+
+
+def test_honest_when_nothing_is_known():
+    plain = run("A", (0.3, 0.2), 0.6), run("B", (0.7, 0.5), 0.9)
+    for one in plain:
+        one["summary"] = {k: v for k, v in one["summary"].items() if not k.endswith("_interval")}
+    assert "not known: intervals are missing" in headline(made(*plain))[-1]
+    assert "What A gained on digits is within the noise." in headline(made(run("A", (0.8, 0.6), 0.11)))
+
+
+def test_nothing_to_keep(tmp_path):
+    one = run("A", (0.3, 0.2), 0.6)
+    one["summary"] |= {"retention": None, "retention_interval": None}
+    path = report(write(tmp_path, one), tmp_path / "out")
+    assert "A learned digits to 60\u00a0% and the base model knew none of the source." in path.read_text()
+    assert json.loads(path.with_suffix(".json").read_text())["methods"][0]["summary"]["retention"]["value"] is None
+
+
+def test_seeds(tmp_path):
+    runs = [run("A", (0.3, 0.2), share, seed=seed, **details(0)) for seed, share in enumerate((0.5, 0.6, 0.7))]
+    path = report(write(tmp_path, *runs, run("B", (0.7, 0.5), 0.6)), tmp_path / "out")
+    first, second = json.loads(path.with_suffix(".json").read_text())["methods"]
+    assert (first["seeds"], second["seeds"]) == ([0, 1, 2], [0])
+    assert [one["target_after"]["value"] for one in first["by_seed"]] == [0.5, 0.6, 0.7]
+    assert first["summary"]["target_after"]["value"] == pytest.approx(0.6)
+    assert "A (3 seeds)" in path.read_text()
+    assert "A, seed 2" in path.read_text()
+
+
+def test_over_seeds():
+    # mean 0.6, standard error 0.1 / sqrt(3), Student's t of two degrees of freedom 4.303; items add 0.1 below
+    number = over_seeds([Number(0.5, 0.4, 0.5), Number(0.6, 0.5, 0.6), Number(0.7, 0.6, 0.7)])
+    half = 4.303 * 0.1 / 3**0.5
+    assert number.value == pytest.approx(0.6)
+    assert (number.low, number.high) == pytest.approx((0.6 - (half**2 + 0.01) ** 0.5, 0.6 + half), abs=1e-6)
+    many = over_seeds([Number(x) for x in np.linspace(0, 1, 12)])
+    assert many.high - many.value == pytest.approx(2.201 * np.std(np.linspace(0, 1, 12), ddof=1) / 12**0.5, rel=1e-3)
+
+
+def test_settings_set_entries_apart():
+    runs = [run("A", (0.3, 0.2), 0.6), run("A", (0.3, 0.2), 0.6), run("B", (0.3, 0.2), 0.6)]
+    runs[1]["settings"] = {"r": 16, "seed": 0}
+    assert [entry.label for entry in made(*runs)] == ["A r=8", "A r=16", "B"]
+
+
+def test_best():
+    assert best([Number(0.2, 0.1, 0.3), Number(0.5, 0.4, 0.6)]) == 1
+    assert best([Number(0.2, 0.1, 0.45), Number(0.5, 0.4, 0.6)]) is None
+    assert best([Number(0.2), Number(0.5)]) is None
+    assert best([Number(0.2, 0.1, 0.3)]) is None
+
+
+def test_several_files_and_another_base(tmp_path):
+    other = run("B", (0.3, 0.2), 0.6)
+    other["summary"]["source_before"] = 0.5
+    files = [write(tmp_path / "a", run("A", (0.3, 0.2), 0.6)), write(tmp_path / "b", other)]
+    text = report(files, tmp_path / "out").read_text()
+    assert "B starts from another base (source 50.0\u00a0% before training)" in text
+    assert "pictures, drawn by chance" not in text
+    assert text.count("<svg") == 1
+
+
+def test_refuses(tmp_path):
+    with pytest.raises(UserError, match=r"results\.json: cannot be read"):
+        report(tmp_path, tmp_path)
+    (tmp_path / "bad.json").write_text("{")
+    with pytest.raises(UserError, match=r"bad\.json: not valid JSON"):
+        report(tmp_path / "bad.json", tmp_path)
+    (tmp_path / "old.json").write_text("{}")
+    with pytest.raises(UserError, match="schema 1"):
+        report(tmp_path / "old.json", tmp_path)
+    with pytest.raises(UserError, match="no runs"):
+        read([write(tmp_path, name="empty.json")])
+    lacking = run("A", (0.3, 0.2), 0.6)
+    del lacking["summary"]["gain"]
+    with pytest.raises(UserError, match="run 1 has no 'gain'"):
+        read([write(tmp_path, lacking)])
+    other = run("A", (0.3, 0.2), 0.6)
+    other["target"] = {"flags": other["target"]["digits"]}
+    with pytest.raises(UserError, match="tasks are not those"):
+        read([write(tmp_path, run("A", (0.3, 0.2), 0.6), other)])
+
+
+def test_words():
+    assert percent(0.8414) == "84.1"
+    assert percent(-0.032) == "−3.2"
+    assert percent(float("nan")) == "–"
+    assert bracket(Number(0.5, 0.4, 0.6)) == "[40.0, 60.0]"
+    assert [duration(s) for s in (9.6, 75, 3700, None)] == ["10 s", "1 min 15 s", "1 h 01 min", "–"]
+    assert [size(n) for n in (12, 1234, 2.5e6, 3e9, None)] == ["12 B", "1.2 kB", "2.5 MB", "3.0 GB", "–"]
+    assert listed(["a_b", "c", "d"]) == "a b, c and d"

@@ -8,7 +8,9 @@
 from __future__ import annotations
 
 import dataclasses
+import difflib
 import json
+import re
 import shutil
 import time
 from pathlib import Path
@@ -72,9 +74,10 @@ def train(config: RunConfig, *, progress: bool = True) -> Path:
     try:
         trainer.train(resume_from_checkpoint=str(resume) if resume else None)
     except ValueError as error:
-        if "prune_step" in str(error):  # the one setting that can only be judged once the steps are counted
-            raise UserError(f"{config.where('method.prune_step')}: {error}") from error
-        raise
+        key = _setting(config, error)  # some settings can only be judged once the steps are counted
+        if key is None:
+            raise
+        raise config.error(key, f"is refused: {error}") from error
     if trainer.is_world_process_zero():
         _write(output, config, trainer, time.monotonic() - began)
     return adapter
@@ -90,23 +93,29 @@ def attach(model: nn.Module, config: RunConfig) -> PeftModel:
     name = settings.pop("name", "lorasculpt")
     known: dict[str, type[LoraConfig]] = {"lora": LoraConfig, **METHODS}
     if name not in known:
-        raise UserError(f"{config.where('method.name')}: no method is called {name!r}; there are {', '.join(known)}.")
+        raise config.error("method.name", f"is {name!r}, which is no method; use one of {', '.join(known)}.")
     fields = [field.name for field in dataclasses.fields(known[name]) if field.init]
     for key in settings:
         if key not in fields:
-            raise UserError(f"{config.where(f'method.{key}')}: {name} has no setting {key!r}; see lorasculpt methods.")
+            close = difflib.get_close_matches(key, fields, n=1)
+            mend = f"did you mean {close[0]}?" if close else f"lorasculpt methods {name} lists them."
+            raise config.error(f"method.{key}", f"is no setting of {name}; {mend}")
     if "target_modules" not in settings:
         scopes = [config.scope] + (["projector"] if config.projector == "lora" and config.scope != "all" else [])
         settings["target_modules"] = "|".join(target_regex(model, scope) for scope in scopes)
     try:
         adapted = get_peft_model(model, known[name](**settings))
     except (TypeError, ValueError) as error:
-        key = next((key for key in settings if key in str(error)), "name")
-        raise UserError(f"{config.where(f'method.{key}')}: {error}") from error
+        raise config.error(_setting(config, error) or "method", f"is refused: {error}") from error
     if config.projector == "full":
         for parameter in _projector(adapted).values():
             parameter.requires_grad_(True)
     return adapted
+
+
+def _setting(config: RunConfig, error: Exception) -> str | None:
+    """The setting of the method that ``error`` speaks of, as a dotted key."""
+    return next((f"method.{key}" for key in config.method if re.search(rf"\b{key}\b", str(error))), None)
 
 
 def precision(config: RunConfig, model: nn.Module) -> torch.dtype | None:

@@ -12,8 +12,6 @@ from peft import LoraConfig, get_peft_model
 from lorasculpt.data.records import Record
 from lorasculpt.evaluation import Task, curve, strength
 
-# PEFT still asks transformers for it by its old name
-pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
 ONLY_LANGUAGE = r".*language_model.*\.(q_proj|v_proj)"
 
 

@@ -53,16 +53,16 @@ def summary_table(found: list[Entry]) -> dict:
 
 
 def task_table(found: list[Entry]) -> dict:
-    """One row for each source and target task: questions, base, and each entry after training."""
+    """One row for each source and target task: base, each entry after training, number of questions."""
     rows = []
     for side in ("source", "target"):
         for task, first in getattr(found[0], side).items():
             after = [getattr(entry, side)[task]["after"] for entry in found]
             winner = best(after)
-            cells = [{"text": str(first["n"]), "interval": "", "bold": False}, _cell(first["before"])]
-            cells += [_cell(value, i == winner) for i, value in enumerate(after)]
+            cells = [_cell(first["before"]), *(_cell(value, i == winner) for i, value in enumerate(after))]
+            cells.append({"text": str(first["n"]), "interval": "", "bold": False})
             rows.append({"name": f"{task.replace('_', ' ')} ({side})", "cells": cells})
-    return {"head": ["Task (%)", "Questions", "base model", *(entry.label for entry in found)], "rows": rows}
+    return {"head": ["Task (%)", "base model", *(entry.label for entry in found), "Questions"], "rows": rows}
 
 
 def seed_table(found: list[Entry]) -> dict | None:

@@ -114,14 +114,14 @@ class Collator:
                 raise UserError(
                     f"PaliGemma needs a picture with every question; {_question(row)!r} has none: remove it"
                 )
-        return self.processor(
+        batch = self.processor(
             images=[row["images"] for row in rows],
             text=[prompt_text(self.processor, row["prompt"], len(row["images"])) for row in rows],
             suffix=[row["completion"][0]["content"] for row in rows],
             padding=True,
             padding_side="right",
-            return_tensors="pt",
         )
+        return batch.convert_to_tensors("pt")
 
     def _text(self, rows: list[dict[str, Any]]) -> Mapping[str, Tensor]:
         if any(row["images"] for row in rows):

@@ -17,6 +17,7 @@ import difflib
 import json
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -80,9 +81,7 @@ def read(
     folder = (path.parent if images is None else Path(images)).resolve()
     records: list[Record] = []
     checked: set[Path] = set()
-    for line, row in _rows(path):
-        if limit is not None and len(records) == limit:
-            break
+    for line, row in islice(_rows(path), limit):
         where = f"{path}:{line}"
         try:
             record = _record(row, folder, where)

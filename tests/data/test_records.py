@@ -1,0 +1,229 @@
+"""Data files: every layout becomes the same record, and every bad row is told by its line with the mend."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pico
+import pytest
+
+from lorasculpt.data.records import Record, read
+from lorasculpt.errors import UserError
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """A folder of three pictures, with a picture beside it that rows may not reach."""
+    folder = tmp_path / "data"
+    folder.mkdir()
+    for name in ("a.png", "b.png", "c.png"):
+        pico.picture(0).save(folder / name)
+    pico.picture(0).save(tmp_path / "outside.png")
+    return folder
+
+
+def write(folder: Path, *rows: Any, name: str = "d.jsonl") -> Path:
+    path = folder / name
+    path.write_text("".join((row if isinstance(row, str) else json.dumps(row)) + "\n" for row in rows))
+    return path
+
+
+def one(folder: Path, row: Any) -> Record:
+    (record,) = read(write(folder, row))
+    return record
+
+
+USER = {"role": "user", "content": "What is it?"}
+LAYOUTS = {
+    "ours": {"question": "What is it?", "answer": "a square", "image": "a.png"},
+    "messages": {"messages": [USER, {"role": "assistant", "content": "a square"}], "images": ["a.png"]},
+    "parts": {
+        "messages": [
+            {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "What is it?"}]},
+            {"role": "assistant", "content": [{"type": "text", "text": "a square"}]},
+        ],
+        "images": ["a.png"],
+    },
+    "parts with paths": {
+        "messages": [
+            {"role": "user", "content": [{"type": "image", "path": "a.png"}, {"type": "text", "text": "What is it?"}]},
+            {"role": "assistant", "content": "a square"},
+        ]
+    },
+    "prompt": {"prompt": "What is it?", "completion": "a square", "images": ["a.png"]},
+    "prompt of messages": {
+        "prompt": [USER],
+        "completion": [{"role": "assistant", "content": "a square"}],
+        "images": ["a.png"],
+    },
+    "llava": {
+        "id": "17",
+        "image": "a.png",
+        "conversations": [
+            {"from": "human", "value": "<image>\nWhat is it?"},
+            {"from": "gpt", "value": "a square"},
+        ],
+    },
+}
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_every_layout_becomes_the_same_record(folder: Path, layout: str) -> None:
+    record = one(folder, LAYOUTS[layout])
+    assert record == Record((USER,), "a square", ((folder / "a.png").resolve(),), where=f"{folder / 'd.jsonl'}:1")
+    assert record.question == "What is it?"
+
+
+def test_layouts_may_change_from_row_to_row(folder: Path) -> None:
+    records = read(write(folder, *LAYOUTS.values()))
+    assert {record.answer for record in records} == {"a square"}
+
+
+def test_a_list_in_a_json_file_knows_its_lines(folder: Path) -> None:
+    rows = list(LAYOUTS.values())
+    path = folder / "d.json"
+    path.write_text(json.dumps(rows[:2], indent=2))
+    starts = [number for number, line in enumerate(path.read_text().split("\n"), 1) if line == "  {"]
+    assert [record.where for record in read(path)] == [f"{path}:{line}" for line in starts]
+
+
+def test_earlier_turns_stay_in_the_prompt(folder: Path) -> None:
+    turns = [USER, {"role": "assistant", "content": "a square"}, {"role": "user", "content": "Which color?"}]
+    record = one(folder, {"messages": [*turns, {"role": "assistant", "content": "red"}], "system": "Be brief."})
+    assert record.prompt == ({"role": "system", "content": "Be brief."}, *turns)
+    assert (record.question, record.answer, record.images) == ("Which color?", "red", ())
+
+
+def test_task_choices_and_numbers(folder: Path) -> None:
+    record = one(folder, {"question": "2 + 2?", "answer": 4, "task": "sums", "choices": [3, 4], "meta": {"any": 1}})
+    assert (record.answer, record.task, record.choices) == ("4", "sums", ("3", "4"))
+    assert one(folder, {"question": "?", "answer": "a"}).task == "default"
+
+
+def test_several_images_keep_their_order(folder: Path) -> None:
+    record = one(folder, {"question": "<image> or <image>?", "answer": "b", "images": ["c.png", "a.png"]})
+    assert [path.name for path in record.images] == ["c.png", "a.png"]
+    assert record.question == "or ?"
+
+
+def test_images_may_live_elsewhere(folder: Path, tmp_path: Path) -> None:
+    path = write(tmp_path, LAYOUTS["ours"])
+    (record,) = read(path, images=folder)
+    assert record.images == ((folder / "a.png").resolve(),)
+
+
+def test_blank_lines_a_byte_order_mark_and_a_limit(folder: Path) -> None:
+    path = folder / "d.jsonl"
+    row = json.dumps(LAYOUTS["ours"])
+    path.write_text(f"\n{row}\n\n{row}\n{{broken", encoding="utf-8-sig")
+    assert [record.where for record in read(path, limit=2)] == [f"{path}:2", f"{path}:4"]
+    with pytest.raises(UserError, match=r":5: not valid JSON"):
+        read(path)
+
+
+def test_a_separator_inside_a_text_does_not_end_the_line(folder: Path) -> None:
+    record = one(folder, json.dumps({"question": "line\u2028separator", "answer": "a"}, ensure_ascii=False))
+    assert record.question == "line\u2028separator"
+
+
+def test_each_picture_is_checked_once_and_only_if_asked(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    checked: list[str] = []
+    monkeypatch.setattr("lorasculpt.data.records.check_image", lambda path: checked.append(path.name))
+    path = write(folder, LAYOUTS["ours"], LAYOUTS["llava"], {**LAYOUTS["ours"], "image": "b.png"})
+    read(path)
+    assert checked == ["a.png", "b.png"]
+    read(path, check_images=False)
+    assert checked == ["a.png", "b.png"]
+
+
+QA = {"question": "q", "answer": "a"}
+BAD = {
+    "not JSON": ('{"question": "q", answer}', r"not valid JSON \(.* at column 19\)"),
+    "no object": ([1], "must be a JSON object, got list"),
+    "no layout": ({"image": "a.png"}, "no question and answer; give"),
+    "no question": ({"answer": "a"}, "'question' is missing; add it"),
+    "no answer": ({"question": "q"}, "'answer' is missing; add it"),
+    "no completion": ({"prompt": "q"}, "'completion' is missing"),
+    "empty answer": ({"question": "q", "answer": "  "}, "'answer' is empty"),
+    "empty question": ({"question": "<image>", "answer": "a", "image": "a.png"}, "'question' is empty"),
+    "answer no text": ({"question": "q", "answer": {"a": 1}}, "'answer' must be text, got"),
+    "answer true": ({"question": "q", "answer": True}, "'answer' must be text, got True"),
+    "unknown key": ({**QA, "imges": ["a.png"]}, r"unknown key 'imges' \(did you mean 'images'\?\); rename it"),
+    "unknown keys": ({**QA, "picture": 1, "Tasks": 2}, r"keys 'picture', 'Tasks' \(did you mean 'task'\?\)"),
+    "mistyped layout": ({"conversation": []}, "did you mean 'conversations'"),
+    "two layouts": ({**QA, "messages": []}, "unknown key"),
+    "no assistant": ({"messages": [USER]}, "no assistant turn"),
+    "ends with the user": ({"messages": [USER, {"role": "assistant", "content": "a"}, USER]}, "not the assistant's"),
+    "no user": ({"messages": [{"role": "assistant", "content": "a"}]}, "no user turn"),
+    "role": ({"messages": [{"role": "tool", "content": "a"}]}, "message 1 of 'messages' has the role 'tool'"),
+    "no role": ({"messages": [{"content": "a"}]}, "message 1 of 'messages' has the role ''"),
+    "no value": ({"conversations": [{"from": "human"}]}, "give it a 'value'"),
+    "messages no list": ({"messages": "hello"}, "'messages' must be a list of messages"),
+    "empty turn": (
+        {"messages": [{**USER, "content": ""}, {"role": "assistant", "content": "a"}]},
+        "message 1 .* empty",
+    ),
+    "video part": ({"messages": [{**USER, "content": [{"type": "video"}]}]}, "neither text nor image"),
+    "marks": ({"question": "<image><image> q", "answer": "a", "image": "a.png"}, "2 <image> marks but 1 images"),
+    "missing image": ({**QA, "image": "z.png"}, r"z\.png does not exist"),
+    "image no path": ({**QA, "image": ["a.png"]}, "'image' must be one path"),
+    "images no list": ({**QA, "images": "a.png"}, "'images' must be a list of texts"),
+    "outside": ({**QA, "image": "../outside.png"}, r"'\.\./outside\.png' lies outside"),
+    "absolute": ({**QA, "image": "/etc/hostname"}, "lies outside"),
+    "task": ({**QA, "task": 3}, "'task' must be a name, got 3"),
+    "choices": ({**QA, "choices": ["b", "c"]}, "answer 'a' is not among 'choices'"),
+    "choices no list": ({**QA, "choices": "abc"}, "'choices' must be a list"),
+}
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_the_first_bad_row_is_told_by_its_line(folder: Path, case: str) -> None:
+    row, message = BAD[case]
+    with pytest.raises(UserError, match=message) as error:
+        read(write(folder, QA, row, "{also broken"))
+    assert str(error.value).startswith(f"{folder / 'd.jsonl'}:2: ")
+    assert "\n" not in str(error.value)
+
+
+def test_a_link_does_not_lead_out_of_the_folder(folder: Path) -> None:
+    (folder / "link.png").symlink_to(folder.parent / "outside.png")
+    with pytest.raises(UserError, match=r"link\.png' lies outside"):
+        one(folder, {**QA, "image": "link.png"})
+
+
+def test_a_truncated_image_is_caught_before_training(folder: Path) -> None:
+    whole = (folder / "a.png").read_bytes()
+    (folder / "a.png").write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(UserError, match=r"d\.jsonl:1: image .*a\.png is damaged"):
+        one(folder, LAYOUTS["ours"])
+
+
+FILES = {
+    "d.csv": ("a,b", r"d\.csv: data files end in \.jsonl"),
+    "d.jsonl": ("\n", r"d\.jsonl: no rows"),
+    "empty.json": ("[]", r"no rows"),
+    "object.json": ('{"question": "q"}', r"object\.json:1: a \.json data file holds a list"),
+    "cut.json": ('[\n{"question": "q", "answer": "a"},\n{"question"', r"cut\.json:3: not valid JSON"),
+    "comma.json": ('[\n{"question": "q", "answer": "a"}\n{"question": "q"}]', r"comma\.json:3: not valid JSON \(','"),
+}
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_a_bad_file_is_told(tmp_path: Path, name: str) -> None:
+    text, message = FILES[name]
+    (tmp_path / name).write_text(text)
+    with pytest.raises(UserError, match=message):
+        read(tmp_path / name)
+
+
+def test_a_missing_file_a_folder_and_a_foreign_encoding_are_told(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"none\.jsonl: cannot be read \(No such file"):
+        read(tmp_path / "none.jsonl")
+    (tmp_path / "folder.jsonl").mkdir()
+    with pytest.raises(UserError, match="cannot be read"):
+        read(tmp_path / "folder.jsonl")
+    (tmp_path / "latin.jsonl").write_bytes(b'\n{"question": "\xe9"}')
+    with pytest.raises(UserError, match=r"latin\.jsonl:2: not UTF-8"):
+        read(tmp_path / "latin.jsonl")

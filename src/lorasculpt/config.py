@@ -301,7 +301,9 @@ def _parse(text: str, place: Callable[[int], str]) -> tuple[Any, dict[Key, int]]
         mark = error.problem_mark or error.context_mark
         where = place(mark.line + 1 if mark else 1)
         raise UserError(f"{where}: not valid YAML ({error.problem}); correct the syntax") from None
-    except (yaml.YAMLError, ValueError, RecursionError) as error:
+    except RecursionError:
+        raise UserError(f"{place(1)}: not valid YAML (an anchor refers to itself); correct the syntax") from None
+    except (yaml.YAMLError, ValueError) as error:
         raise UserError(f"{place(1)}: not valid YAML ({str(error).splitlines()[0]}); correct the syntax") from None
     finally:
         loader.dispose()
@@ -382,12 +384,8 @@ def _explain(error: ValidationError, origin: _Origin) -> str:
             return f"{origin.place(key)}: {dotted} must be a section of keys; {got}"
         case "is_instance_of":
             return f"{origin.place(key)}: {dotted} must be a path; {got}"
-    must = (
-        first["msg"]
-        .replace("Input should be", "must be")
-        .replace("a valid integer", "an integer")
-        .replace("valid ", "")
-    )
+    must = re.sub(r"^\w+ should (be|have)", r"must \1", first["msg"])
+    must = must.replace("a valid integer", "an integer").replace("valid ", "")
     return f"{origin.place(key)}: {dotted} {must}; {got}"
 
 

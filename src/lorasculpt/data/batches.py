@@ -87,22 +87,25 @@ class Collator:
         self.tokenizer = getattr(processor, "tokenizer", processor)
         self.tasks = None if tasks is None else {name: number for number, name in enumerate(tasks)}
         self.pad_to_multiple_of = pad_to_multiple_of
+        self._left = False  # the side that is padded
         if isinstance(processor, PaliGemmaProcessor):
             self._collate = self._paligemma
-        else:
-            _require_template(processor)
-            multimodal = isinstance(processor, ProcessorMixin)
-            self._collate = self._multimodal if multimodal else self._text
-        if self._collate == self._multimodal:
+            return
+        _require_template(processor)
+        if isinstance(processor, ProcessorMixin):
+            self._collate = self._multimodal
             self._trl = DataCollatorForVisionLanguageModeling(processor, completion_only_loss=True)
+        else:
+            self._collate = self._text
+            self._left = processor.padding_side == "left"
 
     def __call__(self, rows: Sequence[Mapping[str, Any]]) -> dict[str, Tensor]:
         """One batch, in the order of ``rows``."""
         batch = dict(self._collate([{**row, "images": _opened(row)} for row in rows]))
         if self.pad_to_multiple_of:
-            self._pad(batch)
+            self._pad(batch, -batch["input_ids"].shape[1] % self.pad_to_multiple_of)
         if self.tasks is not None:
-            batch["routing_task_ids"] = torch.tensor([self._task(row) for row in rows], dtype=torch.long)
+            batch["routing_task_ids"] = torch.tensor([_number(row, self.tasks) for row in rows], dtype=torch.long)
         return batch
 
     def _multimodal(self, rows: list[dict[str, Any]]) -> Mapping[str, Tensor]:
@@ -140,23 +143,21 @@ class Collator:
             line[mask.bool()] = torch.tensor(values)
         return batch
 
-    def _pad(self, batch: dict[str, Tensor]) -> None:
+    def _pad(self, batch: dict[str, Tensor], extra: int) -> None:
         """Lengthen whatever has the length of ``input_ids``, on the side on which the batch is padded already."""
-        length = batch["input_ids"].shape[1]
-        extra = -length % self.pad_to_multiple_of
-        left = self._collate == self._text and self.tokenizer.padding_side == "left"
         values = {"input_ids": self.tokenizer.pad_token_id, "labels": IGNORED}
         for key in ("input_ids", "attention_mask", "labels", "token_type_ids", "mm_token_type_ids"):
             if key in batch:
-                sides = (extra, 0) if left else (0, extra)
+                sides = (extra, 0) if self._left else (0, extra)
                 batch[key] = torch.nn.functional.pad(batch[key], sides, value=values.get(key, 0))
 
-    def _task(self, row: Mapping[str, Any]) -> int:
-        name = row.get("task", "default")
-        if name not in self.tasks:
-            known = ", ".join(self.tasks)
-            raise UserError(f"the row {_question(row)!r} has the unknown task {name!r}; the adapter knows {known}")
-        return self.tasks[name]
+
+def _number(row: Mapping[str, Any], tasks: Mapping[str, int]) -> int:
+    name = row.get("task", "default")
+    if name not in tasks:
+        known = ", ".join(tasks)
+        raise UserError(f"the row {_question(row)!r} has the unknown task {name!r}; the adapter knows {known}")
+    return tasks[name]
 
 
 def _opened(row: Mapping[str, Any]) -> list[Image.Image]:

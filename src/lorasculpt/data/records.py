@@ -215,7 +215,9 @@ def _turns(row: dict[str, Any], layout: set[str]) -> tuple[list[dict[str, str]],
         turns = _listed(row, "messages" if "messages" in layout else "conversations", "")
     if row.get("system"):
         turns.insert(0, ("system", row["system"], "'system'"))
-    messages, marks, paths = [], 0, []
+    marks = 0
+    messages: list[dict[str, str]] = []
+    paths: list[str] = []
     for role, content, name in turns:
         if role not in ROLES:
             raise UserError(f"{name} has the role {role!r}; use one of {', '.join(ROLES)}")

@@ -39,9 +39,9 @@ def load(
 ) -> tuple[PreTrainedModel, ProcessorMixin | PreTrainedTokenizerBase]:
     """The model, on the CPU and in evaluation mode, and its processor (its tokenizer if it reads text only).
 
-    Attention is eager without a GPU, where it was measured to be faster at the sizes that a CPU can train; with one it is
-    transformers' own choice, SDPA wherever the family has it. Weights are read from safetensors files alone. A tokenizer
-    without a padding token gets its end token for one: padding is masked everywhere.
+    Attention is eager without a GPU, where it was measured to be faster at the sizes that a CPU can train; with one it
+    is transformers' own choice, SDPA wherever the family has it. Weights are read from safetensors files alone. A
+    tokenizer without a padding token gets its end token for one: padding is masked everywhere.
 
     Args:
         base: A model folder, or the name of a model on the Hub.
@@ -108,7 +108,7 @@ def autocast_dtype(device: torch.device | str) -> torch.dtype | None:
 
 
 def _seconds(dtype: torch.dtype) -> float:
-    """Time of a product of the size of a small language model's layers on this CPU: the better of two, after one more."""
+    """Time of a product of a small language model's size on this CPU: the better of two, after a warm-up."""
     a, b = torch.ones(512, 576, dtype=dtype), torch.ones(576, 576, dtype=dtype)
     times = []
     for _ in range(3):

@@ -10,7 +10,9 @@ import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cache
+from typing import cast
 
+from peft import PeftModel
 from torch import nn
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 from transformers import PreTrainedModel
@@ -29,8 +31,8 @@ class Parts:
     Args:
         language: The language model, without its head.
         vision: The vision tower; None if the model reads text only.
-        projector: What turns vision tokens into language tokens; sometimes several modules, sometimes inside ``vision``,
-            which then does not count them.
+        projector: What turns vision tokens into language tokens; sometimes several modules, sometimes inside
+            ``vision``, which then does not count them.
     """
 
     language: str
@@ -134,14 +136,15 @@ def target_regex(model: nn.Module, scope: str) -> str:
 
 
 def _base(model: nn.Module) -> PreTrainedModel:
-    return model.get_base_model() if hasattr(model, "get_base_model") else model
+    return cast(PreTrainedModel, model.get_base_model() if isinstance(model, PeftModel) else model)
 
 
 def _layers(module: nn.Module, prefix: str = "") -> Iterator[tuple[str, nn.Module]]:
     """Every module below ``module``; an adapted layer counts as the layer it adapts and hides what it is made of."""
     for name, child in module.named_children():
-        if hasattr(child, "base_layer"):
-            yield prefix + name, child.base_layer
+        adapted = getattr(child, "base_layer", None)
+        if isinstance(adapted, nn.Module):
+            yield prefix + name, adapted
         else:
             yield prefix + name, child
             yield from _layers(child, f"{prefix}{name}.")
@@ -160,7 +163,7 @@ def _part(name: str, names: Parts) -> str | None:
 
 
 def _patterns(wanted: set[str], everything: set[str], names: Parts) -> Iterator[str]:
-    """One pattern for each module of ``names`` that holds any of ``wanted``: its path, then how the layers' names end."""
+    """One pattern for each module of ``names`` that holds any of ``wanted``: its path, then how its layers end."""
     for prefix in filter(None, (names.language, names.vision, *names.projector)):
         within = {name for name in everything if _inside(name, prefix)}
         but = ""

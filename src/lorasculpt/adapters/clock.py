@@ -144,7 +144,7 @@ class ClockCallback(TrainerCallback):
         self._board: Any = None
 
     def lead(self, trainer) -> ClockCallback:
-        """Move to the front of ``trainer``'s callbacks (adding itself if need be), so that all trackers see its numbers."""
+        """Move to the front of ``trainer``'s callbacks (or join them there), so that all trackers see its numbers."""
         callbacks = trainer.callback_handler.callbacks
         if self in callbacks:
             callbacks.remove(self)

@@ -26,9 +26,12 @@ SCHEMA = 1
 
 # What a plain LoRA may be told and a method may not, with the reason. A field that is in neither table is new in PEFT.
 SUPPORTED = frozenset(
-    "task_type peft_type auto_mapping peft_version base_model_name_or_path revision inference_mode r target_modules "
-    "exclude_modules lora_alpha lora_dropout fan_in_fan_out use_rslora modules_to_save layers_to_transform "
-    "layers_pattern rank_pattern alpha_pattern qalora_group_size runtime_config init_lora_weights bias".split()
+    (
+        *("task_type", "peft_type", "auto_mapping", "peft_version", "base_model_name_or_path", "revision"),
+        *("inference_mode", "runtime_config", "r", "lora_alpha", "lora_dropout", "use_rslora", "rank_pattern"),
+        *("alpha_pattern", "target_modules", "exclude_modules", "layers_to_transform", "layers_pattern"),
+        *("modules_to_save", "fan_in_fan_out", "init_lora_weights", "bias", "qalora_group_size"),
+    )
 )
 REFUSED = {
     "megatron_config": "Megatron layers are not nn.Linear",
@@ -116,7 +119,7 @@ class MethodConfig(LoraConfig):
     implementation: ClassVar[type[Method]]
 
     def __post_init__(self):
-        super().__post_init__()
+        # before PEFT's own checks, which know other reasons or other packages
         stock = {f.name: f for f in dataclasses.fields(LoraConfig)}
         for name, reason in REFUSED.items():
             if name in stock and getattr(self, name) != _default(stock[name]):
@@ -128,6 +131,7 @@ class MethodConfig(LoraConfig):
                 f"{type(self).__name__} does not support init_lora_weights={self.init_lora_weights!r}: it changes the "
                 "base weights or starts from B A that is not 0; use True or 'gaussian'."
             )
+        super().__post_init__()
         self.peft_type = MethodType(self.method.upper())
         self._state: tuple[dict, dict[str, Tensor]] | None = None
 
@@ -205,7 +209,7 @@ class MethodModel(LoraModel):
         super()._create_and_replace(lora_config, adapter_name, target, target_name, parent, current_key, **kwargs)
         layer = getattr(parent, target_name)
         for leaves in (layer.lora_A, layer.lora_B):
-            if type(leaves[adapter_name] if adapter_name in leaves else None) is not nn.Linear:
+            if adapter_name not in leaves or type(leaves[adapter_name]) is not nn.Linear:
                 raise ValueError(
                     f"{current_key} is a {type(layer.get_base_layer()).__name__}, which {type(lora_config).__name__} "
                     "cannot adapt: target linear layers only."

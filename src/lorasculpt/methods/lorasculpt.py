@@ -10,9 +10,9 @@ With a frozen W0 (m x n), B (m x r), A (r x n), scale alpha/r:
 .. math::
     h &= W_0 x + \tfrac{\alpha}{r} (B \odot M_B)(A \odot M_A)\, \mathrm{drop}(x)                              \tag{1} \\
     M_A &= \mathrm{top}_{\lfloor s_A r n \rfloor}(|A|),\quad
-    M_B = \mathrm{top}_{\lfloor s_B m r \rfloor}(|B|) \quad \text{at step } T_0,\ \text{all-one before}      \tag{2} \\
-    M &= \tanh\left(\omega \left| 1 / \ln\left( |W_0| / \lVert W_0 \rVert_F + 10^{-15} \right) \right|\right)     \tag{3} \\
-    L_{CMR} &= \frac{1}{\#} \sum_{modules} \lVert M \odot (B A) \rVert_F                                        \tag{4} \\
+    M_B = \mathrm{top}_{\lfloor s_B m r \rfloor}(|B|) \quad \text{at step } T_0,\ \text{all-one before}       \tag{2} \\
+    M &= \tanh\left(\omega \left| 1 / \ln\left( |W_0| / \lVert W_0 \rVert_F + 10^{-15} \right) \right|\right) \tag{3} \\
+    L_{CMR} &= \frac{1}{\#} \sum_{modules} \lVert M \odot (B A) \rVert_F                                      \tag{4} \\
     L &= L_{task} + \lambda L_{CMR}                                                                           \tag{5}
 
 Theorem 1: independent masks of density s_A and s_B give B A an expected density of 1 - (1 - s_A s_B)^r, which
@@ -114,17 +114,17 @@ class Sculpt(Method):
 
     def _penalised(self) -> list[tuple[Site, float]]:
         """The modules of equation (4) with lambda / # each; the connector is a group of its own."""
-        groups: dict[float, list[Site]] = {}
+        wanted = self.config.cmr_modules
+        language: list[Site] = []
+        connector: list[Site] = []
         for name, site in self.sites.items():
             parts = name.split(".")
             if any(part in CONNECTORS for part in parts):
-                weight = self.config.cmr_connector_weight
-            else:
-                wanted = self.config.cmr_modules
-                weight = self.config.cmr_weight if wanted == "all" or parts[-1] in wanted else 0.0
-            if weight:
-                groups.setdefault(weight, []).append(site)
-        return [(site, weight / len(group)) for weight, group in groups.items() for site in group]
+                connector.append(site)
+            elif wanted == "all" or parts[-1] in wanted:
+                language.append(site)
+        groups = (language, self.config.cmr_weight), (connector, self.config.cmr_connector_weight)
+        return [(site, weight / len(group)) for group, weight in groups if weight for site in group]
 
     def _squared_awareness(self, site: Site):
         """``squared(i, j)``: M o M of equation (3) for rows i to j, from memory or computed anew."""
@@ -277,7 +277,10 @@ class LoRASculptConfig(MethodConfig):
 
     def __post_init__(self):
         super().__post_init__()
-        self.cmr_modules = self.cmr_modules if self.cmr_modules == "all" else list(self.cmr_modules)
+        if self.cmr_modules != "all":
+            if isinstance(self.cmr_modules, str) or not self.cmr_modules:
+                raise ValueError(f"cmr_modules is a list of last names of linears, or 'all'; got {self.cmr_modules!r}.")
+            self.cmr_modules = list(self.cmr_modules)
         for name in ("density", "density_a", "density_b"):
             value = getattr(self, name)
             if value is not None and not 0 < value <= 1:
@@ -294,9 +297,9 @@ class LoRASculptConfig(MethodConfig):
                 f"got {self.prune_step}."
             )
         for name in ("cmr_weight", "cmr_connector_weight"):
-            if getattr(self, name) < 0:
+            if not getattr(self, name) >= 0:
                 raise ValueError(f"{name} is a weight, at least 0; got {getattr(self, name)}.")
-        if self.omega <= 0:
+        if not self.omega > 0:
             raise ValueError(f"omega is above 0; got {self.omega}.")
         if self.cmr_memory not in ("recompute", "cache"):
             raise ValueError(f"cmr_memory is 'recompute' or 'cache'; got {self.cmr_memory!r}.")

@@ -1,0 +1,344 @@
+from __future__ import annotations
+
+import copy
+import dataclasses
+import json
+import subprocess
+import sys
+import textwrap
+from pathlib import Path
+
+import pico
+import pytest
+import torch
+from contract import CASES, adapt, equal, logits, loss, masks, sgd, start, texts, train, trained, weights
+from peft import LoraConfig, LoraRuntimeConfig, PeftModel, get_peft_model
+from safetensors.torch import load_file
+from torch import nn
+
+from lorasculpt import METHODS, Clock, LoRASculptConfig, method_logs
+from lorasculpt.adapters.layers import MaskedLinear, sites
+from lorasculpt.adapters.method import REFUSED, SUPPORTED, looks_sculpted, methods_of
+
+STOCK = {field.name: field for field in dataclasses.fields(LoraConfig)}
+
+# a value that is not the default, for every field that is refused
+OTHER = {
+    "megatron_config": {"x": 1},
+    "megatron_core": "elsewhere",
+    "trainable_token_indices": [1],
+    "loftq_config": {"loftq_bits": 4},
+    "eva_config": object(),
+    "corda_config": object(),
+    "lora_ga_config": object(),
+    "use_dora": True,
+    "velora_config": object(),
+    "alora_invocation_tokens": [1, 2],
+    "use_qalora": True,
+    "monteclora_config": object(),
+    "layer_replication": [(0, 1), (0, 2)],
+    "lora_bias": True,
+    "target_parameters": ["mlp.weight"],
+    "use_bdlora": object(),
+    "arrow_config": object(),
+    "kasa_config": object(),
+    "ensure_weight_tying": True,
+}
+
+
+# --- what LoraConfig may be told ------------------------------------------------------------------------------------
+
+
+def test_every_field_of_lora_config_is_supported_or_refused():
+    """A field that PEFT adds lands in neither table, and here."""
+    assert SUPPORTED | REFUSED.keys() == STOCK.keys()
+    assert not SUPPORTED & REFUSED.keys()
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_what_is_refused_is_refused_in_one_sentence(name):
+    with pytest.raises(ValueError, match=r"^[^\n]*$") as error:
+        LoRASculptConfig(**{name: OTHER[name]})
+    assert f"does not support {name}: {REFUSED[name]}" in str(error.value)
+    assert str(error.value).endswith(".")
+
+
+@pytest.mark.parametrize("bias", ["all", "lora_only"])
+def test_biases_are_refused(bias):
+    with pytest.raises(ValueError, match="does not support bias='"):
+        LoRASculptConfig(bias=bias)
+
+
+@pytest.mark.parametrize("init", ["pissa", "pissa_niter_4", "olora", "loftq", "orthogonal"])
+def test_initialisations_that_are_no_plain_lora_are_refused(init):
+    with pytest.raises(ValueError, match="does not support init_lora_weights="):
+        LoRASculptConfig(init_lora_weights=init)
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"init_lora_weights": "gaussian"},
+        {"use_rslora": True},
+        {"lora_dropout": 0.5},
+        {"rank_pattern": {"q_proj": 8}},
+        {"alpha_pattern": {"q_proj": 32}},
+        {"target_modules": ["q_proj", "v_proj"], "layers_to_transform": [1], "layers_pattern": "layers"},
+        {"target_modules": "all-linear", "exclude_modules": ["v_proj"]},
+        {"r": 2, "lora_alpha": 1},
+        {"task_type": "CAUSAL_LM"},
+        {"revision": "main", "runtime_config": LoraRuntimeConfig()},
+    ],
+    ids=str,
+)
+def test_what_is_supported_trains_as_plain_lora_does(settings):
+    """Before it prunes and without a penalty, the same bits as ``LoraConfig`` with the same settings."""
+    base, _ = pico.build("llama")
+    model = adapt(base, cmr_weight=0.0, prune_step=50, **settings)
+    plain, _ = pico.build("llama")
+    config = {"r": 4, "lora_alpha": 8, "target_modules": model.peft_config["default"].target_modules, **settings}
+    torch.manual_seed(1)
+    plain = get_peft_model(plain, LoraConfig(**config))
+    for each in (model, plain):
+        torch.manual_seed(2)
+        train(each, [texts()] * 3)
+    assert equal(weights(model), weights(plain))
+    assert torch.equal(logits(model, texts()[0]), logits(plain, texts()[0]))
+
+
+def test_an_uninitialised_b_is_allowed():
+    model, _ = start("llama", init_lora_weights=False)
+    assert all(bool(site.B.any()) for site in sites(model).values())
+
+
+@pytest.mark.parametrize(("target", "kind"), [("embed_tokens", "Embedding"), ("patch_embedding", "Conv2d")])
+def test_layers_that_are_not_linear_are_refused(target, kind):
+    base, _ = pico.build("llava")
+    with pytest.raises(ValueError, match=rf"{target} is a {kind}, which LoRASculptConfig cannot adapt"):
+        adapt(base, target_modules=[target])
+
+
+# --- layers ---------------------------------------------------------------------------------------------------------
+
+
+def test_sites_are_the_adapted_linears_by_their_names_in_the_base():
+    base, _ = pico.build("llama")
+    names = [name for name, module in base.named_modules() if name.endswith(("q_proj", "down_proj"))]
+    model = adapt(base, target_modules=["q_proj", "down_proj"])
+    found = sites(model)
+    assert list(found) == names
+    for name, site in found.items():
+        assert site.A.shape == (4, site.base.in_features)
+        assert site.B.shape == (site.base.out_features, 4)
+        assert site.scaling == 2.0
+        assert torch.equal(site.weight(), pico.build("llama")[0].get_submodule(name).weight)
+    assert sites(model, "another") == {}
+
+
+def test_a_masked_linear_shares_its_weight_and_masks_value_and_gradient():
+    linear = nn.Linear(3, 2, bias=False)
+    leaf = MaskedLinear.of(linear)
+    assert leaf.weight is linear.weight
+    assert list(leaf.state_dict()) == ["weight"]
+    x = torch.randn(4, 3)
+    assert torch.equal(leaf(x), linear(x))
+    leaf.mask[0, 1] = False
+    leaf(x).sum().backward()
+    assert leaf.weight.grad[0, 1] == 0
+    assert bool((leaf.weight.grad != 0).sum() == 5)
+    dense = linear.weight.detach().clone()
+    leaf.project()
+    assert linear.weight[0, 1] == 0
+    assert torch.equal(linear.weight[leaf.mask], dense[leaf.mask])
+
+
+# --- several adapters -----------------------------------------------------------------------------------------------
+
+
+def two() -> PeftModel:
+    model, _ = start("llama", prune_step=2)
+    torch.manual_seed(3)
+    model.add_adapter("other", CASES["lorasculpt"](target_modules=["q_proj", "v_proj"], prune_step=1))
+    return model
+
+
+@pytest.mark.parametrize(("active", "idle"), [("default", "other"), ("other", "default")])
+def test_only_the_adapter_that_trains_is_touched(active, idle):
+    model = two()
+    model.set_adapter(active)
+    before = {**weights(model, idle)}
+    train(model, [texts()] * 3)
+    assert equal(weights(model, idle), before)
+    assert all(bool(mask.all()) for mask in masks(model, idle).values())
+    assert not methods_of(model)[idle].pruned
+    assert methods_of(model)[idle].step == 0
+    assert methods_of(model)[active].pruned
+    assert all((~mask).any() for mask in masks(model, active).values())
+
+
+def test_numbers_of_several_adapters_carry_their_names():
+    model = two()
+    train(model, [texts()] * 3)
+    numbers = method_logs(model)
+    assert {key.split("/")[0] for key in numbers} == {"default", "other"}
+    assert numbers["default/density_a"] < 0.26
+    assert numbers["other/density_a"] == 1.0
+
+
+def test_a_deleted_adapter_is_forgotten_and_its_name_free():
+    model = two()
+    train(model, [texts()] * 3)
+    model.set_adapter("other")
+    model.delete_adapter("default")
+    assert set(methods_of(model)) == {"other"}
+    model.add_adapter("default", CASES["lorasculpt"](target_modules=["q_proj"]))
+    fresh = methods_of(model)["default"]
+    assert not fresh.pruned
+    assert list(fresh.sites) == [name for name in sites(model, "other") if name.endswith("q_proj")]
+
+
+def test_a_copy_of_a_model_lives_on_its_own():
+    model, _ = start("llama", prune_step=1)
+    train(model, [texts()])
+    twin = copy.deepcopy(model)
+    before = weights(model)
+    assert methods_of(twin)["default"].pruned
+    train(twin, [texts()] * 2)
+    assert equal(weights(model), before)
+    assert not equal(weights(twin), before)
+    assert equal(masks(twin), masks(model))
+
+
+def test_a_model_without_a_method_has_none():
+    base, _ = pico.build("llama")
+    assert methods_of(base) == {}
+    assert methods_of(get_peft_model(base, LoraConfig(target_modules=["q_proj"]))) == {}
+    assert method_logs(base) == {}
+
+
+# --- what is saved --------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def sculpted(tmp_path) -> tuple[PeftModel, Path]:
+    model, _ = start("llama", prune_step=2)
+    train(model, [texts()] * 3, sgd(model, momentum=0.9, weight_decay=0.1))
+    model.save_pretrained(tmp_path / "adapter")
+    return model, tmp_path / "adapter"
+
+
+def test_the_weight_file_is_plain_and_truly_sparse(sculpted):
+    model, folder = sculpted
+    saved = load_file(folder / "adapter_model.safetensors")
+    expected = {f"base_model.model.{name}.{factor}.weight" for name in sites(model) for factor in ("lora_A", "lora_B")}
+    assert set(saved) == expected
+    for tensor in saved.values():
+        assert int(torch.count_nonzero(tensor)) == int(0.25 * tensor.numel())
+
+
+def test_the_config_file_is_stock(sculpted, tmp_path):
+    _, folder = sculpted
+    plain = get_peft_model(pico.build("llama")[0], LoraConfig(r=4, lora_alpha=8, target_modules=["q_proj"]))
+    plain.save_pretrained(tmp_path / "plain")
+    ours, stock = (json.loads((f / "adapter_config.json").read_text()) for f in (folder, tmp_path / "plain"))
+    assert ours.keys() == stock.keys()
+    differing = {key for key in stock if ours[key] != stock[key]}
+    assert differing <= {"target_modules"}
+    assert ours["peft_type"] == "LORA"
+
+
+def test_settings_and_state_are_in_files_of_their_own(sculpted):
+    model, folder = sculpted
+    record = json.loads((folder / "lorasculpt.json").read_text())
+    assert record["schema"] == 1
+    assert record["method"] == "lorasculpt"
+    assert record["settings"] == model.peft_config["default"].settings()
+    assert record["settings"].keys() == {f.name for f in dataclasses.fields(LoRASculptConfig)} - STOCK.keys()
+    assert record["state"]["step"] == 3
+    assert record["state"]["pruned"] is True
+    assert record["state"]["prune_step"] == 2
+    state = load_file(folder / "lorasculpt_state.safetensors")
+    assert {tensor.dtype for tensor in state.values()} == {torch.uint8}
+    assert len(state) == 2 * len(sites(model))
+
+
+def test_before_pruning_there_are_no_masks_to_save(tmp_path):
+    model, _ = start("llama", prune_step=2)
+    train(model, [texts()])
+    model.save_pretrained(tmp_path)
+    assert not (tmp_path / "lorasculpt_state.safetensors").exists()
+    assert json.loads((tmp_path / "lorasculpt.json").read_text())["state"]["pruned"] is False
+
+
+def test_every_adapter_of_a_model_is_saved_with_its_own_state(tmp_path):
+    model = two()
+    train(model, [texts()] * 3)
+    model.save_pretrained(tmp_path)
+    for folder, pruned, settings in ((tmp_path, True, 2), (tmp_path / "other", False, 1)):
+        record = json.loads((folder / "lorasculpt.json").read_text())
+        assert record["state"]["pruned"] is pruned
+        assert record["settings"]["prune_step"] == settings
+        assert (folder / "lorasculpt_state.safetensors").exists() is pruned
+
+
+STOCK_ALONE = """
+    import sys, warnings
+    sys.modules["lorasculpt"] = None
+    import torch
+    from peft import PeftConfig, PeftModel
+    from transformers import AutoModelForImageTextToText
+    model = AutoModelForImageTextToText.from_pretrained(sys.argv[1])
+    assert type(PeftConfig.from_pretrained(sys.argv[2])).__name__ == "LoraConfig"
+    model = PeftModel.from_pretrained(model, sys.argv[2]).eval()
+    batch = torch.load(sys.argv[3])
+    with torch.no_grad():
+        torch.save(model(**batch).logits, sys.argv[4])
+    try:
+        import lorasculpt
+    except ImportError:
+        print("alone")
+"""
+
+
+def test_stock_peft_loads_it_where_this_library_is_not_installed(tmp_path, pico_folder):
+    """Warnings are errors there too."""
+    from transformers import AutoModelForImageTextToText
+
+    base = AutoModelForImageTextToText.from_pretrained(pico_folder("llava"))
+    model = adapt(base.eval())
+    batch = {key: value for key, value in texts()[0].items() if key != "labels"}
+    train(model, [texts()] * 3)
+    model.save_pretrained(tmp_path / "adapter")
+    torch.save(batch, tmp_path / "batch.pt")
+    paths = [pico_folder("llava"), tmp_path / "adapter", tmp_path / "batch.pt", tmp_path / "logits.pt"]
+    peft_asks = "ignore:`is_gradient_checkpointing` is deprecated:FutureWarning"  # of every model, plain LoRA too
+    command = [sys.executable, "-W", "error", "-W", peft_asks, "-c", textwrap.dedent(STOCK_ALONE), *map(str, paths)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert "alone" in done.stdout
+    assert torch.equal(torch.load(tmp_path / "logits.pt"), logits(model, batch))
+
+
+def test_a_sculpted_adapter_is_told_from_a_dense_one(sculpted, tmp_path):
+    _, folder = sculpted
+    assert looks_sculpted(PeftModel.from_pretrained(pico.build("llama")[0], folder))
+    dense = get_peft_model(pico.build("llama")[0], LoraConfig(target_modules=["q_proj"]))
+    assert not looks_sculpted(dense)
+    assert not looks_sculpted(pico.build("llama")[0])
+
+
+def test_every_registered_method_is_named_as_peft_names_it():
+    for name, config in METHODS.items():
+        assert config.method == name
+        assert config().peft_type == name.upper()
+        assert config().peft_type.value == config().peft_type.name == name.upper()
+
+
+def test_only_what_trains_gets_a_gradient_and_the_clock_lets_go():
+    model, _ = start("llama")
+    optimizer = sgd(model)
+    clock = Clock(model, optimizer)
+    clock.close()
+    loss(model, texts()[0]).backward()
+    optimizer.step()  # no window is open, and nobody minds
+    assert not any(leaf._post_accumulate_grad_hooks for leaf in trained(model))

@@ -1,0 +1,152 @@
+"""One row per method: every promise in ``test_contract.py`` is checked for every row and every family.
+
+Also what the tests of adapters share: a model with an adapter, batches, and a training loop written by hand.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Any
+
+import pico
+import torch
+from peft import PeftConfig, PeftModel, get_peft_model
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from lorasculpt import Clock, LoRASculptConfig
+from lorasculpt.adapters.layers import sites
+from lorasculpt.data.batches import Collator, rows
+from lorasculpt.data.records import Record, read
+from lorasculpt.models.parts import target_regex
+
+# Penalties and densities are larger than anyone would train with, so that what they do can be told from rounding.
+CASES: dict[str, Callable[..., PeftConfig]] = {
+    "lorasculpt": lambda **kw: LoRASculptConfig(
+        **{"r": 4, "lora_alpha": 8, "density": 0.25, "prune_step": 2, "cmr_weight": 0.1, **kw}
+    ),
+}
+FAMILIES = ("llava", "llava_next", "idefics3", "gemma3")
+
+Batch = dict[str, Tensor]
+
+
+def start(family: str, method: str = "lorasculpt", **settings: Any) -> tuple[PeftModel, Any]:
+    """A pico model with a fresh adapter on the linears of its language part, and its processor or tokenizer."""
+    base, processor = pico.build(family)
+    return adapt(base, method, **settings), processor
+
+
+def adapt(base: nn.Module, method: str = "lorasculpt", **settings: Any) -> PeftModel:
+    """``base`` with a fresh adapter, always the same one."""
+    settings.setdefault("target_modules", target_regex(base, "language"))
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(1)
+        return get_peft_model(base, CASES[method](**settings))
+
+
+def records(folder: Path, n: int = 8) -> list[Record]:
+    """``n`` questions about ``n`` pictures, written to ``folder`` and read back."""
+    return read(pico.write_data(folder, n))
+
+
+def batches(processor: Any, found: Sequence[Record], size: int) -> list[Batch]:
+    """``found`` in batches of ``size``, in order."""
+    table, collate = rows(found), Collator(processor)
+    return [collate([table[i] for i in range(at, at + size)]) for at in range(0, len(found), size)]
+
+
+def texts(size: int = 2, number: int = 1, length: int = 8) -> list[Batch]:
+    """``number`` batches of random token ids for a text-only model, always the same."""
+    generator = torch.Generator().manual_seed(2)
+    found = (torch.randint(4, 400, (size, length), generator=generator) for _ in range(number))
+    return [{"input_ids": ids, "labels": ids} for ids in found]
+
+
+def loss(model: nn.Module, batch: Batch) -> Tensor:
+    """Cross-entropy per token of the answer times their number: batches add up, however they are cut."""
+    inputs = {key: value for key, value in batch.items() if key != "labels"}
+    logits = model(**inputs).logits[:, :-1].float()
+    return F.cross_entropy(logits.flatten(0, 1), batch["labels"][:, 1:].flatten(), reduction="sum") / 10
+
+
+def train(
+    model: nn.Module,
+    windows: Iterable[Sequence[Batch]],
+    optimizer: torch.optim.Optimizer | None = None,
+    *,
+    total_steps: int | None = None,
+    autocast: torch.dtype | None = None,
+    scaler: Any = None,
+    clip: float | None = None,
+    clock: Clock | None = None,
+) -> Clock:
+    """A loop written by hand: one optimizer step per window of micro-batches."""
+    optimizer = optimizer or sgd(model)
+    mine = clock is None
+    clock = clock or Clock(model, optimizer, total_steps, scaler=scaler)
+    model.train()
+    for window in windows:
+        clock.begin_step()
+        optimizer.zero_grad()
+        for batch in window:
+            with torch.autocast("cpu", autocast) if autocast else nullcontext():
+                value = loss(model, batch) / len(window)
+            (scaler.scale(value) if scaler else value).backward()
+        if clip:
+            torch.nn.utils.clip_grad_norm_(trained(model), clip)
+        if scaler:
+            scaler.step(optimizer)
+            scaler.update()
+        else:
+            optimizer.step()
+        clock.end_step()
+    model.eval()
+    if mine:
+        clock.close()
+    return clock
+
+
+def sgd(model: nn.Module, lr: float = 0.1, **settings: Any) -> torch.optim.Optimizer:
+    return torch.optim.SGD(trained(model), lr=lr, **settings)
+
+
+def trained(model: nn.Module) -> list[nn.Parameter]:
+    return [parameter for parameter in model.parameters() if parameter.requires_grad]
+
+
+def logits(model: nn.Module, batch: Batch) -> Tensor:
+    with torch.no_grad():
+        return model(**{key: value for key, value in batch.items() if key != "labels"}).logits
+
+
+def weights(model: nn.Module, adapter: str = "default") -> dict[str, Tensor]:
+    """Copies of A and B of every adapted linear."""
+    found = {}
+    for name, site in sites(model, adapter).items():
+        found[f"{name}.A"], found[f"{name}.B"] = site.A.detach().clone(), site.B.detach().clone()
+    return found
+
+
+def masks(model: nn.Module, adapter: str = "default") -> dict[str, Tensor]:
+    """Copies of the masks of A and B of every adapted linear."""
+    found = {}
+    for name, site in sites(model, adapter).items():
+        found[f"{name}.A"], found[f"{name}.B"] = site.a.mask.clone(), site.b.mask.clone()
+    return found
+
+
+def equal(left: dict[str, Tensor], right: dict[str, Tensor]) -> bool:
+    """Whether both hold the same keys and the same bits."""
+    return left.keys() == right.keys() and all(torch.equal(left[key], right[key]) for key in left)
+
+
+def close(left: dict[str, Tensor], right: dict[str, Tensor], rtol: float = 1e-5, atol: float = 1e-6) -> None:
+    """Fails unless both hold the same keys and nearly the same values."""
+    assert left.keys() == right.keys()
+    for key in left:
+        torch.testing.assert_close(
+            left[key], right[key], rtol=rtol, atol=atol, msg=lambda text, key=key: f"{key}: {text}"
+        )

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import warnings
 from pathlib import Path
 
 from peft import PeftConfig, PeftModel
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
+from peft.utils import SAFETENSORS_WEIGHTS_NAME
+from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import nn
 
 from ..errors import UserError
+from .layers import sites
 from .method import methods_of, read_record, read_state
 
 PROJECTOR_FILE = "projector.safetensors"
@@ -43,12 +47,16 @@ def load(base: nn.Module, folder: str | Path, trainable: bool = False, adapter: 
     config.inference_mode = not trainable
     load_projector(base, folder)
     try:
-        model = PeftModel.from_pretrained(base, str(folder), adapter, is_trainable=trainable, config=config)
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "Found missing adapter keys")  # an error below
+            model = PeftModel.from_pretrained(base, str(folder), adapter, is_trainable=trainable, config=config)
     except (RuntimeError, ValueError) as error:
         if "size mismatch" in str(error) or "Target modules" in str(error):
-            line = str(error).strip().splitlines()[-1].strip()
-            raise UserError(f"the adapter in {folder} does not fit this base model ({line}).") from error
+            raise _misfit(f"the adapter in {folder}", error) from error
         raise
+    saved, found = _adapted(folder), len(sites(model, adapter))
+    if saved is not None and saved != found:
+        raise _misfit(f"the adapter in {folder}", f"it adapts {saved} layers, of which this model has {found}")
     if record is not None and trainable:
         methods_of(model)[adapter].restore(*read_state(folder))
     return model
@@ -59,6 +67,23 @@ def load_projector(model: nn.Module, folder: Path) -> None:
     path = folder / PROJECTOR_FILE
     if not path.is_file():
         return
-    unexpected = model.load_state_dict(load_file(path), strict=False).unexpected_keys
+    try:
+        unexpected = model.load_state_dict(load_file(path), strict=False).unexpected_keys
+    except RuntimeError as error:
+        raise _misfit(f"the projector in {path}", error) from error
     if unexpected:
-        raise UserError(f"the projector in {path} does not fit this base model: it has no {unexpected[0]}.")
+        raise _misfit(f"the projector in {path}", f"it has no {unexpected[0]}")
+
+
+def _adapted(folder: Path) -> int | None:
+    """How many layers the weight file in ``folder`` adapts; None if it is no safetensors file."""
+    path = folder / SAFETENSORS_WEIGHTS_NAME
+    if not path.is_file():
+        return None
+    with safe_open(path, "pt") as file:
+        keys = file.keys()
+    return sum(".lora_A." in key for key in keys)
+
+
+def _misfit(what: str, why: Exception | str) -> UserError:
+    return UserError(f"{what} does not fit this base model ({str(why).strip().splitlines()[-1].strip(' .')}).")

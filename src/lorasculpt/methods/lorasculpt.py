@@ -183,26 +183,22 @@ class Sculpt(Method):
     def loaded(self, weights):
         """Take the masks from the zeros of a sculpted file; a dense one lifts them.
 
-        A file is sculpted if no A holds more non-zeros than its density keeps. Its non-zeros are then the mask,
-        provably so where their number is the number kept; where a kept entry happens to be 0, ``uncertain`` asks for
-        the state file.
+        A file is sculpted if no factor that pruning shortens holds more non-zeros than its density keeps, and one
+        holds some (a fresh B is all 0). Its non-zeros are then the mask, provably so where their number is the number
+        kept; where a kept entry happens to be 0, ``uncertain`` asks for the state file.
         """
-        by_leaf = {}
-        for key, tensor in weights.items():
-            for site in self.sites.values():
-                for factor, leaf in (("lora_A", site.a), ("lora_B", site.b)):
-                    if key.endswith(f"{site.name}.{factor}.{self.adapter}.weight"):
-                        by_leaf[leaf] = tensor
-        counts = [
-            (leaf, int(torch.count_nonzero(by_leaf[leaf])), kept(leaf.weight.numel(), density))
-            for leaf, density in self._leaves()
-            if leaf in by_leaf
-        ]
-        down = {site.a for site in self.sites.values()}
-        self.pruned = bool(counts) and all(found <= most for leaf, found, most in counts if leaf in down)
-        self.uncertain = self.pruned and any(found != most for _, found, most in counts)
-        for leaf, _, _ in counts:
-            leaf.mask.copy_(by_leaf[leaf] != 0) if self.pruned else leaf.mask.fill_(True)
+        nonzero, counts = {}, []
+        keys = [f"{name}.{factor}" for name in self.sites for factor in ("lora_A", "lora_B")]
+        for key, (leaf, density) in zip(keys, self._leaves(), strict=True):
+            saved = weights.get(f"base_model.model.{key}.{self.adapter}.weight")
+            if saved is not None and saved.shape == leaf.weight.shape:  # PEFT refuses a misfit right after this
+                nonzero[leaf] = saved != 0
+                counts.append((int(nonzero[leaf].sum()), kept(saved.numel(), density), saved.numel()))
+        shortened = [(found, most) for found, most, numel in counts if most < numel]
+        self.pruned = all(found <= most for found, most in shortened) and any(found for found, _ in shortened)
+        self.uncertain = self.pruned and any(found != most for found, most, _ in counts)
+        for leaf, mask in nonzero.items():
+            leaf.mask.copy_(mask if self.pruned else torch.ones_like(mask))
 
     def state(self):
         values = {"step": self.step, "pruned": self.pruned, "prune_step": self.prune_step, "removed": self.removed}

@@ -20,6 +20,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from peft.utils import SAFETENSORS_WEIGHTS_NAME
+from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import TrainerCallback
 
@@ -205,17 +207,30 @@ def _trains(method: Method) -> bool:
 def _resume(model: nn.Module, step: int, checkpoint: Path) -> None:
     """Give every method its saved state back; the trainer itself has only loaded the weights.
 
-    Where the state file is not at ``checkpoint``, the masks were already taken from the zeros of the weight file,
-    which is exact unless a kept entry is 0.
+    Where ``checkpoint`` does not hold those weights, it is not where the trainer resumed from. The masks were then
+    already taken from the zeros of the weight file, which is exact unless a kept entry is 0.
     """
     for name, method in methods_of(model).items():
         folder = checkpoint / name if name != "default" else checkpoint
         record = read_record(folder)
-        if record is not None and record["state"].get("pruned") == method.pruned:
+        if record is not None and _holds_weights(folder, method):
             method.restore(*read_state(folder))
         elif method.uncertain:
             raise UserError(
-                f"the masks of adapter '{name}' cannot be read off its weights: {folder} must hold the "
-                "lorasculpt_state.safetensors that was saved with them."
+                f"the masks of adapter '{name}' cannot be read off its weights: give ClockCallback(resume=...) the "
+                "checkpoint folder, whose lorasculpt_state.safetensors was saved with them."
             )
-        method.step = step
+        else:
+            method.step = step
+
+
+def _holds_weights(folder: Path, method: Method) -> bool:
+    """Whether the weight file in ``folder`` is what the adapter's weights are now; a sharded checkpoint has none."""
+    path = folder / SAFETENSORS_WEIGHTS_NAME
+    if not path.is_file():
+        return True
+    saved = load_file(path)
+    return all(
+        torch.equal(saved[f"base_model.model.{name}.lora_A.weight"].to(site.A), site.A)
+        for name, site in method.sites.items()
+    )

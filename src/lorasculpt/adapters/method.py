@@ -81,6 +81,7 @@ class Method:
         self.sites: dict[str, Site] = sites(model, adapter)
         self.step = 0  # optimizer steps taken
         self.gradient: tuple[Tensor, Tensor] | None = None  # squared norms: the task's, the penalties'
+        self.uncertain = False  # whether ``loaded`` could not tell all of its state from the weights
 
     def begin(self, total_steps: int | None) -> None:
         """Training of ``total_steps`` optimizer steps is about to start or to go on."""

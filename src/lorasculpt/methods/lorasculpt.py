@@ -56,8 +56,7 @@ class Sculpt(Method):
         super().__init__(config, model, adapter)
         self.prune_step: int | None = None if isinstance(config.prune_step, float) else config.prune_step
         self.pruned = False
-        self.removed = 0.0
-        self.uncertain = False  # masks were read off a file whose kept entries are not all non-zero
+        self.removed: float | None = None  # share of the energy that pruning took, where it is known
         self._squared: dict[str, Tensor] = {}
         self._norms: dict[str, Tensor] = {}
         self._cmr: dict[str, float] = {}
@@ -160,7 +159,9 @@ class Sculpt(Method):
         if not self._density or not self.pruned:
             self._density = self._densities()
         numbers = super().logs() | self._cmr | self._density
-        return numbers | ({"pruned_energy": self.removed} if self.pruned else {})
+        if self.pruned and self.removed is not None:
+            numbers["pruned_energy"] = self.removed
+        return numbers
 
     def _densities(self) -> dict[str, float]:
         """Density of A, B and B A over all modules: 1 before pruning; afterwards the masks never change."""

@@ -1,0 +1,288 @@
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+from contract import equal, loss, masks, sgd, start, texts, train, trained, weights
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from transformers import Trainer, TrainerCallback, TrainingArguments
+
+from lorasculpt import Clock, ClockCallback, UserError, method_logs
+from lorasculpt.adapters.layers import sites
+from lorasculpt.adapters.method import methods_of
+
+SHOWN = {"cmr", "penalty_ratio", "density_a", "density_b", "density_ba"}
+
+
+def llama(**settings):
+    return start("llama", **settings)[0]
+
+
+# --- by hand --------------------------------------------------------------------------------------------------------
+
+
+def test_a_forgotten_begin_step_is_an_error():
+    model = llama()
+    optimizer = sgd(model)
+    clock = Clock(model, optimizer)
+    loss(model, texts()[0]).backward()
+    with pytest.raises(RuntimeError, match=r"call clock\.begin_step\(\) before the first backward pass"):
+        optimizer.step()
+    clock.begin_step()
+    optimizer.step()
+    clock.end_step()
+    loss(model, texts()[0]).backward()
+    with pytest.raises(RuntimeError, match=r"clock\.begin_step\(\)"):
+        optimizer.step()
+
+
+@pytest.mark.parametrize("where", ["before the window", "in the window", "after the step"])
+def test_gradients_may_be_zeroed_anywhere_outside_a_window_of_backward_passes(where):
+    found = []
+    for place in ("in the window", where):
+        model = llama()
+        optimizer = sgd(model)
+        clock = Clock(model, optimizer)
+        for _ in range(3):
+            if place == "before the window":
+                optimizer.zero_grad()
+            clock.begin_step()
+            if place == "in the window":
+                optimizer.zero_grad(set_to_none=False)
+            loss(model, texts()[0]).backward()
+            optimizer.step()
+            if place == "after the step":
+                optimizer.zero_grad()
+            clock.end_step()
+        found.append(weights(model))
+        clock.close()
+    assert equal(*found)
+
+
+@pytest.mark.parametrize("stop", [1, 2, 3])
+def test_stopping_and_going_on_equals_never_stopping(tmp_path, stop):
+    windows = [[batch] for batch in texts(number=5)]
+
+    def begin():
+        model = llama(prune_step=0.4)
+        optimizer = torch.optim.AdamW(trained(model), lr=1e-2)
+        return model, optimizer, Clock(model, optimizer, 5)
+
+    whole, optimizer, clock = begin()
+    train(whole, windows, optimizer, clock=clock)
+    first, optimizer, clock = begin()
+    train(first, windows[:stop], optimizer, clock=clock)
+    saved = {"model": first.state_dict(), "optimizer": optimizer.state_dict(), "clock": clock.state_dict()}
+    torch.save(saved, tmp_path / "saved.pt")
+
+    second, optimizer, clock = begin()
+    saved = torch.load(tmp_path / "saved.pt", weights_only=True)
+    second.load_state_dict(saved["model"])
+    optimizer.load_state_dict(saved["optimizer"])
+    clock.load_state_dict(saved["clock"])
+    assert clock.step == stop
+    assert equal(masks(second), masks(first))
+    train(second, windows[stop:], optimizer, clock=clock)
+    assert equal(weights(second), weights(whole))
+    assert equal(masks(second), masks(whole))
+    assert method_logs(second) == method_logs(whole)
+
+
+def test_a_closed_clock_does_nothing():
+    model = llama(prune_step=1)
+    optimizer = sgd(model)
+    Clock(model, optimizer).close()
+    loss(model, texts()[0]).backward()
+    optimizer.step()
+    assert not methods_of(model)["default"].pruned
+    assert not any(leaf._post_accumulate_grad_hooks for leaf in trained(model))
+
+
+def test_training_goes_on_where_it_was():
+    model = llama(prune_step=3)
+    train(model, [texts()] * 2)
+    clock = train(model, [texts()])
+    assert clock.step == 3
+    assert methods_of(model)["default"].pruned
+
+
+# --- under a trainer ------------------------------------------------------------------------------------------------
+
+ROWS = [{key: value[0] for key, value in batch.items()} for batch in texts(size=1, number=16)]
+
+
+def trainer(folder: Path, model=None, callbacks=None, **settings) -> Trainer:
+    defaults = {
+        "per_device_train_batch_size": 1,
+        "gradient_accumulation_steps": 2,
+        "max_steps": 5,
+        "learning_rate": 1e-2,
+        "logging_steps": 1,
+        "save_steps": 1,
+        "report_to": [],
+        "use_cpu": True,
+        "disable_tqdm": True,
+    }
+    arguments = TrainingArguments(str(folder), **{**defaults, **settings})
+    callbacks = [ClockCallback()] if callbacks is None else callbacks
+    return Trainer(model or llama(prune_step=3), arguments, train_dataset=ROWS, callbacks=callbacks)
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory) -> tuple[Trainer, Path]:
+    """A run of five steps that pruned after the third, and its checkpoints after every step."""
+    folder = tmp_path_factory.mktemp("whole")
+    run = trainer(folder)
+    run.train()
+    return run, folder
+
+
+def test_the_steps_of_the_trainer_are_the_clocks(whole):
+    run, _ = whole
+    method = methods_of(run.model)["default"]
+    assert (method.step, method.prune_step, method.pruned) == (5, 3, True)
+
+
+def test_the_numbers_join_the_loss(whole):
+    run, _ = whole
+    steps = [entry for entry in run.state.log_history if "loss" in entry]
+    assert [entry["step"] for entry in steps] == [1, 2, 3, 4, 5]
+    for entry in steps:
+        assert entry.keys() >= SHOWN
+        assert ("pruned_energy" in entry) == (entry["step"] >= 3)
+        assert (entry["density_a"] < 0.26) == (entry["step"] >= 3)
+    assert steps[0]["cmr"] == steps[0]["penalty_ratio"] == 0.0  # B was 0
+    assert steps[1]["cmr"] > 0
+    assert 0 < steps[1]["penalty_ratio"] < 10
+    assert not SHOWN & run.state.log_history[-1].keys()  # the summary of the run
+
+
+@pytest.mark.parametrize("lead", [False, True])
+def test_tensorboard_has_the_numbers_once(tmp_path, lead):
+    clock = ClockCallback()
+    run = trainer(tmp_path, callbacks=[] if lead else [clock], report_to=["tensorboard"], save_strategy="no")
+    if lead:
+        assert clock.lead(run) is clock
+    run.train()
+    (folder,) = (tmp_path / "runs").iterdir()
+    events = EventAccumulator(str(folder)).Reload()
+    assert set(events.Tags()["scalars"]) >= {f"train/{key}" for key in (*SHOWN, "pruned_energy", "loss")}
+    for key in SHOWN:
+        found = events.Scalars(f"train/{key}")
+        assert [event.step for event in found] == [1, 2, 3, 4, 5]
+        logged = [entry[key] for entry in run.state.log_history if "loss" in entry]
+        assert [event.value for event in found] == pytest.approx(logged, rel=1e-5)
+
+
+def test_leading_puts_it_before_every_tracker(tmp_path):
+    class Tracker(TrainerCallback):
+        seen: list[set[str]]
+
+        def __init__(self):
+            self.seen = []
+
+        def on_log(self, args, state, control, logs=None, **kwargs):
+            self.seen.append(set(logs))
+
+    clock, tracker = ClockCallback(), Tracker()
+    run = trainer(tmp_path, callbacks=[tracker, clock], save_strategy="no", max_steps=4)
+    clock.lead(run)
+    assert run.callback_handler.callbacks[0] is clock
+    assert run.callback_handler.callbacks.count(clock) == 1
+    run.train()
+    assert all(seen >= SHOWN for seen in tracker.seen[:4])
+
+
+@pytest.mark.parametrize("step", [1, 2, 3, 4])
+def test_resuming_equals_never_stopping(whole, tmp_path, step):
+    run, folder = whole
+    shutil.copytree(folder / f"checkpoint-{step}", tmp_path / f"checkpoint-{step}")
+    again = trainer(tmp_path)
+    again.train(resume_from_checkpoint=True)
+    assert equal(weights(again.model), weights(run.model))
+    assert equal(masks(again.model), masks(run.model))
+    assert method_logs(again.model) == method_logs(run.model)
+
+
+@pytest.mark.parametrize("step", [2, 4])
+@pytest.mark.parametrize("told", [False, True])
+def test_resuming_from_elsewhere(whole, tmp_path, step, told):
+    run, folder = whole
+    checkpoint = folder / f"checkpoint-{step}"
+    again = trainer(tmp_path, callbacks=[ClockCallback(checkpoint if told else None)])
+    again.train(resume_from_checkpoint=str(checkpoint))
+    assert equal(weights(again.model), weights(run.model))
+    assert equal(masks(again.model), masks(run.model))
+    if told:
+        assert method_logs(again.model) == method_logs(run.model)
+    elif step == 4:
+        assert "pruned_energy" not in method_logs(again.model)  # not known: it is in the state file
+
+
+@pytest.mark.parametrize("densities", [{"density_a": 1.0}, {"density_b": 1.0}, {"density": 1.0}], ids=str)
+@pytest.mark.parametrize("step", [1, 2, 4])
+def test_resuming_with_one_factor_dense(tmp_path, densities, step):
+    run = trainer(tmp_path, llama(prune_step=3, **densities))
+    run.train()
+    again = trainer(tmp_path, llama(prune_step=3, **densities))
+    again.train(resume_from_checkpoint=str(tmp_path / f"checkpoint-{step}"))
+    assert equal(weights(again.model), weights(run.model))
+    assert equal(masks(again.model), masks(run.model))
+
+
+def zero_a_kept_entry(folder: Path) -> None:
+    from safetensors.torch import load_file, save_file
+
+    path = folder / "adapter_model.safetensors"
+    tensors = load_file(path)
+    key = next(key for key in tensors if "lora_B" in key)
+    tensors[key][tuple(tensors[key].nonzero()[0])] = 0.0
+    save_file(tensors, path, {"format": "pt"})
+
+
+def test_masks_that_cannot_be_read_off_the_weights_need_their_file(whole, tmp_path):
+    _, folder = whole
+    checkpoint = tmp_path / "elsewhere" / "checkpoint-4"
+    shutil.copytree(folder / "checkpoint-4", checkpoint)
+    zero_a_kept_entry(checkpoint)
+    with pytest.raises(UserError, match=r"give ClockCallback\(resume=\.\.\.\) the checkpoint folder"):
+        trainer(tmp_path / "a").train(resume_from_checkpoint=str(checkpoint))
+    told = trainer(tmp_path / "b", callbacks=[ClockCallback(checkpoint)])
+    told.train(resume_from_checkpoint=str(checkpoint))
+    assert equal(masks(told.model), masks(whole[0].model))
+
+
+def test_the_masks_of_another_run_are_not_taken(whole, tmp_path):
+    """The trainer's own folder holds a checkpoint of the same step, but training resumes from elsewhere."""
+    run, folder = whole
+    other = trainer(tmp_path, llama(prune_step=1), learning_rate=0.3)
+    other.train()
+    assert not equal(masks(other.model), masks(run.model))
+    again = trainer(tmp_path)
+    again.train(resume_from_checkpoint=str(folder / "checkpoint-4"))
+    assert equal(masks(again.model), masks(run.model))
+    assert equal(weights(again.model), weights(run.model))
+
+
+def test_a_run_too_short_to_prune_is_refused_by_the_trainer_too(tmp_path):
+    with pytest.raises(ValueError, match="is not before the end of training"):
+        trainer(tmp_path, llama(prune_step=5), save_strategy="no").train()
+
+
+def test_deepspeed_is_refused():
+    with pytest.raises(UserError, match="DeepSpeed takes optimizer steps that no hook sees"):
+        ClockCallback().on_train_begin(SimpleNamespace(deepspeed="zero.json"), None, None)
+
+
+def test_a_callback_without_methods_is_harmless(tmp_path):
+    from peft import LoraConfig, get_peft_model
+    from pico import build
+
+    model = get_peft_model(build("llama")[0], LoraConfig(target_modules=["q_proj"]))
+    run = trainer(tmp_path, model, save_strategy="no", report_to=["tensorboard"])
+    run.train()
+    assert not SHOWN & set().union(*run.state.log_history)
+    assert sites(model)

@@ -13,7 +13,7 @@ import sys
 import warnings
 from enum import StrEnum
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import click
 import typer
@@ -97,7 +97,9 @@ def export(
     adapter: Annotated[Path, typer.Argument(help="The adapter's folder.", show_default=False)],
     base: Annotated[str, typer.Option(help="The model it was trained on.", show_default=False)],
     out: Annotated[Path, typer.Option(help="The folder to write.", show_default=False)],
-    to: Annotated[Target, typer.Option(help="A plain LoRA, or the whole model with the adapter merged in.")] = Target.lora,
+    to: Annotated[
+        Target, typer.Option(help="A plain LoRA, or the whole model with the adapter merged in.")
+    ] = Target.lora,
     dtype: Annotated[str | None, typer.Option(help="float32, bfloat16 or float16.")] = None,
     force: Annotated[bool, typer.Option(help="Replace an earlier export.")] = False,
 ) -> None:
@@ -138,14 +140,10 @@ def methods(
     if name is not None and name not in METHODS:
         raise UserError(f"no method is called {name!r}; there are {', '.join(METHODS)}.")
     chosen = [METHODS[name]] if name else list(METHODS.values())
-    facts = [
-        {
-            "method": config.method,
-            "idea": importlib.import_module(config.__module__).__doc__.split("\n")[0].split(": ", 1)[-1],
-            "settings": _settings(config),
-        }
-        for config in chosen
-    ]
+    facts: list[dict[str, Any]] = []
+    for config in chosen:
+        title = (importlib.import_module(config.__module__).__doc__ or "").split("\n")[0]
+        facts.append({"method": config.method, "idea": title.split(": ", 1)[-1], "settings": _settings(config)})
     if as_json:
         print(json.dumps(facts, indent=2))
         return
@@ -194,12 +192,14 @@ def _settings(config: type) -> dict[str, object]:
 
 def _summary(results: list[Path]) -> None:
     """Print what each run learned and kept."""
-    table = Table("run", "source before", "source after", "retention", "target before", "target after", "H-mean", "minutes")
+    table = Table(
+        "run", "source before", "source after", "retention", "target before", "target after", "H-mean", "minutes"
+    )
     for path in results:
         for run in json.loads(path.read_text())["runs"]:
             numbers = run["summary"]
             keys = ("source_before", "source_after", "retention", "target_before", "target_after", "h_mean")
-            cells = [f"{100 * numbers[key]:.1f} %" for key in keys]
+            cells = ["-" if numbers[key] is None else f"{100 * numbers[key]:.1f} %" for key in keys]
             table.add_row(f"{run['method']} (seed {run['seed']})", *cells, f"{run['seconds'] / 60:.1f}")
     Console().print(table)
 
@@ -222,7 +222,10 @@ def main() -> None:
         sys.exit(2)
     except OSError as error:
         if error.errno == 28:  # no space left on device
-            print(f"lorasculpt: the disk is full ({error.filename or 'while writing'}); make room and run it again.", file=sys.stderr)
+            print(
+                f"lorasculpt: the disk is full ({error.filename or 'while writing'}); make room and run it again.",
+                file=sys.stderr,
+            )
             sys.exit(2)
         raise
 

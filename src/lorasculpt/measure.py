@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import platform
 from collections.abc import Sequence
 from importlib.metadata import version
@@ -13,6 +14,7 @@ from .adapters.load import load as load_adapter
 from .config import RunConfig
 from .errors import UserError
 from .evaluation import comparison, curve, evaluate, gallery
+from .evaluation.summary import average_interval, paired_bootstrap, task_average
 from .models.load import load
 from .train import ADAPTER, LOG_FILE, held_out, precision
 
@@ -47,7 +49,7 @@ def measure(
         raise UserError(f"{config.output} holds no trained adapter yet; run lorasculpt train first.")
     source, target = held_out(config)
     if not source or not target:
-        raise UserError("name what to measure: evaluate.source (what must be kept) and evaluate.target (what is learned).")
+        raise config.error("evaluate", "must name what to measure: source (to be kept) and target (to be learned).")
     model, processor = load(config.base)
     options: dict[str, Any] = {
         "precision": precision(config, model),
@@ -70,14 +72,18 @@ def measure(
         "method": name,
         "seed": config.seed,
         "steps": training["steps"],
-        "settings": json.loads(config.model_dump_json()),
+        # what shaped the run: not where it lies, nor its seed, which has a key of its own
+        "settings": config.model_dump(mode="json", include={"method", "scope", "projector", "training"}),
         **comparison(before, after),
         "seconds": training["seconds"],
         "adapter_bytes": sum(path.stat().st_size for path in folder.glob("*.safetensors")),
         "trainable": training["trainable"],
         "curve": points,
         "training": training["history"],
-        "gallery": gallery(source, target, before, after),
+        "gallery": [
+            entry | {"image": os.path.relpath(entry["image"], config.output)}
+            for entry in gallery(source, target, before, after)
+        ],
     }
     path = config.output / RESULTS_FILE
     path.write_text(json.dumps({"schema": 1, "versions": versions(), "runs": [run]}, indent=1) + "\n")
@@ -86,8 +92,6 @@ def measure(
 
 def _end(strength: float, measured: dict) -> dict[str, Any]:
     """The point of the curve where the adapter counts not at all, or whole."""
-    from .evaluation.summary import average_interval, paired_bootstrap, task_average
-
     point: dict[str, Any] = {"strength": strength}
     for side in ("source", "target"):
         scores = {name: entry["scores"] for name, entry in measured[side].items()}

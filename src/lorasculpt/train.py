@@ -48,7 +48,7 @@ def train(config: RunConfig, *, progress: bool = True) -> Path:
         UserError: for anything in the config, the data or the folders that the user can mend.
     """
     output = config.output
-    _claim(output, config)
+    _check_output(output, config)
     adapter = output / ADAPTER
     if (adapter / "adapter_config.json").is_file():
         return adapter
@@ -71,12 +71,15 @@ def train(config: RunConfig, *, progress: bool = True) -> Path:
     if config.evaluate.every:
         trainer.add_callback(_Measure(config, processor, precision(config, model)))
     began = time.monotonic()
+    output.mkdir(parents=True, exist_ok=True)
+    (output / RUN_FILE).write_text(config.to_yaml())
     try:
         trainer.train(resume_from_checkpoint=str(resume) if resume else None)
     except ValueError as error:
         key = _setting(config, error)  # some settings can only be judged once the steps are counted
         if key is None:
             raise
+        shutil.rmtree(output)  # nothing has run: leave the folder free for the mended file
         raise config.error(key, f"is refused: {error}") from error
     if trainer.is_world_process_zero():
         _write(output, config, trainer, time.monotonic() - began)
@@ -156,7 +159,8 @@ def _optimizer(model: nn.Module, config: RunConfig) -> torch.optim.Optimizer:
     """AdamW with two learning rates: the projector's (adapted or full), and everybody else's."""
     settings = config.training
     names = tuple(f".{part.split('.')[-1]}." for part in parts(model).projector)
-    projector, others = [], []
+    projector: list[nn.Parameter] = []
+    others: list[nn.Parameter] = []
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
             (projector if any(part in name for part in names) else others).append(parameter)
@@ -178,7 +182,8 @@ def _arguments(config: RunConfig, progress: bool, autocast: torch.dtype | None) 
         gradient_accumulation_steps=settings.accumulation,
         learning_rate=settings.lr,
         warmup_steps=settings.warmup,
-        lr_scheduler_type=settings.schedule,
+        # transformers' plain "constant" leaves the warm-up out
+        lr_scheduler_type="constant_with_warmup" if settings.schedule == "constant" else settings.schedule,
         weight_decay=settings.weight_decay,
         max_grad_norm=settings.max_grad_norm,
         gradient_checkpointing=settings.checkpointing,
@@ -199,16 +204,14 @@ def _arguments(config: RunConfig, progress: bool, autocast: torch.dtype | None) 
     )
 
 
-def _claim(output: Path, config: RunConfig) -> None:
-    """Make ``output`` this run's folder, or find that it already is."""
-    path, text = output / RUN_FILE, config.to_yaml()
+def _check_output(output: Path, config: RunConfig) -> None:
+    """See that ``output`` is free or already this run's, and clear what an interrupted checkpoint left there."""
+    path = output / RUN_FILE
     if path.is_file():
-        if path.read_text() != text:
-            raise UserError(f"{output} holds another run (see {path}); choose another output, or delete it.")
+        if path.read_text() != config.to_yaml():
+            raise config.error("output", f"is {output}, which holds another run (see {path}); choose another folder.")
     elif output.is_dir() and any(output.iterdir()):
-        raise UserError(f"{output} is not empty and holds no run of this program; choose another output.")
-    output.mkdir(parents=True, exist_ok=True)
-    path.write_text(text)
+        raise config.error("output", f"is {output}, which holds something else; choose an empty folder.")
     shutil.rmtree(output / ".partial", ignore_errors=True)
 
 
@@ -245,8 +248,15 @@ class _Measure(TrainerCallback):
     def on_step_end(self, args, state, control, model=None, **kwargs):
         if state.global_step % self.config.evaluate.every and state.global_step != state.max_steps:
             return
-        options = {"batch": self.config.evaluate.batch, "max_new_tokens": self.config.evaluate.max_new_tokens}
-        found = evaluate(model, self.processor, self.source, self.target, precision=self.autocast, **options)
+        found = evaluate(
+            model,
+            self.processor,
+            self.source,
+            self.target,
+            precision=self.autocast,
+            batch=self.config.evaluate.batch,
+            max_new_tokens=self.config.evaluate.max_new_tokens,
+        )
         point: dict[str, Any] = {"step": state.global_step}
         for side in ("source", "target"):
             if found[side]:

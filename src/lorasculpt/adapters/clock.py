@@ -164,10 +164,12 @@ class ClockCallback(TrainerCallback):
         self.clock = Clock(model, optimizer, state.max_steps, args.gradient_accumulation_steps, scaler)
 
     def on_step_begin(self, args, state, control, **kwargs):
-        self.clock.begin_step()
+        if self.clock is not None:
+            self.clock.begin_step()
 
     def on_step_end(self, args, state, control, **kwargs):
-        self.clock.end_step()
+        if self.clock is not None:
+            self.clock.end_step()
 
     def on_log(self, args, state, control, logs=None, model=None, **kwargs):
         if self.clock is None or "loss" not in (logs or {}):

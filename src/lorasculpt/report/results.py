@@ -36,7 +36,7 @@ class Number:
 
     def separate(self, other: Number) -> bool:
         """Both intervals are known and don't overlap."""
-        if None in (self.low, self.high, other.low, other.high):
+        if self.low is None or self.high is None or other.low is None or other.high is None:
             return False
         return self.low > other.high or other.low > self.high
 

@@ -51,8 +51,8 @@ def listed(names: list[str]) -> str:
 
 
 def _learned(entry: Entry, task: str) -> str:
-    kept = entry.numbers["retention"].value
-    kept = "the base model knew none of the source" if math.isnan(kept) else f"kept {percent(kept, 0)}{SPACE}%"
+    share = entry.numbers["retention"].value
+    kept = "the base model knew none of the source" if math.isnan(share) else f"kept {percent(share, 0)}{SPACE}%"
     return f"{entry.label} learned{task} {percent(entry.numbers['target_after'].value, 0)}{SPACE}% and {kept}"
 
 

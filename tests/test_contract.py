@@ -1,0 +1,296 @@
+"""What every method promises, for every family: see ``contract.py`` for the rows of the table."""
+
+from __future__ import annotations
+
+import pico
+import pytest
+import torch
+from contract import (
+    CASES,
+    FAMILIES,
+    adapt,
+    batches,
+    close,
+    equal,
+    logits,
+    loss,
+    masks,
+    records,
+    sgd,
+    start,
+    train,
+    trained,
+    weights,
+)
+from transformers import Trainer, TrainingArguments
+from trl import SFTConfig, SFTTrainer
+
+import lorasculpt
+from lorasculpt import METHODS, Clock, ClockCallback
+from lorasculpt.adapters.method import methods_of
+from lorasculpt.data.batches import Collator, rows
+from lorasculpt.models.parts import target_regex
+
+STEPS = 3  # every case prunes, routes or merges something by then
+
+
+@pytest.fixture(params=CASES)
+def method(request) -> str:
+    return request.param
+
+
+@pytest.fixture(params=FAMILIES)
+def family(request) -> str:
+    return request.param
+
+
+@pytest.fixture(scope="module")
+def asked(tmp_path_factory):
+    """Eight questions about eight pictures."""
+    return records(tmp_path_factory.mktemp("asked"))
+
+
+def window(processor, asked, size: int = 2):
+    return batches(processor, asked[:2], size)
+
+
+def test_every_method_has_a_row():
+    assert CASES.keys() == METHODS.keys()
+
+
+# --- one step -------------------------------------------------------------------------------------------------------
+
+
+def test_at_the_start_the_output_is_the_bases(family, method, asked):
+    base, processor = pico.build(family)
+    batch = window(processor, asked)[0]
+    expected = logits(base, batch)
+    assert torch.equal(logits(adapt(base, method), batch), expected)
+
+
+def test_gradients_reach_the_adapter_and_nothing_else(family, method, asked):
+    model, processor = start(family, method)
+    frozen = {name: p.clone() for name, p in model.named_parameters() if not p.requires_grad}
+    clock = Clock(model, sgd(model), 10)
+    clock.begin_step()
+    loss(model, window(processor, asked)[0]).backward()
+    clock.close()
+    for name, parameter in model.named_parameters():
+        assert (parameter.grad is not None) == parameter.requires_grad == ("lora_" in name), name
+    train(model, [window(processor, asked)] * STEPS)
+    assert all(torch.equal(parameter, frozen[name]) for name, parameter in model.named_parameters() if name in frozen)
+
+
+def test_two_batches_of_one_do_what_one_batch_of_two_does(family, method, asked):
+    found = []
+    for size in (1, 2):
+        model, processor = start(family, method)
+        micro = window(processor, asked, size)
+        clock = Clock(model, optimizer := sgd(model), 10)
+        for _ in range(STEPS):
+            clock.begin_step()
+            optimizer.zero_grad()
+            for batch in micro:
+                loss(model, batch).backward()  # a sum over tokens: halves add up
+            optimizer.step()
+            clock.end_step()
+        clock.close()
+        found.append(weights(model))
+    close(*found, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_checkpointing_changes_nothing(family, method, asked, reentrant):
+    found = []
+    for checkpointing in (False, True):
+        model, processor = start(family, method)
+        if checkpointing:
+            model.activation_checkpointing_enable({"use_reentrant": reentrant})
+            model.enable_input_require_grads()
+        train(model, [window(processor, asked)] * STEPS)
+        found.append(weights(model))
+    close(*found)
+
+
+def test_autocast_stays_near_full_precision(family, method, asked):
+    found = []
+    for dtype in (None, torch.bfloat16):
+        model, processor = start(family, method, prune_step=5)  # which entries are kept may turn on the last bit
+        batch = window(processor, asked)[0]
+        train(model, [[batch]] * STEPS, autocast=dtype)
+        with torch.autocast("cpu", dtype, enabled=dtype is not None):
+            found.append(logits(model, batch).float())
+    assert float((found[1] - found[0]).norm() / found[0].norm()) < 2e-2
+
+
+# --- a trained adapter ----------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def tuned(family, method, asked):
+    """A model after ``STEPS`` steps, and a batch on which it differs from its base."""
+    model, processor = start(family, method)
+    batch = window(processor, asked)[0]
+    train(model, [[batch]] * STEPS, torch.optim.AdamW(trained(model), lr=2e-2))
+    base = logits(pico.build(family)[0], batch)
+    assert float((logits(model, batch) - base).norm() / base.norm()) > 1e-2
+    return model, batch, base, processor
+
+
+def test_saved_and_loaded_under_another_name_it_answers_the_same(tuned, family, tmp_path):
+    model, batch, _, _ = tuned
+    model.save_pretrained(tmp_path)
+    for trainable in (False, True):
+        loaded = lorasculpt.load(pico.build(family)[0], tmp_path, trainable=trainable, adapter="again").eval()
+        assert torch.equal(logits(loaded, batch), logits(model, batch))
+        assert all(parameter.requires_grad == trainable for n, parameter in loaded.named_parameters() if "lora_" in n)
+    loaded.save_pretrained(tmp_path / "more")
+    assert (tmp_path / "more" / "again" / "lorasculpt.json").is_file()
+    third = lorasculpt.load(pico.build(family)[0], tmp_path / "more" / "again", trainable=True).eval()
+    assert torch.equal(logits(third, batch), logits(model, batch))
+    assert equal(masks(third), masks(model))
+
+
+def test_disabled_merged_or_deleted_it_is_what_it_should_be(tuned):
+    model, batch, base, _ = tuned
+    found = logits(model, batch)
+    with model.disable_adapter():
+        assert torch.equal(logits(model, batch), base)
+    assert torch.equal(logits(model, batch), found)
+    model.merge_adapter()
+    torch.testing.assert_close(logits(model, batch), found, rtol=1e-4, atol=1e-5)
+    model.unmerge_adapter()
+    torch.testing.assert_close(logits(model, batch), found, rtol=1e-4, atol=1e-5)
+    merged = model.merge_and_unload(safe_merge=True)
+    assert not any("lora_" in name for name, _ in merged.named_parameters())
+    torch.testing.assert_close(logits(merged, batch), found, rtol=1e-4, atol=1e-5)
+
+
+def test_deleted_it_leaves_the_base(tuned, method):
+    model, batch, base, _ = tuned
+    model.add_adapter("fresh", CASES[method](target_modules=target_regex(model, "language")))
+    model.set_adapter("fresh")
+    model.delete_adapter("default")
+    assert list(methods_of(model)) == ["fresh"]
+    assert torch.equal(logits(model, batch), base)
+
+
+def test_generating_with_a_cache_is_the_full_forward(tuned, asked):
+    model, _, _, processor = tuned
+    (prompt,) = window(processor, asked[:1], 1)  # one row: nothing is padded
+    del prompt["labels"]
+    length = prompt["input_ids"].shape[1]
+    greedy = {"do_sample": False, "max_new_tokens": 4, "min_new_tokens": 4}
+    with torch.no_grad():
+        out = model.generate(**prompt, **greedy, output_logits=True, return_dict_in_generate=True)
+    whole = {key: out.sequences if key == "input_ids" else value for key, value in prompt.items()}
+    for key in ("attention_mask", "token_type_ids"):
+        if key in whole:
+            new = torch.full_like(out.sequences[:, length:], key == "attention_mask")
+            whole[key] = torch.cat([whole[key], new], 1)
+    expected = logits(model, whole)[:, length - 1 : -1]
+    torch.testing.assert_close(torch.stack(out.logits, 1), expected, rtol=1e-4, atol=1e-4)
+
+
+# --- trainers -------------------------------------------------------------------------------------------------------
+
+QUIET = {
+    "per_device_train_batch_size": 2,
+    "max_steps": 4,
+    "learning_rate": 1e-2,
+    "logging_steps": 1,
+    "save_steps": 1,
+    "report_to": [],
+    "use_cpu": True,
+    "disable_tqdm": True,
+    "remove_unused_columns": False,
+}
+
+
+def sft(folder, method, family, asked, wrap: bool = False, **settings) -> SFTTrainer:
+    """TRL's trainer, given the adapted model or (``wrap``) the base and the config."""
+    base, processor = pico.build(family)
+    config = CASES[method](target_modules=target_regex(base, "language"))
+    model = base if wrap else adapt(base, method)
+    return SFTTrainer(
+        model,
+        SFTConfig(
+            str(folder),
+            **{**QUIET, **settings},
+            max_length=None,
+            dataset_kwargs={"skip_prepare_dataset": True},
+            bf16=False,
+        ),
+        train_dataset=rows(asked),
+        eval_dataset=rows(asked[:2]),
+        processing_class=processor,
+        data_collator=Collator(processor),
+        peft_config=config if wrap else None,
+        callbacks=[ClockCallback()],
+    )
+
+
+def plain(folder, method, family, asked, **settings) -> Trainer:
+    """The trainer of transformers."""
+    model, processor = start(family, method)
+    return Trainer(
+        model,
+        TrainingArguments(str(folder), **{**QUIET, **settings}),
+        train_dataset=rows(asked),
+        eval_dataset=rows(asked[:2]),
+        data_collator=Collator(processor),
+        callbacks=[ClockCallback()],
+    )
+
+
+@pytest.mark.parametrize(("make", "family"), [(plain, "llava"), (sft, "gemma3")], ids=["Trainer", "SFTTrainer"])
+def test_resumed_it_is_what_it_would_have_been(make, family, method, asked, tmp_path):
+    whole = make(tmp_path, method, family, asked)
+    whole.train()
+    for step in (1, 3):  # before and after the methods' turning point at step 2
+        again = make(tmp_path, method, family, asked, save_strategy="no")
+        again.train(resume_from_checkpoint=str(tmp_path / f"checkpoint-{step}"))
+        assert equal(weights(again.model), weights(whole.model))
+        assert equal(masks(again.model), masks(whole.model))
+
+
+@pytest.mark.parametrize("best", [1, 3])
+def test_the_best_model_comes_back_with_its_masks(method, asked, tmp_path, best):
+    run = plain(
+        tmp_path,
+        method,
+        "llava",
+        asked,
+        eval_strategy="steps",
+        eval_steps=1,
+        load_best_model_at_end=True,
+        metric_for_best_model="chosen",
+        greater_is_better=True,
+    )
+    measured = run.evaluate
+
+    def evaluate(*args, **kwargs):
+        numbers = measured(*args, **kwargs)
+        numbers["eval_chosen"] = float(run.state.global_step == best)
+        return numbers
+
+    run.evaluate = evaluate
+    run.train()
+    assert run.state.best_model_checkpoint.endswith(f"checkpoint-{best}")
+    saved = lorasculpt.load(pico.build("llava")[0], tmp_path / f"checkpoint-{best}", trainable=True)
+    assert equal(weights(run.model), weights(saved))
+    assert equal(masks(run.model), masks(saved))
+    assert methods_of(run.model)["default"].pruned == methods_of(saved)["default"].pruned
+
+
+@pytest.mark.parametrize("family", ["llava", "idefics3"])
+def test_sft_trainer_takes_the_config_itself(family, method, asked, tmp_path):
+    run = sft(tmp_path, method, family, asked, wrap=True, gradient_checkpointing=True)
+    run.train()
+    assert list(methods_of(run.model)) == ["default"]
+    assert methods_of(run.model)["default"].step == 4
+    assert run.model.peft_config["default"].settings() == CASES[method]().settings()
+    loaded = lorasculpt.load(pico.build(family)[0], tmp_path / "checkpoint-4", trainable=True)
+    assert equal(weights(run.model), weights(loaded))
+    assert equal(masks(run.model), masks(loaded))
+    assert methods_of(loaded)["default"].pruned

@@ -15,7 +15,6 @@ from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, Any
 
-import click
 import typer
 from rich.console import Console
 from rich.table import Table
@@ -210,15 +209,9 @@ def main() -> None:
     if not sys.warnoptions:
         warnings.simplefilter("ignore", FutureWarning)  # of the libraries underneath, which the user cannot mend
     try:
-        app(standalone_mode=False)
+        app()
     except UserError as error:
         print(f"lorasculpt: {error}", file=sys.stderr)
-        sys.exit(2)
-    except click.exceptions.Abort:
-        print("lorasculpt: stopped.", file=sys.stderr)
-        sys.exit(1)
-    except click.ClickException as error:
-        error.show()
         sys.exit(2)
     except OSError as error:
         if error.errno == 28:  # no space left on device

@@ -1,0 +1,131 @@
+"""Two processes, each with half of every batch, do what one process does with the whole.
+
+Both run a loop written by hand across the prune step. The penalty joins the gradient in a hook, before it is reduced:
+were it lost, or added once per process, the weights would differ from those of one process.
+"""
+
+from __future__ import annotations
+
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from contract import CASES, close, equal, loss, masks, sgd, start, texts, train, weights
+from torch import distributed as dist
+
+from lorasculpt import Clock, method_logs
+from lorasculpt.adapters.method import methods_of
+
+STEPS = 4
+SETTINGS = {"prune_step": 2, "cmr_weight": 0.3}
+
+
+def build(method: str):
+    return start("llama", method, **SETTINGS)[0]
+
+
+def optimizer_of(model) -> torch.optim.Optimizer:
+    return sgd(model, lr=0.3, momentum=0.9)
+
+
+def windows(micro: int) -> list[list[dict[str, torch.Tensor]]]:
+    """``STEPS`` windows of ``micro`` batches of four rows."""
+    found = texts(size=4, number=STEPS * micro)
+    return [found[at : at + micro] for at in range(0, len(found), micro)]
+
+
+def ddp(model, rank: int, micro: int) -> None:
+    from torch.nn.parallel import DistributedDataParallel
+
+    wrapped = DistributedDataParallel(model)
+    optimizer = optimizer_of(model)
+    clock = Clock(wrapped, optimizer, STEPS + 1)
+    for window in windows(micro):
+        clock.begin_step()
+        optimizer.zero_grad()
+        for number, batch in enumerate(window):
+            half = {key: value[2 * rank : 2 * rank + 2] for key, value in batch.items()}
+            wrapped.require_backward_grad_sync = number == micro - 1  # what no_sync() sets
+            (2 * loss(wrapped, half) / micro).backward()  # gradients are averaged over the two
+        optimizer.step()
+        clock.end_step()
+
+
+def fsdp(model, rank: int, micro: int) -> None:
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+
+    mesh = init_device_mesh("cpu", (2,))
+    for layer in model.get_base_model().model.layers:
+        fully_shard(layer, mesh=mesh)
+    fully_shard(model, mesh=mesh)
+    optimizer = optimizer_of(model)
+    clock = Clock(model, optimizer, STEPS + 1)
+    for window in windows(micro):
+        clock.begin_step()
+        optimizer.zero_grad()
+        for batch in window:
+            half = {key: value[2 * rank : 2 * rank + 2] for key, value in batch.items()}
+            (2 * loss(model, half) / micro).backward()
+        optimizer.step()
+        clock.end_step()
+
+
+STRATEGIES = {"ddp": ddp, "fsdp": fsdp}
+RUNS = [(strategy, micro, method) for strategy in STRATEGIES for micro in (1, 2) for method in CASES]
+
+
+def work(rank: int, port: int, folder: str) -> None:
+    """What one of the two processes does: every run, whose weights, masks and numbers it leaves in ``folder``."""
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=2)
+    for strategy, micro, method in RUNS:
+        model = build(method)
+        STRATEGIES[strategy](model, rank, micro)
+        left = {"weights": weights(model), "masks": masks(model), "logs": method_logs(model)}
+        left["state"] = methods_of(model)["default"].state()[0]
+        torch.save(left, Path(folder) / f"{strategy}-{micro}-{method}-{rank}.pt")
+    dist.destroy_process_group()
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> Path:
+    """Two processes, started once: most of their time goes into imports."""
+    made = tmp_path_factory.mktemp("distributed")
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    code = f"import sys, runpy; sys.path[:] = {sys.path!r}; runpy.run_path({__file__!r})['work']"
+    started = [
+        subprocess.Popen(
+            [sys.executable, "-c", f"{code}({rank}, {port}, {str(made)!r})"], stderr=subprocess.PIPE, text=True
+        )
+        for rank in (0, 1)
+    ]
+    for process in started:
+        _, errors = process.communicate(timeout=200)
+        assert process.returncode == 0, errors
+    return made
+
+
+@pytest.mark.parametrize(("strategy", "micro", "method"), RUNS)
+def test_two_processes_do_what_one_does(strategy, micro, method, folder):
+    found = [torch.load(folder / f"{strategy}-{micro}-{method}-{rank}.pt") for rank in (0, 1)]
+    assert equal(found[0]["weights"], found[1]["weights"])
+    assert equal(found[0]["masks"], found[1]["masks"])
+
+    model = build(method)
+    clock = Clock(model, optimizer := optimizer_of(model), STEPS + 1)
+    train(model, windows(micro), optimizer, clock=clock)
+    close(found[0]["weights"], weights(model), rtol=1e-4, atol=1e-5)
+    assert equal(found[0]["masks"], masks(model))
+    assert found[0]["state"] == pytest.approx(methods_of(model)["default"].state()[0])
+    assert found[0]["logs"]["cmr"] == pytest.approx(method_logs(model)["cmr"], rel=1e-3)
+
+    without = start("llama", method, **SETTINGS | {"cmr_weight": 0.0})[0]  # the penalty is no small thing here
+    train(without, windows(micro), optimizer_of(without))
+    with pytest.raises(AssertionError):
+        close(weights(without), weights(model), rtol=1e-2, atol=1e-3)

@@ -7,7 +7,7 @@ import pytest
 import torch
 import transformers as hf
 from contract import adapt, equal, logits, masks, sgd, start, texts, train, trained, weights
-from peft import LoraConfig, PeftModel, get_peft_model
+from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
 from safetensors.torch import save_file
 from transformers import Trainer, TrainingArguments
 
@@ -66,6 +66,32 @@ def test_saving_and_loading_on_the_way_changes_nothing(tmp_path, steps, densitie
         train(each, [texts()] * (4 - steps), total_steps=4)
     assert equal(weights(loaded), weights(model))
     assert equal(masks(loaded), masks(model))
+
+
+def test_a_share_of_training_is_decided_once(tmp_path):
+    model, _ = start("llama", prune_step=0.5)
+    train(model, [texts()], total_steps=4)
+    model.save_pretrained(tmp_path)
+    loaded = lorasculpt.load(llama(), tmp_path, trainable=True)
+    train(loaded, [texts()], total_steps=40)
+    assert methods_of(loaded)["default"].prune_step == 2
+    assert methods_of(loaded)["default"].pruned
+
+
+@pytest.mark.parametrize("steps", [0, 1, 3])
+@pytest.mark.parametrize("densities", [{}, {"density_a": 1.0}, {"density_b": 1.0}, {"density": 1.0}], ids=str)
+def test_weights_alone_tell_the_masks(steps, densities):
+    """As when a trainer brings its best model back: there is no state file to read."""
+    model, _ = start("llama", prune_step=2, **densities)
+    train(model, [texts()] * steps)
+    other, _ = start("llama", prune_step=2, **densities)
+    train(other, [texts()] * 2)  # whatever it was before
+    set_peft_model_state_dict(other, get_peft_model_state_dict(model))
+    assert equal(weights(other), weights(model))
+    assert equal(masks(other), masks(model))
+    if densities != {"density": 1.0}:  # pruning to everything leaves no trace, and needs none
+        assert methods_of(other)["default"].pruned == methods_of(model)["default"].pruned
+    assert not methods_of(other)["default"].uncertain
 
 
 def test_the_config_alone_comes_back_with_its_settings(sculpted):

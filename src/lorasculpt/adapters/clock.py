@@ -160,6 +160,8 @@ class ClockCallback(TrainerCallback):
         if state.global_step:
             folder = self._resume or Path(args.output_dir) / f"checkpoint-{state.global_step}"
             _resume(model, state.global_step, folder)
+        if self.clock is not None:  # of a training that was interrupted
+            self.clock.close()
         scaler = getattr(optimizer, "scaler", None)
         self.clock = Clock(model, optimizer, state.max_steps, args.gradient_accumulation_steps, scaler)
 

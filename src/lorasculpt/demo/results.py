@@ -1,0 +1,105 @@
+"""The project's own evidence on the demo's base: ``lorasculpt demo results`` makes ``results/demo.json``.
+
+    1. each method, three learning rates, one seed: the one that learns the *target's validation set* best is taken
+    2. each method at its rate, several seeds, equal steps: measured on every held-out item
+    3. LoRASculpt once more with the penalty's weight at which its gradient is a tenth of the task's
+
+Every run is an ordinary run in its own folder; what is there already is not done again, so the command goes on where it
+was stopped, and the file it writes says whether it is complete.
+"""
+
+from __future__ import annotations
+
+import json
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import yaml
+
+from ..config import RunConfig
+from ..measure import RESULTS_FILE, measure, versions
+from ..train import LOG_FILE, train
+from .run import METHODS, settings, write_data
+from .tower import remembering
+
+RATES = (1e-4, 2e-4, 5e-4)
+SEEDS = (0, 1, 2)
+LIMIT = 500  # items of a task; every source task has between 400 and 500
+
+
+def results(work: Path, target: Path, *, seeds: tuple[int, ...] = SEEDS) -> Path:
+    """Do what is still missing in ``work`` and write ``target``."""
+    write_data(work / "data")
+    found: dict[str, Any] = {"schema": 1, "complete": False, "versions": versions(), "rates": {}, "runs": []}
+    before: dict[str, dict] = {}
+    with remembering():
+        for name in METHODS:
+            scores = {rate: _run(work, f"rate-{name}-{rate:g}", before, name, "validation", lr=rate) for rate in RATES}
+            learned = {rate: run["summary"]["target_after"] for rate, run in scores.items()}
+            best = max(learned, key=lambda rate: learned[rate])
+            found["rates"][name] = {"validation_target": {f"{k:g}": v for k, v in learned.items()}, "chosen": best}
+        for seed in seeds:
+            for name in METHODS:
+                rate = found["rates"][name]["chosen"]
+                found["runs"].append(_run(work, f"{name}-{seed}", before, name, "test", lr=rate, seed=seed))
+                _write(target, found)
+        found["penalty"] = _tenth(work / f"lorasculpt-{seeds[0]}", METHODS["lorasculpt"]["method"])
+        change = {"cmr_weight": found["penalty"]["weight_for_a_tenth"]}
+        rate = found["rates"]["lorasculpt"]["chosen"]
+        run = _run(work, "lorasculpt-tenth", before, "lorasculpt", "test", lr=rate, seed=seeds[0], method=change)
+        found["runs"].append(run | {"label": "lorasculpt, penalty at a tenth"})
+    found["equal_target"] = equal_target(found["runs"])
+    found["complete"] = True
+    return _write(target, found)
+
+
+def _run(work: Path, folder: str, before: dict[str, dict], name: str, split: str, **changes) -> dict[str, Any]:
+    """One run, trained and measured unless it already is; returns its entry without pictures and items."""
+    made = settings(name, split=split, output=folder, limit=LIMIT, **changes)
+    path = work / f"{folder}.yaml"
+    path.write_text(yaml.safe_dump(made, sort_keys=False))
+    config = RunConfig.load(path)
+    if not (config.output / RESULTS_FILE).is_file():
+        print(f"\n{folder}")
+        train(config)
+        # rates are judged by their scores alone; the curve costs as much again as everything else
+        strengths = (0.25, 0.5, 0.75) if split == "test" else ()
+        _, before[split] = measure(config, before=before.get(split), strengths=strengths, curve_limit=100)
+    run = json.loads((config.output / RESULTS_FILE).read_text())["runs"][0]
+    return {key: value for key, value in run.items() if key != "gallery"}
+
+
+def _tenth(folder: Path, method: dict[str, Any]) -> dict[str, float]:
+    """The penalty's gradient over the task's in a finished run, and the weight at which it would be a tenth."""
+    history = json.loads((folder / LOG_FILE).read_text())["history"]
+    ratio = float(np.median([row["penalty_ratio"] for row in history if row.get("penalty_ratio")]))
+    weight = method.get("cmr_weight", 1e-3)
+    return {"weight": weight, "gradient_ratio": ratio, "weight_for_a_tenth": float(f"{0.1 * weight / ratio:.2g}")}
+
+
+def equal_target(runs: list[dict[str, Any]]) -> dict[str, Any]:
+    """Source average of every method where its strength gives the target score that all of them reach.
+
+    Read off each run's curve over strength, between its points linearly; the mean over the seeds of a method.
+    """
+    level = min(max(point["target"] for point in run["curve"]) for run in runs)
+    sources: dict[str, list[float]] = {}
+    for run in runs:
+        points = sorted(run["curve"], key=lambda point: point["strength"])
+        label = run.get("label", run["method"])
+        for low, high in pairwise(points):
+            if low["target"] <= level <= high["target"]:
+                share = (level - low["target"]) / max(high["target"] - low["target"], 1e-9)
+                sources.setdefault(label, []).append(low["source"] + share * (high["source"] - low["source"]))
+                break
+    return {"target": level, "source": {label: float(np.mean(values)) for label, values in sources.items()}}
+
+
+def _write(path: Path, found: dict[str, Any]) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_suffix(".partial")
+    partial.write_text(json.dumps(found, indent=1) + "\n")
+    partial.rename(path)
+    return path

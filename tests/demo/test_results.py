@@ -1,0 +1,46 @@
+"""The evidence: what is read off curves, and the README that quotes it."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from lorasculpt.demo.results import _tenth, equal_target
+
+ROOT = Path(__file__).parents[2]
+
+
+def run(method: str, *points: tuple[float, float, float]) -> dict:
+    return {
+        "method": method,
+        "curve": [dict(zip(("strength", "source", "target"), point, strict=True)) for point in points],
+    }
+
+
+def test_sources_are_compared_where_all_methods_have_learned_the_same():
+    found = equal_target(
+        [
+            run("dense", (0, 0.8, 0.0), (0.5, 0.6, 0.4), (1, 0.2, 0.8)),
+            run("sparse", (0, 0.8, 0.0), (0.5, 0.7, 0.3), (1, 0.6, 0.6)),
+            run("sparse", (0, 0.8, 0.0), (1, 0.5, 0.6)),
+        ]
+    )
+    assert found["target"] == 0.6
+    assert found["source"]["dense"] == pytest.approx(0.4)
+    assert found["source"]["sparse"] == pytest.approx(0.55)
+
+
+def test_the_weight_for_a_tenth_scales_with_the_measured_ratio(tmp_path):
+    history = [{"loss": 1.0}, {"penalty_ratio": 0.0}, {"penalty_ratio": 2e-4}, {"penalty_ratio": 4e-4}]
+    (tmp_path / "training.json").write_text(json.dumps({"history": history}))
+    found = _tenth(tmp_path, {"cmr_weight": 1e-3})
+    assert found["gradient_ratio"] == pytest.approx(3e-4)
+    assert found["weight_for_a_tenth"] == pytest.approx(0.33)
+
+
+def test_the_readme_quotes_the_results_as_they_are():
+    subprocess.run([sys.executable, ROOT / "scripts" / "readme", "--check"], check=True)

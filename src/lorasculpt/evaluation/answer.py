@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from ..data.batches import prompt_text
 from ..data.records import Record
 from .prompts import batches, chat, encode, evaluating, tokenizer_of
 
@@ -60,7 +61,9 @@ def answer(
 
 def _lead(processor, record: Record, prompt: str) -> str:
     """What the chat template writes between the prompt and an answer (a space, in some)."""
-    whole, choice = chat(processor, record, record.choices[0]), record.choices[0]
+    choice = record.choices[0]
+    answered = [*record.prompt, {"role": "assistant", "content": choice}]
+    whole = prompt_text(processor, answered, len(record.images))
     if whole.startswith(prompt) and choice in whole[len(prompt) :]:
         return whole[len(prompt) :].split(choice)[0]
     return ""

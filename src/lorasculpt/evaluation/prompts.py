@@ -1,4 +1,4 @@
-"""Records as the model's input: the chat template, batches, padding. The same steps as in training, from TRL."""
+"""Records as the model's input: prompts as in training, batches, padding."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from trl.data_utils import prepare_multimodal_messages
 
+from ..data.batches import prompt_text
 from ..data.images import open_image
 from ..data.records import Record
 
@@ -20,18 +20,9 @@ def tokenizer_of(processor):
     return getattr(processor, "tokenizer", processor)
 
 
-def chat(processor, record: Record, answer: str | None = None) -> str:
-    """The prompt of ``record`` in the processor's chat template, ready to be answered (or followed by ``answer``).
-
-    Pictures come first in the first user message, then the text: where TRL puts them in training.
-    """
-    messages = [dict(message) for message in record.prompt]
-    if answer is not None:
-        messages.append({"role": "assistant", "content": answer})
-    if processor is not tokenizer_of(processor):
-        # the template only needs to know where pictures stand; they are opened when their batch is encoded
-        messages = prepare_multimodal_messages(messages, list(record.images))
-    return processor.apply_chat_template(messages, tokenize=False, add_generation_prompt=answer is None)
+def chat(processor, record: Record) -> str:
+    """The prompt of ``record`` as it was in training, ready to be answered."""
+    return prompt_text(processor, record.prompt, len(record.images))
 
 
 def batches(records: Sequence[Record], texts: Sequence[str], size: int) -> list[list[int]]:

@@ -41,7 +41,8 @@ def start(family: str, method: str = "lorasculpt", **settings: Any) -> tuple[Pef
 
 def adapt(base: nn.Module, method: str = "lorasculpt", **settings: Any) -> PeftModel:
     """``base`` with a fresh adapter, always the same one."""
-    settings.setdefault("target_modules", target_regex(base, "language"))
+    if "target_modules" not in settings:
+        settings["target_modules"] = target_regex(base, "language")
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(1)
         return get_peft_model(base, CASES[method](**settings))

@@ -272,6 +272,24 @@ def test_a_run_too_short_to_prune_is_refused_by_the_trainer_too(tmp_path):
         trainer(tmp_path, llama(prune_step=5), save_strategy="no").train()
 
 
+def test_training_again_after_an_interruption_has_one_clock(tmp_path):
+    class Interrupt(TrainerCallback):
+        def on_pre_optimizer_step(self, args, state, control, **kwargs):
+            if state.global_step == 1:
+                raise KeyboardInterrupt
+
+    interrupt = Interrupt()
+    run = trainer(tmp_path, callbacks=[ClockCallback(), interrupt], save_strategy="no")
+    with pytest.raises(KeyboardInterrupt):
+        run.train()
+    run.remove_callback(interrupt)
+    run.model.zero_grad()
+    run.train()
+    method = methods_of(run.model)["default"]
+    assert method.step == 1 + 5  # one was taken before
+    assert all(len(leaf._post_accumulate_grad_hooks or {}) == 0 for leaf in trained(run.model))
+
+
 def test_deepspeed_is_refused():
     with pytest.raises(UserError, match="DeepSpeed takes optimizer steps that no hook sees"):
         ClockCallback().on_train_begin(SimpleNamespace(deepspeed="zero.json"), None, None)

@@ -11,6 +11,7 @@ from pathlib import Path
 import pico
 import pytest
 import torch
+import transformers as hf
 from contract import CASES, adapt, equal, logits, loss, masks, sgd, start, texts, train, trained, weights
 from peft import LoraConfig, LoraRuntimeConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file
@@ -87,6 +88,7 @@ def test_initialisations_that_are_no_plain_lora_are_refused(init):
         {"target_modules": "all-linear", "exclude_modules": ["v_proj"]},
         {"r": 2, "lora_alpha": 1},
         {"task_type": "CAUSAL_LM"},
+        {"target_modules": ["q_proj"], "modules_to_save": ["lm_head"]},
         {"revision": "main", "runtime_config": LoraRuntimeConfig()},
     ],
     ids=str,
@@ -133,6 +135,42 @@ def test_sites_are_the_adapted_linears_by_their_names_in_the_base():
         assert site.scaling == 2.0
         assert torch.equal(site.weight(), pico.build("llama")[0].get_submodule(name).weight)
     assert sites(model, "another") == {}
+
+
+def test_a_transposed_base_is_turned_round():
+    base = hf.GPT2LMHeadModel(hf.GPT2Config(n_layer=1, n_embd=32, n_head=2, vocab_size=420)).eval()
+    stored = {name: p.detach().clone() for name, p in base.named_parameters()}
+    model = adapt(base, target_modules=["c_attn"], fan_in_fan_out=True, cmr_modules="all", prune_step=2)
+    (name, site), *_ = sites(model).items()
+    assert torch.equal(site.weight(), stored[f"{name}.weight"].T)
+    assert site.weight().shape == (site.B.shape[0], site.A.shape[1])
+    train(model, [texts()] * 3)
+    assert method_logs(model)["cmr"] > 0
+    assert int(torch.count_nonzero(site.A)) == int(0.25 * site.A.numel())
+
+
+def test_adapters_of_half_precision_are_pruned_as_exactly():
+    base, _ = pico.build("llama")
+    config = CASES["lorasculpt"](target_modules=["q_proj", "v_proj"], prune_step=2, rescale=True)
+    model = get_peft_model(base.to(torch.bfloat16), config, autocast_adapter_dtype=False)
+    train(model, [texts()] * 4)
+    for weight in weights(model).values():
+        assert weight.dtype == torch.bfloat16
+        assert int(torch.count_nonzero(weight)) == int(0.25 * weight.numel())
+
+
+def test_adapters_may_be_combined_with_pefts_own_means():
+    model, _ = start("llama", target_modules=["q_proj", "v_proj"])
+    model.add_adapter("other", CASES["lorasculpt"](target_modules=["q_proj", "v_proj"], prune_step=1))
+    train(model, [texts()] * 3)
+    for name in ("other", "default"):
+        model.set_adapter(name)
+    model.add_weighted_adapter(["default", "other"], [1.0, 1.0], "both", combination_type="cat")
+    assert methods_of(model)["both"].pruned is False
+    for name, site in sites(model, "both").items():
+        one, two = sites(model, "default")[name], sites(model, "other")[name]
+        summed = one.scaling * one.B @ one.A + two.scaling * two.B @ two.A
+        torch.testing.assert_close(site.scaling * site.B @ site.A, summed, rtol=1e-4, atol=1e-6)
 
 
 def test_a_masked_linear_shares_its_weight_and_masks_value_and_gradient():

@@ -105,9 +105,13 @@ def folder(tmp_path_factory) -> Path:
         )
         for rank in (0, 1)
     ]
-    for process in started:
-        _, errors = process.communicate(timeout=200)
-        assert process.returncode == 0, errors
+    try:
+        ended = [(process.communicate(timeout=200)[1], process.returncode) for process in started]
+    finally:
+        for process in started:
+            process.kill()  # where one fails, the other waits for it
+            process.wait()
+    assert [code for _, code in ended] == [0, 0], "\n".join(errors for errors, _ in ended)
     return made
 
 

@@ -20,6 +20,7 @@ from contract import (
     trained,
     weights,
 )
+from peft import get_peft_model
 from torch import nn
 from transformers import Trainer, TrainingArguments
 
@@ -491,3 +492,10 @@ def test_a_forward_pass_without_a_step_changes_no_state(tmp_path):
     after = everything()
     assert after[:2] == before[:2]
     assert equal(after[2], before[2])
+
+
+def test_a_penalty_on_none_of_the_adapted_linears_is_refused():
+    model, _ = pico.build("llama")
+    config = LoRASculptConfig(r=4, target_modules=["gate_proj", "up_proj"])
+    with pytest.raises(ValueError, match=r"gate_proj, up_proj"):
+        _ = get_peft_model(model, config).base_model.methods

@@ -18,6 +18,7 @@ from peft.tuners.lora import LoraModel
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from ..errors import UserError
 from .layers import MaskedLinear, Site, sites
 
 SETTINGS_FILE = "lorasculpt.json"
@@ -174,14 +175,14 @@ def read_record(folder: Path) -> dict[str, Any] | None:
     """The contents of ``lorasculpt.json`` in ``folder``, or None if it is a plain adapter.
 
     Raises:
-        ValueError: if the file is of a newer version of this package.
+        UserError: if the file is of a newer version of this package.
     """
     path = folder / SETTINGS_FILE
     if not path.is_file():
         return None
     record = json.loads(path.read_text())
     if record["schema"] > SCHEMA:
-        raise ValueError(f"{path} was written by a newer lorasculpt (schema {record['schema']}); upgrade to read it.")
+        raise UserError(f"{path} was written by a newer lorasculpt (schema {record['schema']}); upgrade to read it.")
     return record
 
 

@@ -44,7 +44,18 @@ from ..ops.conflict import awareness, conflict
 from ..ops.density import product_density, solve_density
 from ..ops.masks import kept, magnitude_mask, pack, unpack
 
-CONNECTORS = ("multi_modal_projector", "connector", "merger", "aligner", "mm_projector")
+CONNECTORS = [
+    "multi_modal_projector",
+    "connector",
+    "merger",
+    "deepstack_merger_list",
+    "aligner",
+    "mm_projector",
+    "embed_vision",
+    "vision_projection",
+    "qformer",
+    "language_projection",
+]
 
 
 class Sculpt(Method):
@@ -63,6 +74,13 @@ class Sculpt(Method):
         self._density: dict[str, float] = {}
         for leaf, density in self._leaves():
             kept(leaf.weight.numel(), density)  # an impossible density is refused before training, not at step T_0
+        language = [name for name in self.sites if not _in_connector(name)]
+        if config.cmr_weight and language and not self._penalised():
+            names = sorted({name.rpartition(".")[2] for name in language})
+            raise ValueError(
+                f"cmr_modules={config.cmr_modules} names none of the adapted linears ({', '.join(names)}), so nothing "
+                "would be penalised; name some of them, or 'all', or set cmr_weight=0."
+            )
 
     # --- pruning --------------------------------------------------------------------------------------------------
 
@@ -117,10 +135,9 @@ class Sculpt(Method):
         language: list[Site] = []
         connector: list[Site] = []
         for name, site in self.sites.items():
-            parts = name.split(".")
-            if any(part in CONNECTORS for part in parts):
+            if _in_connector(name):
                 connector.append(site)
-            elif wanted == "all" or parts[-1] in wanted:
+            elif wanted == "all" or name.rpartition(".")[2] in wanted:
                 language.append(site)
         groups = (language, self.config.cmr_weight), (connector, self.config.cmr_connector_weight)
         return [(site, weight / len(group)) for group, weight in groups if weight for site in group]
@@ -220,6 +237,11 @@ class Sculpt(Method):
                 leaf.mask.copy_(mask)
 
 
+def _in_connector(name: str) -> bool:
+    """Whether a linear of this name belongs to what joins vision and language."""
+    return any(part in CONNECTORS for part in name.split("."))
+
+
 @register
 @dataclass
 class LoRASculptConfig(MethodConfig):
@@ -240,7 +262,8 @@ class LoRASculptConfig(MethodConfig):
         cmr_weight: lambda of equation (5), at least 0. Paper's code: 1e-3.
         cmr_connector_weight: the same for a LoRA on the connector (paper's beta); 0 leaves it out, as the code does.
         omega: steepness of equation (3), > 0. Paper: 1.
-        cmr_modules: last names of the linears that equation (4) sums over, or "all". Paper's code: q, k, v.
+        cmr_modules: last names of the linears that equation (4) sums over, or "all". Paper's code: q, k, v. At least
+            one of them must be adapted, unless ``cmr_weight`` is 0 or the connector alone is adapted.
         cmr_memory: "recompute" M at every step by row blocks, or "cache" its square (a tensor of the size of every
             penalised weight, in fp32; the step is faster).
 

@@ -191,7 +191,7 @@ def test_files_of_the_future_are_refused(sculpted):
     with pytest.raises(UserError, match="made by the method 'better', which this version does not have"):
         lorasculpt.load(llama(), folder, trainable=True)
     path.write_text(json.dumps({**record, "schema": 2}))
-    with pytest.raises(ValueError, match="upgrade to read it"):
+    with pytest.raises(UserError, match="upgrade to read it"):
         lorasculpt.load(llama(), folder, trainable=True)
 
 

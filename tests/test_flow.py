@@ -12,7 +12,7 @@ import yaml
 from peft import PeftModel
 from safetensors.torch import load_file
 
-from lorasculpt import UserError, cli
+from lorasculpt import METHODS, UserError, cli
 from lorasculpt.config import RunConfig
 from lorasculpt.measure import measure
 from lorasculpt.models.load import load
@@ -191,3 +191,5 @@ def test_methods_are_listed_with_their_settings(capsys, monkeypatch):
     facts = json.loads(capsys.readouterr().out)
     assert facts[0]["method"] == "lorasculpt"
     assert facts[0]["settings"]["density"] == 0.1
+    config = METHODS["lorasculpt"]
+    assert cli._meanings(config).keys() == cli._settings(config).keys()

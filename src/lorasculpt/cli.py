@@ -9,6 +9,7 @@ import dataclasses
 import importlib
 import json
 import os
+import re
 import sys
 import warnings
 from enum import StrEnum
@@ -146,12 +147,15 @@ def methods(
     if as_json:
         print(json.dumps(facts, indent=2))
         return
-    table = Table(*(("setting", "default") if name else ("method", "idea")))
-    for fact in facts:
-        rows = fact["settings"].items() if name else [(fact["method"], fact["idea"])]
-        for row in rows:
+    table = Table(*(("setting", "default", "meaning") if name else ("method", "idea")))
+    for config, fact in zip(chosen, facts, strict=True):
+        meanings = _meanings(config)
+        settings = [(key, value, meanings.get(key, "")) for key, value in fact["settings"].items()]
+        for row in settings if name else [(fact["method"], fact["idea"])]:
             table.add_row(*map(str, row))
     Console().print(table)
+    if name:
+        print("Besides these it takes what LoraConfig takes: r, lora_alpha, lora_dropout, target_modules, ...")
 
 
 @demo_app.callback()
@@ -198,6 +202,15 @@ def _settings(config: type) -> dict[str, object]:
 
     stock = {field.name for field in dataclasses.fields(LoraConfig)}
     return {field.name: field.default for field in dataclasses.fields(config) if field.name not in stock}
+
+
+def _meanings(config: type) -> dict[str, str]:
+    """What the docstring of a method's config says of each setting."""
+    block = (config.__doc__ or "").partition("Args:")[2].partition("\n\n")[0]
+    entries = re.split(r"\n {8}(?=\w+: )", "\n" + block.strip("\n").replace("    Args", ""))
+    return {
+        key: " ".join(text.split()) for key, _, text in (entry.partition(": ") for entry in entries if entry.strip())
+    }
 
 
 def _summary(results: list[Path]) -> None:

@@ -39,7 +39,7 @@ class Recipe:
     projector_lr: float = 1e-3
     warmup: float = 0.04
     weight_decay: float = 0.05
-    dropout: float = 0.1
+    dropout: float = 0.0  # on a CPU its random numbers took more than a third of a step
     text: float = 0.12
     copies: int = 8
     seed: int = 0

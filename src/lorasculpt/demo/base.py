@@ -6,6 +6,7 @@ projector, and a LoRA of rank 16 merged into the language model) ships with this
 
 from __future__ import annotations
 
+import hashlib
 import json
 import shutil
 import tempfile
@@ -131,7 +132,8 @@ def align(model: LlavaForConditionalGeneration, alignment: dict[str, Tensor]) ->
 def folder() -> Path:
     """The base model as a Hugging Face folder, built in the cache the first time (about half a minute)."""
     register()
-    path = assets.cache_dir() / "base"
+    alignment = hashlib.sha256(ALIGNMENT.read_bytes()).hexdigest()[:12]  # another alignment is another model
+    path = assets.cache_dir() / f"base-{alignment}"
     if not (path / "config.json").exists():
         model, processor = unaligned()
         align(model, load_file(ALIGNMENT))

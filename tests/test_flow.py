@@ -120,6 +120,19 @@ def _also(first):
     return both
 
 
+def test_an_error_in_the_middle_of_training_loses_no_checkpoint(run, monkeypatch):
+    config = run("training.save_every=1")
+
+    def fail(self, args, state, control, **kwargs):
+        if state.global_step == 2:
+            raise ValueError("the density of this batch is strange")
+
+    monkeypatch.setattr("lorasculpt.adapters.clock.ClockCallback.on_step_begin", _also(fail))
+    with pytest.raises(ValueError, match="strange"):
+        train(config, progress=False)
+    assert (config.output / "checkpoint-2" / "adapter_model.safetensors").is_file()
+
+
 def test_a_full_projector_is_trained_saved_and_brought_back(run):
     from lorasculpt.adapters.load import load as load_adapter
 

@@ -14,7 +14,7 @@ from .adapters.load import load as load_adapter
 from .config import RunConfig
 from .errors import UserError
 from .evaluation import comparison, curve, evaluate, gallery
-from .evaluation.summary import average_interval, paired_bootstrap, task_average
+from .evaluation.run import curve_point
 from .models.load import load
 from .train import ADAPTER, LOG_FILE, held_out, precision
 
@@ -66,7 +66,7 @@ def measure(
     if config.projector != "full":  # a replaced projector has no strength
         words = name if progress else None
         points = curve(model, processor, small_source, small_target, strengths, progress=words, **options)
-        points = [_end(0.0, before), *points, _end(1.0, after)]
+        points = [curve_point(0.0, before), *points, curve_point(1.0, after)]
     training = json.loads((config.output / LOG_FILE).read_text())
     run = {
         "method": name,
@@ -88,16 +88,6 @@ def measure(
     path = config.output / RESULTS_FILE
     path.write_text(json.dumps({"schema": 1, "versions": versions(), "runs": [run]}, indent=1) + "\n")
     return path, before
-
-
-def _end(strength: float, measured: dict) -> dict[str, Any]:
-    """The point of the curve where the adapter counts not at all, or whole."""
-    point: dict[str, Any] = {"strength": strength}
-    for side in ("source", "target"):
-        scores = {name: entry["scores"] for name, entry in measured[side].items()}
-        point[side] = task_average(scores)
-        point[f"{side}_interval"] = average_interval(scores, paired_bootstrap(scores, scores)[0])
-    return point
 
 
 def versions() -> dict[str, str]:

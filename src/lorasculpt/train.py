@@ -55,12 +55,13 @@ def train(config: RunConfig, *, progress: bool = True) -> Path:
     set_seed(config.seed)
     model, processor = load(config.base)
     model = attach(model, config)
+    autocast = precision(config, model)
     records = read(config.data.train, images=config.data.images, limit=config.data.limit)
     resume = _last_checkpoint(output)
     clock = ClockCallback(resume)
     trainer = SFTTrainer(
         model=model,
-        args=_arguments(config, progress, precision(config, model)),
+        args=_arguments(config, progress, autocast),
         train_dataset=rows(records),
         processing_class=processor,
         data_collator=Collator(processor),
@@ -69,7 +70,7 @@ def train(config: RunConfig, *, progress: bool = True) -> Path:
     )
     clock.lead(trainer)
     if config.evaluate.every:
-        trainer.add_callback(_Measure(config, processor, precision(config, model)))
+        trainer.add_callback(_Measure(config, processor, autocast))
     began = time.monotonic()
     output.mkdir(parents=True, exist_ok=True)
     (output / RUN_FILE).write_text(config.to_yaml())
@@ -77,7 +78,7 @@ def train(config: RunConfig, *, progress: bool = True) -> Path:
         trainer.train(resume_from_checkpoint=str(resume) if resume else None)
     except ValueError as error:
         key = _setting(config, error)  # some settings can only be judged once the steps are counted
-        if key is None:
+        if key is None or resume is not None or trainer.state.global_step:
             raise
         shutil.rmtree(output)  # nothing has run: leave the folder free for the mended file
         raise config.error(key, f"is refused: {error}") from error

@@ -99,13 +99,18 @@ def curve(
         words = None if progress is None else f"{progress} strength {value:g}"
         with strength(model, value):
             measured = evaluate(model, processor, source, target, progress=words, **options)
-        point: dict = {"strength": value}
-        for side in ("source", "target"):
-            scores = _scores(measured, side)
-            point[side] = task_average(scores)
-            point[f"{side}_interval"] = average_interval(scores, paired_bootstrap(scores, scores)[0])
-        points.append(point)
+        points.append(curve_point(value, measured))
     return points
+
+
+def curve_point(value: float, measured: dict) -> dict:
+    """A result of ``evaluate`` with the adapter at strength ``value`` as one point of a ``curve``."""
+    point: dict = {"strength": value}
+    for side in ("source", "target"):
+        scores = _scores(measured, side)
+        point[side] = task_average(scores)
+        point[f"{side}_interval"] = average_interval(scores, paired_bootstrap(scores, scores)[0])
+    return point
 
 
 def gallery(

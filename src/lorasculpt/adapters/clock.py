@@ -67,17 +67,26 @@ class Clock:
         for method in self.methods.values():
             method.begin(total_steps)
         optimizer = getattr(optimizer, "optimizer", optimizer)  # accelerate wraps it
-        self._handles: list[Any] = [optimizer.register_step_post_hook(self._after_step)]
+        self._handles: list[Any] = [
+            optimizer.register_step_pre_hook(self._before_step),
+            optimizer.register_step_post_hook(self._after_step),
+        ]
         for method in self.methods.values():
-            for site in method.sites.values():
-                for leaf in (site.a, site.b):
-                    self._handles.append(leaf.weight.register_post_accumulate_grad_hook(self._accumulated))
+            for parameter in method.parameters():
+                if parameter.requires_grad:
+                    self._handles.append(parameter.register_post_accumulate_grad_hook(self._accumulated))
 
-    def begin_step(self) -> None:
-        """Open the window of one optimizer step, before its first forward pass."""
+    def begin_step(self, micro_batches: int | None = None) -> None:
+        """Open the window of one optimizer step, before its first forward pass.
+
+        ``micro_batches``: how many there are in this window, if not ``accumulation``. The losses of a method (balance
+        of experts) are averaged over them.
+        """
         self._open = True
         self._due = {}
+        scale = self.scaler.get_scale() if self.scaler is not None and self.scaler.is_enabled() else 1.0
         for method in self.methods.values():
+            method.open(scale / (micro_batches or self.accumulation))
             self._due |= method.penalties()
         self._added, self._task = {}, {}
 
@@ -98,6 +107,10 @@ class Clock:
             self._added[parameter] = penalty
         elif parameter in self._added:  # a later micro-batch of the same window
             self._task[parameter] = (grad - self._added[parameter]).float().square().sum()
+
+    def _before_step(self, optimizer, args, kwargs) -> None:
+        for method in self.methods.values():
+            method.before_step()
 
     def _after_step(self, optimizer, args, kwargs) -> None:
         if self.methods and not self._open:
@@ -165,9 +178,9 @@ class ClockCallback(TrainerCallback):
         scaler = getattr(optimizer, "scaler", None)
         self.clock = Clock(model, optimizer, state.max_steps, args.gradient_accumulation_steps, scaler)
 
-    def on_step_begin(self, args, state, control, **kwargs):
+    def on_step_begin(self, args, state, control, train_dataloader=None, **kwargs):
         if self.clock is not None:
-            self.clock.begin_step()
+            self.clock.begin_step(_window(train_dataloader, state.global_step, args.gradient_accumulation_steps))
 
     def on_step_end(self, args, state, control, **kwargs):
         if self.clock is not None:
@@ -205,7 +218,17 @@ class ClockCallback(TrainerCallback):
 
 
 def _trains(method: Method) -> bool:
-    return any(site.a.weight.requires_grad for site in method.sites.values())
+    return any(parameter.requires_grad for parameter in method.parameters())
+
+
+def _window(loader: Any, step: int, accumulation: int) -> int:
+    """Micro-batches in the window of the optimizer step after ``step``: the last one of an epoch may be shorter."""
+    if accumulation == 1 or not hasattr(loader, "__len__"):
+        return accumulation
+    batches = len(loader)
+    windows = -(-batches // accumulation)
+    last = step % windows == windows - 1
+    return batches - (windows - 1) * accumulation if last else accumulation
 
 
 def _resume(model: nn.Module, step: int, checkpoint: Path) -> None:

@@ -72,9 +72,9 @@ class MethodType(str):
 class Method:
     """One adapter's method at work: what happens at the start, after every backward, after every step, in the log.
 
-    The clock calls ``begin`` once, ``penalties`` when a step begins, ``after_step`` right after every optimizer step
-    that was taken, and ``logs`` when something is about to be logged. ``state`` and ``restore`` carry what must
-    survive a restart. A method that needs less overrides less.
+    The clock calls ``begin`` once, ``open`` and ``penalties`` when a step begins, ``before_step`` and ``after_step``
+    around every optimizer step that is taken, and ``logs`` when something is about to be logged. ``state`` and
+    ``restore`` carry what must survive a restart. A method that needs less overrides less.
     """
 
     def __init__(self, config: MethodConfig, model: nn.Module, adapter: str):
@@ -87,9 +87,19 @@ class Method:
     def begin(self, total_steps: int | None) -> None:
         """Training of ``total_steps`` optimizer steps is about to start or to go on."""
 
+    def parameters(self) -> list[nn.Parameter]:
+        """The parameters of the adapter."""
+        return [leaf.weight for site in self.sites.values() for leaf in (site.a, site.b)]
+
+    def open(self, weight: float) -> None:
+        """An optimizer step begins; a loss of one of its micro-batches counts ``weight``."""
+
     def penalties(self) -> dict[nn.Parameter, Tensor]:
         """What to add to the gradient of each parameter, once per optimizer step."""
         return {}
+
+    def before_step(self) -> None:
+        """An optimizer step is about to be taken: all gradients are there, clipped and unscaled."""
 
     def after_step(self, step: int) -> None:
         """Optimizer step number ``step`` (from 1) has been taken."""
@@ -146,10 +156,13 @@ class MethodConfig(LoraConfig):
         """Write ``adapter_config.json`` as stock LoRA and the method's settings and state beside it."""
         stock = LoraConfig(**{f.name: getattr(self, f.name) for f in dataclasses.fields(LoraConfig) if f.init})
         stock.save_pretrained(save_directory, **kwargs)
+        self._save_record(Path(save_directory), self.settings())
+
+    def _save_record(self, folder: Path, settings: dict[str, Any]) -> None:
+        """Write what belongs beside ``adapter_config.json``: the settings that it does not hold, and the state."""
         values, tensors = self._state or ({}, {})
         self._state = None
-        record = {"schema": SCHEMA, "method": self.method, "settings": self.settings(), "state": values}
-        folder = Path(save_directory)
+        record = {"schema": SCHEMA, "method": self.method, "settings": settings, "state": values}
         (folder / SETTINGS_FILE).write_text(json.dumps(record, indent=2) + "\n")
         if tensors:
             save_file(tensors, folder / STATE_FILE)
@@ -193,8 +206,10 @@ def read_state(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
     return record["state"], tensors
 
 
-class MethodModel(LoraModel):
-    """PEFT's LoRA tuner with masked leaves and one :class:`Method` object per adapter."""
+class Methods:
+    """Mixed into a PEFT tuner: one :class:`Method` object per adapter, and its state in what is saved and loaded."""
+
+    peft_config: dict[str, MethodConfig]
 
     @property
     def methods(self) -> dict[str, Method]:
@@ -202,10 +217,31 @@ class MethodModel(LoraModel):
         made = self.__dict__.setdefault("_methods", {})
         for adapter, config in self.peft_config.items():
             if adapter not in made or made[adapter].config is not config:
-                made[adapter] = config.implementation(config, self, adapter)
+                made[adapter] = config.implementation(config, self, adapter)  # type: ignore[arg-type]
         for adapter in set(made) - set(self.peft_config):
             del made[adapter]
         return made
+
+    @classmethod
+    def _get_adapter_state_dict(cls, model, config, adapter_name, state_dict, unwanted_adapter_names):
+        found = super()._get_adapter_state_dict(model, config, adapter_name, state_dict, unwanted_adapter_names)
+        tuner = getattr(model, "base_model", None)
+        if isinstance(tuner, Methods):
+            # PeftModel.save_pretrained asks for the tensors first and for the config file next
+            config._state = tuner.methods[adapter_name].state()
+        return found
+
+    @classmethod
+    def _remap_adapter_state_dict_for_load(cls, model, config, adapter_name, state_dict):
+        found = super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)
+        tuner = getattr(model, "base_model", None)
+        if isinstance(tuner, Methods):
+            tuner.methods[adapter_name].loaded(found)
+        return found
+
+
+class MethodModel(Methods, LoraModel):
+    """PEFT's LoRA tuner with masked leaves."""
 
     def _create_and_replace(self, lora_config, adapter_name, target, target_name, parent, current_key, **kwargs):
         super()._create_and_replace(lora_config, adapter_name, target, target_name, parent, current_key, **kwargs)
@@ -218,29 +254,12 @@ class MethodModel(LoraModel):
                 )
             leaves[adapter_name] = MaskedLinear.of(leaves[adapter_name])
 
-    @classmethod
-    def _get_adapter_state_dict(cls, model, config, adapter_name, state_dict, unwanted_adapter_names):
-        found = super()._get_adapter_state_dict(model, config, adapter_name, state_dict, unwanted_adapter_names)
-        tuner = getattr(model, "base_model", None)
-        if isinstance(tuner, MethodModel):
-            # PeftModel.save_pretrained asks for the tensors first and for the config file next
-            config._state = tuner.methods[adapter_name].state()
-        return found
 
-    @classmethod
-    def _remap_adapter_state_dict_for_load(cls, model, config, adapter_name, state_dict):
-        found = super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)
-        tuner = getattr(model, "base_model", None)
-        if isinstance(tuner, MethodModel):
-            tuner.methods[adapter_name].loaded(found)
-        return found
-
-
-def register(config: type[MethodConfig]) -> type[MethodConfig]:
-    """Class decorator: let PEFT know a method by the upper-case form of its name."""
+def register(config: type[MethodConfig], tuner: type[Methods] = MethodModel) -> type[MethodConfig]:
+    """Let PEFT know a method by the upper-case form of its name."""
     kind = MethodType(config.method.upper())
     PEFT_TYPE_TO_CONFIG_MAPPING[kind] = config
-    PEFT_TYPE_TO_TUNER_MAPPING[kind] = MethodModel
+    PEFT_TYPE_TO_TUNER_MAPPING[kind] = tuner
     PEFT_TYPE_TO_PREFIX_MAPPING[kind] = "lora_"
     return config
 
@@ -248,7 +267,7 @@ def register(config: type[MethodConfig]) -> type[MethodConfig]:
 def methods_of(model: nn.Module) -> dict[str, Method]:
     """The methods at work in ``model`` (wrapped or not), by adapter name; empty if it has none."""
     for module in model.modules():
-        if isinstance(module, MethodModel):
+        if isinstance(module, Methods):
             return module.methods
     return {}
 

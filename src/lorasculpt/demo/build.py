@@ -22,7 +22,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from tqdm import tqdm
 
-from . import base, world
+from . import artwork, base, world
 from .world import Emoji, Item
 
 LINEARS = r".*language_model.*\.(q_proj|k_proj|v_proj|o_proj|gate_proj|up_proj|down_proj)"
@@ -30,7 +30,11 @@ LINEARS = r".*language_model.*\.(q_proj|k_proj|v_proj|o_proj|gate_proj|up_proj|d
 
 @dataclass(frozen=True)
 class Recipe:
-    """The settings of one alignment. ``text``: share of text-only batches; ``copies``: altered copies a picture."""
+    """The settings of one alignment.
+
+    ``text``: share of text-only batches; ``copies``: altered copies a picture; ``drawings``: a folder with the other
+    hands' drawings (:mod:`~lorasculpt.demo.artwork`), of which each is shown as it is and altered.
+    """
 
     minutes: float = 60
     batch: int = 32
@@ -44,6 +48,7 @@ class Recipe:
     copies: int = 8
     seed: int = 0
     bf16: bool = True
+    drawings: str | None = None
 
 
 def altered(picture: Image.Image, rng: random.Random) -> Image.Image:
@@ -227,6 +232,13 @@ def build(
             picture = pictures[f"emoji/{file}.png"]
             copies[file] = list(range(len(shown), len(shown) + many))
             shown += [picture, *(altered(picture, rng) for _ in range(many - 1))]
+    if recipe.drawings:
+        others = artwork.drawings(Path(recipe.drawings), {thing.files[0] for thing in questions.things})
+        for file, drawn in sorted(others.items()):
+            for svg in drawn:
+                picture = world.on_white(artwork.rasterise(svg, 160))
+                copies[file] += [len(shown), len(shown) + 1]
+                shown += [picture, altered(picture, rng)]
     known = features(model, processor, shown)
     validation = held_out(model, processor, "validation")
 

@@ -1,0 +1,134 @@
+"""What the layers of a model may know about the forward pass they are in: tasks, padding, prompt, prefill or decode.
+
+One :class:`Context` belongs to one model. A hook on the base model's forward fills it and takes out what the base model
+would not understand, so ``model(**batch, task=["a", "b"])`` and ``model.generate(..., task="a")`` work whatever wraps
+the model. Under gradient checkpointing a layer that is computed again sees the context of the *last* forward pass:
+run the backward pass of one batch before the forward pass of the next, as every trainer does.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..errors import UserError
+
+TASK_IDS = "routing_task_ids"  # not task_ids: PEFT's own wrappers swallow that
+
+Tasks = str | Sequence[str] | Tensor
+
+
+class Context:
+    """The forward pass that is under way.
+
+    Attributes:
+        tasks: the task of each sample as given: names, or ids (batch,); one name stands for the whole batch.
+        padding: (batch, keys) True where a token is real, over all the keys that attention sees; None: all are real.
+        prompt: (batch, length) True where a token belongs to the prompt, where labels tell; None: they do not.
+        decoding: whether keys of earlier tokens come from a cache.
+        weight: what a loss of one micro-batch counts, a scalar tensor that the clock sets.
+        recorder: where layers note what they route, if someone wants to see it (``lorasculpt inspect``).
+    """
+
+    def __init__(self) -> None:
+        self.tasks: Tasks | None = None
+        self.padding: Tensor | None = None
+        self.prompt: Tensor | None = None
+        self.decoding = False
+        self.weight = torch.ones(())
+        self.recorder: Callable[[str, Tensor, Tensor | None], None] | None = None
+        self._held: Tasks | None = None  # the tasks of a whole generation
+        self._undo: list[Callable[[], None]] = []
+
+    # --- the front door ---------------------------------------------------------------------------------------------
+
+    def attach(self, model: nn.Module) -> None:
+        """Listen to the forward passes and generations of ``model``."""
+        self._undo.append(model.register_forward_pre_hook(self._enter, with_kwargs=True).remove)
+        if hasattr(model, "generate"):
+            model.generate = functools.partial(self._generate, model)
+            self._undo.append(functools.partial(model.__dict__.pop, "generate", None))
+
+    def detach(self) -> None:
+        """Leave the model as it was."""
+        while self._undo:
+            self._undo.pop()()
+
+    def _enter(self, model: nn.Module, args: tuple, kwargs: dict[str, Any]):
+        given, ids = kwargs.pop("task", None), kwargs.pop(TASK_IDS, None)
+        self.tasks = ids if given is None else given
+        if self.tasks is None:
+            self.tasks = self._held
+        mask = kwargs.get("attention_mask")
+        self.padding = mask.bool() if isinstance(mask, Tensor) and mask.dim() == 2 else None
+        labels = kwargs.get("labels")
+        self.prompt = labels == -100 if isinstance(labels, Tensor) else None
+        cache = kwargs.get("past_key_values")
+        self.decoding = cache is not None and cache.get_seq_length() > 0
+        return args, kwargs
+
+    def _generate(self, model: nn.Module, *args, task: Tasks | None = None, **kwargs):
+        ids = kwargs.pop(TASK_IDS, None)
+        self._held = ids if task is None else task
+        try:
+            return type(model).generate(model, *args, **kwargs)
+        finally:
+            self._held = None
+
+    # --- what layers ask --------------------------------------------------------------------------------------------
+
+    def task_ids(self, x: Tensor, known: Sequence[str]) -> Tensor:
+        """The task of every row of ``x`` (rows, ...) as its place in ``known``: (rows,).
+
+        Raises:
+            UserError: if there is no task, an unknown one, or not one for every row.
+        """
+        listed = ", ".join(known)
+        if self.tasks is None:
+            raise UserError(f"this adapter needs the task of every sample: pass task=...; it knows {listed}.")
+        if isinstance(self.tasks, Tensor):
+            ids = self.tasks.to(x.device)
+            if ids.numel() and not 0 <= int(ids.min()) <= int(ids.max()) < len(known):
+                raise UserError(f"task ids lie from 0 to {len(known) - 1}: this adapter knows {listed}.")
+        else:
+            names = [self.tasks] if isinstance(self.tasks, str) else list(self.tasks)
+            unknown = next((name for name in names if name not in known), None)
+            if unknown is not None:
+                raise UserError(f"there is no task {unknown!r}; this adapter knows {listed}.")
+            ids = torch.tensor([known.index(name) for name in names], device=x.device)
+        return self._rows(ids, x)
+
+    @staticmethod
+    def _rows(ids: Tensor, x: Tensor) -> Tensor:
+        """One id for every row of ``x``: beams and returned sequences follow their sample."""
+        rows, samples = x.shape[0], len(ids)
+        if rows == samples:
+            return ids
+        if samples == 1 or bool((ids == ids[0]).all()):
+            return ids[:1].expand(rows)
+        if x.dim() == 3 and rows % samples == 0:
+            return ids.repeat_interleave(rows // samples)
+        raise UserError(
+            f"{samples} tasks were given for {rows} rows of a layer outside the language model, where rows are not "
+            "samples: use one task in a batch, or scope: language."
+        )
+
+    def real(self, x: Tensor) -> Tensor | None:
+        """(rows, length) True where a token of ``x`` (rows, length, features) is real; None if all are."""
+        mask = self.padding
+        if mask is None or x.dim() != 3 or mask.shape[0] != x.shape[0] or mask.shape[1] < x.shape[1]:
+            return None
+        if mask.shape[1] != x.shape[1] and not self.decoding:
+            return None  # not a sequence of the language model
+        return mask[:, -x.shape[1] :].to(x.device)
+
+    def prompts(self, x: Tensor) -> Tensor | None:
+        """(rows, length) True where a token of ``x`` is of the prompt and real; None if labels do not tell."""
+        if self.prompt is None or self.prompt.shape != x.shape[:2]:
+            return self.real(x)
+        real, prompt = self.real(x), self.prompt.to(x.device)
+        return prompt if real is None else prompt & real

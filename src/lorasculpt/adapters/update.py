@@ -1,0 +1,386 @@
+"""Methods that change the forward pass: what an adapter adds to one linear is a module of its own.
+
+A method's file has the config and one :class:`Update`, whose forward is the paper's equation; everything that PEFT
+wants to know (layers, tuner, saving, merging) is here, once. Unlike a sculpted LoRA such an adapter keeps its own type
+on disk: stock PEFT would load a LoRA file without the router and say nothing.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import re
+from pathlib import Path
+from typing import Any, ClassVar
+
+import torch
+from peft import PeftConfig
+from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer, _get_in_out_features, check_adapters_to_merge
+from peft.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING, get_quantization_config
+from peft.utils.other import transpose
+from torch import Tensor, nn
+
+from .carrier import carry
+from .context import Context
+from .layers import full
+from .method import Method, MethodConfig, Methods, read_record, register
+
+
+@dataclasses.dataclass(frozen=True)
+class Place:
+    """Where an update sits: ``name`` in the base model, its features, and its ``layer`` of how many ``layers``."""
+
+    name: str
+    in_features: int
+    out_features: int
+    layer: int | None = None
+    layers: int | None = None
+
+
+class Update(nn.Module):
+    """What one adapter adds to one linear: (rows, length, in) → (rows, length, out), or (tokens, in) → (tokens, out).
+
+    A method overrides ``__init__`` (parameters, B = 0), ``forward`` and, where the update is a matrix, ``weight`` or
+    ``factors``. Dense tensors of all experts, never a loop over them. Parameters are trained, buffers are not; both
+    are saved. ``scaling`` is alpha / r (alpha / sqrt(r) with ``use_rslora``).
+    """
+
+    def __init__(self, config: UpdateConfig, place: Place, context: Context, base: nn.Module):
+        super().__init__()
+        self.config, self.place, self.context = config, place, context
+        self._base = [base]  # in a list: it is not a part of this module
+        self.r, alpha = config.rank_and_alpha(place.name)
+        self.scaling = alpha / (self.r**0.5 if config.use_rslora else self.r)
+        self.dropout = nn.Dropout(config.lora_dropout) if config.lora_dropout else nn.Identity()
+        self.noted: dict[str, Tensor] = {}  # of the optimizer step under way
+
+    def forward(self, x: Tensor) -> Tensor:
+        raise NotImplementedError
+
+    def factors(self, task: int | None = None) -> tuple[Tensor, Tensor]:
+        """(r, in) and (out, r) whose product is :meth:`weight`: the update as a plain LoRA with alpha = r."""
+        raise NotImplementedError
+
+    def weight(self, task: int | None = None) -> Tensor:
+        """(out, in) the update as a matrix, of one task where the method knows tasks."""
+        a, b = self.factors(task)
+        return b @ a
+
+    def base_weight(self) -> Tensor:
+        """(out, in) the frozen weight W0 under this update, dequantised if need be."""
+        from peft.utils.integrations import dequantize_module_weight
+
+        base = self._base[0]
+        return transpose(full(dequantize_module_weight(base)), type(base).__name__ == "Conv1D")
+
+    # --- routing ----------------------------------------------------------------------------------------------------
+
+    def task_ids(self, x: Tensor) -> Tensor:
+        """(rows,) the task of every row of ``x``, as its place in ``config.tasks``."""
+        return self.context.task_ids(x, self.config.tasks)
+
+    def routed(self, output: Tensor, gate: Tensor, loss: Tensor | None = None) -> Tensor:
+        """``output``, with what its routing was noted and ``loss`` on its way to the router.
+
+        Args:
+            output: what ``forward`` returns.
+            gate: (..., experts) the weight of every expert for every token (or for every row), at least 0.
+            loss: the auxiliary loss of this micro-batch in fp32, already weighted, of the batch of all processes.
+        """
+        watched = self.context.recorder is not None
+        if not (watched or (self.training and torch.is_grad_enabled())):
+            return output
+        with torch.no_grad():
+            load, real = gate.detach().float(), self.context.real(output)
+            if load.dim() == 3 and real is not None:
+                load = load * real[..., None]
+        if watched:
+            per_row = load.sum(1) if load.dim() == 3 else load
+            self.context.recorder(self.place.name, per_row, self._recorded_tasks(per_row))
+        if not (self.training and torch.is_grad_enabled()):
+            return output
+        with torch.no_grad():
+            flat = load.flatten(0, -2)
+            share = flat / flat.sum(-1, keepdim=True).clamp_min(1e-12)
+            entropy = -(share * share.clamp_min(1e-12).log()).sum()
+            tokens = (flat.sum(-1) > 0).sum()
+            chosen = (flat > 0).sum(0)
+            stats = torch.cat([torch.stack([tokens.float(), entropy]), flat.sum(0), chosen.float()])
+        zero = stats.new_zeros(())
+        return carry(output, zero if loss is None else loss.float(), self.context.weight, stats, self._note)
+
+    def _recorded_tasks(self, x: Tensor) -> Tensor | None:
+        return self.task_ids(x) if self.config.tasks and self.context.tasks is not None else None
+
+    def _note(self, stats: Tensor, loss: Tensor) -> None:
+        """In the backward pass of a micro-batch: add its numbers to those of the step."""
+        experts = (len(stats) - 2) // 2
+        new = {"tokens": stats[0], "entropy": stats[1], "load": stats[2 : 2 + experts], "chosen": stats[2 + experts :]}
+        new |= {"loss": loss, "batches": torch.ones_like(loss)}
+        for key, value in new.items():
+            self.noted[key] = self.noted[key] + value if key in self.noted else value.clone()
+
+
+class UpdateMethod(Method):
+    """One adapter of updates at work. A method that acts on a step derives from it; most need nothing more."""
+
+    def __init__(self, config: UpdateConfig, model: nn.Module, adapter: str):
+        super().__init__(config, model, adapter)
+        self.context: Context = model.context
+        self.updates: dict[str, Update] = updates(model, adapter)
+        self._shown: dict[str, float] = {}
+
+    def parameters(self):
+        return [parameter for update in self.updates.values() for parameter in update.parameters()]
+
+    def open(self, weight):
+        self.context.weight.fill_(weight)
+        for update in self.updates.values():
+            update.noted = {}
+
+    def after_step(self, step):
+        super().after_step(step)
+        self._shown = self._numbers()
+
+    def logs(self):
+        return super().logs() | self._shown
+
+    def _numbers(self) -> dict[str, float]:
+        """Over all layers, of the step just taken: routing entropy (0 one expert, 1 all alike) and loads.
+
+        A load is an expert's share of the routing weight times the number of experts: 1 is its fair share.
+        """
+        noted = [update.noted for update in self.updates.values() if update.noted]
+        if not noted:
+            return {}
+        found = {}
+        many = [numbers for numbers in noted if len(numbers["load"]) > 1]
+        if many:
+            entropy = [n["entropy"] / n["tokens"].clamp_min(1) / torch.tensor(len(n["load"])).log() for n in many]
+            loads = [n["load"] / n["load"].sum().clamp_min(1e-12) * len(n["load"]) for n in many]
+            found["router_entropy"] = float(torch.stack(entropy).mean())
+            found["load_max"] = float(torch.stack([load.max() for load in loads]).mean())
+            found["load_min"] = float(torch.stack([load.min() for load in loads]).mean())
+            if len({len(load) for load in loads}) == 1 and len(loads[0]) <= 16:
+                mean = torch.stack(loads).mean(0)
+                found |= {f"load_{i}": float(value) for i, value in enumerate(mean)}
+        loss = sum(float(n["loss"] / n["batches"]) for n in noted)
+        return found | ({"balance_loss": loss} if loss else {})
+
+    def state(self):
+        return {"step": self.step}, {}
+
+    def restore(self, values, tensors):
+        self.step = values.get("step", 0)
+
+
+@dataclasses.dataclass
+class UpdateConfig(MethodConfig):
+    """Shared by the configs of methods that change the forward pass.
+
+    Args:
+        tasks: the names of the tasks, in the order of their ids; only methods that know tasks take any.
+    """
+
+    update: ClassVar[type[Update]]
+    implementation: ClassVar[type[Method]] = UpdateMethod
+    merges: ClassVar[str] = "never"  # or "always", or "task": one matrix for each task
+    why_not: ClassVar[str] = "what it adds depends on the input"
+    multitask: ClassVar[bool] = False  # whether every sample needs a task
+
+    tasks: list[str] = dataclasses.field(default_factory=list)
+
+    def __post_init__(self):
+        super().__post_init__()
+        name = type(self).__name__
+        if self.init_lora_weights is not True:
+            raise ValueError(f"{name} does not support init_lora_weights={self.init_lora_weights!r}: it has its own.")
+        self.tasks = list(self.tasks)
+        if len(set(self.tasks)) != len(self.tasks) or not all(isinstance(task, str) and task for task in self.tasks):
+            raise ValueError(f"tasks is a list of different names; got {self.tasks}.")
+        if self.multitask and not self.tasks:
+            raise ValueError(f"{name} needs tasks=[...]: the names of the tasks, as in the column 'task' of the data.")
+
+    def rank_and_alpha(self, name: str) -> tuple[int, float]:
+        """(r, alpha) of the linear ``name``, patterns considered."""
+
+        def chosen(patterns: dict, default):
+            fitting = (key for key in patterns if re.fullmatch(rf"(.*\.)?({key})", name))
+            return patterns.get(next(fitting, None), default)
+
+        return chosen(self.rank_pattern, self.r), chosen(self.alpha_pattern, self.lora_alpha)
+
+    def save_pretrained(self, save_directory: str, **kwargs) -> None:
+        """Write ``adapter_config.json`` with the method's own type, and its state beside it."""
+        PeftConfig.save_pretrained(self, save_directory, **kwargs)
+        self._save_record(Path(save_directory), {})
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: str, subfolder: str | None = None, **kwargs):
+        """The config of a folder written by :meth:`save_pretrained`."""
+        folder = Path(pretrained_model_name_or_path) / (subfolder or "")
+        record = read_record(folder)
+        if record is None or record["method"] != cls.method:
+            raise ValueError(f"{folder} holds no {cls.method} adapter.")
+        known = {field.name for field in dataclasses.fields(cls) if field.init}
+        saved = json.loads((folder / "adapter_config.json").read_text())
+        saved.pop("peft_type", None)
+        return cls(**{key: value for key, value in saved.items() if key in known})
+
+
+class UpdateLayer(nn.Module, BaseTunerLayer):
+    """A linear and, for every adapter, the :class:`Update` that is added to it."""
+
+    adapter_layer_names = ("lora_update",)
+    other_param_names = ()
+
+    def __init__(self, base_layer: nn.Module):
+        super().__init__()
+        self.base_layer = base_layer
+        self.lora_update = nn.ModuleDict()
+        self.merged_adapters: list[str] = []
+        self._disable_adapters = False
+        self._active_adapter: str | list[str] = []
+
+    def add(self, adapter: str, update: Update) -> None:
+        self.lora_update[adapter] = update
+        self._move_adapter_to_device_of_base_layer(adapter)
+        self._active_adapter = adapter
+        self.set_adapter(adapter, inference_mode=update.config.inference_mode)
+
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        if self.disable_adapters and self.merged:
+            self.unmerge()
+        output = self.base_layer(x, *args, **kwargs)
+        if self.disable_adapters or self.merged:
+            return output
+        for adapter in self.active_adapters:
+            if adapter in self.lora_update:
+                update = self.lora_update[adapter]
+                dtype = next(update.parameters()).dtype
+                output = output + update(self._cast_input_dtype(x, dtype)).to(output.dtype)
+        return output
+
+    @torch.no_grad()
+    def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
+        """Add what the adapters amount to to the base weight.
+
+        Raises:
+            ValueError: where an adapter is no matrix, with what to do instead, or the sum is not finite
+                (``safe_merge``).
+        """
+        for adapter in check_adapters_to_merge(self, adapter_names):
+            if adapter not in self.lora_update:
+                continue
+            update = self.lora_update[adapter]
+            _check_mergeable(update.config)
+            base = self.get_base_layer()
+            if get_quantization_config(base, "quantization_config") or not base.weight.is_floating_point():
+                raise ValueError(f"{update.place.name} is quantised: load the base model unquantised to merge into it.")
+            delta = transpose(full(update.weight()), type(base).__name__ == "Conv1D")
+            merged = base.weight + delta.to(base.weight.dtype)
+            if safe_merge and not torch.isfinite(merged).all():
+                raise ValueError(f"merging {adapter} into {update.place.name} gives values that are not finite.")
+            base.weight.copy_(merged)
+            self.merged_adapters.append(adapter)
+
+    @torch.no_grad()
+    def unmerge(self) -> None:
+        while self.merged_adapters:
+            update = self.lora_update[self.merged_adapters.pop()]
+            base = self.get_base_layer()
+            delta = transpose(full(update.weight()), type(base).__name__ == "Conv1D")
+            base.weight.sub_(delta.to(base.weight.dtype))
+
+
+def _check_mergeable(config: UpdateConfig) -> None:
+    if config.merges == "never":
+        raise ValueError(
+            f"a {config.method} adapter cannot be merged: {config.why_not}. Deploy it with this library "
+            "(lorasculpt.load)."
+        )
+    if config.merges == "task":
+        raise ValueError(
+            f"a {config.method} adapter is another matrix for each task ({', '.join(config.tasks)}): export one plain "
+            "LoRA per task with lorasculpt export --task NAME."
+        )
+
+
+class UpdateModel(Methods, BaseTuner):
+    """The PEFT tuner of all methods that change the forward pass."""
+
+    prefix = "lora_"
+    tuner_layer_cls = UpdateLayer
+    target_module_mapping = TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
+
+    @property
+    def context(self) -> Context:
+        """What this model's layers may know about a forward pass."""
+        return self.__dict__.setdefault("_context", Context())
+
+    def _pre_injection_hook(self, model, config, adapter_name):
+        if config.target_modules is None:
+            config.target_modules = config.default_targets(model)
+
+    def _post_injection_hook(self, model, config, adapter_name):
+        self.context.attach(model)
+
+    def _create_and_replace(self, peft_config, adapter_name, target, target_name, parent, current_key, **kwargs):
+        base = target.get_base_layer() if isinstance(target, BaseTunerLayer) else target
+        features = _get_in_out_features(base)
+        if isinstance(base, nn.Embedding | nn.modules.conv._ConvNd) or None in features:
+            raise ValueError(
+                f"{current_key} is a {type(base).__name__}, which {type(peft_config).__name__} cannot adapt: target "
+                "linear layers only."
+            )
+        place = Place(current_key, *features, *_depth(self.model, current_key))
+        update = peft_config.update(peft_config, place, self.context, base)
+        if isinstance(target, UpdateLayer):
+            target.add(adapter_name, update)
+            if adapter_name not in self.active_adapters:
+                update.requires_grad_(False)
+                target.set_adapter(self.active_adapters)
+            return
+        layer = UpdateLayer(target)
+        layer.add(adapter_name, update)
+        self._replace_module(parent, target_name, layer, target)
+
+    def _unload_and_optionally_merge(self, merge=True, *args, **kwargs):
+        if merge:
+            for adapter in self.active_adapters:
+                _check_mergeable(self.peft_config[adapter])
+        model = super()._unload_and_optionally_merge(merge, *args, **kwargs)
+        self.context.detach()
+        return model
+
+
+def _depth(model: nn.Module, name: str) -> tuple[int | None, int | None]:
+    """(place, length) of the innermost list of layers that ``name`` lies in."""
+    module, found = model, (None, None)
+    for part in name.split("."):
+        if isinstance(module, nn.ModuleList):
+            found = (int(part), len(module))
+        module = getattr(module, part)
+    return found
+
+
+def updates(model: nn.Module, adapter: str = "default") -> dict[str, Update]:
+    """Every update of ``adapter`` by the name of its linear in the base model, in the order of the model."""
+    return {
+        layer.lora_update[adapter].place.name: layer.lora_update[adapter]
+        for layer in model.modules()
+        if isinstance(layer, UpdateLayer) and adapter in layer.lora_update
+    }
+
+
+def context_of(model: nn.Module) -> Context | None:
+    """The context of ``model`` (wrapped or not); None if no adapter in it changes the forward pass."""
+    return next((module.context for module in model.modules() if isinstance(module, UpdateModel)), None)
+
+
+
+
+def register_update(config: type[UpdateConfig]) -> type[UpdateConfig]:
+    """Class decorator: let PEFT know a method that changes the forward pass."""
+    register(config, UpdateModel)
+    return config

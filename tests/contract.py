@@ -5,8 +5,9 @@ Also what the tests of adapters share: a model with an adapter, batches, and a t
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import nullcontext
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -16,16 +17,48 @@ from peft import PeftConfig, PeftModel, get_peft_model
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from lorasculpt import Clock, LoRASculptConfig
-from lorasculpt.adapters.layers import sites
+from lorasculpt import Clock, LoRAMoEConfig, LoRASculptConfig
+from lorasculpt.adapters.context import TASK_IDS
+from lorasculpt.adapters.layers import full, sites
+from lorasculpt.adapters.update import UpdateConfig, context_of, updates
 from lorasculpt.data.batches import Collator, rows
 from lorasculpt.data.records import Record, read
 from lorasculpt.models.parts import target_regex
 
-# Penalties and densities are larger than anyone would train with, so that what they do can be told from rounding.
-CASES: dict[str, Callable[..., PeftConfig]] = {
-    "lorasculpt": lambda **kw: LoRASculptConfig(
-        **{"r": 4, "lora_alpha": 8, "density": 0.25, "prune_step": 2, "cmr_weight": 0.1, **kw}
+TASKS = ("even", "odd")  # of a sample, by the sum of its tokens: the same however batches are cut
+
+
+@dataclass(frozen=True)
+class Row:
+    """How the contract makes a config of one method.
+
+    Args:
+        config: its class.
+        settings: what all tests use. Losses and densities are larger than anyone would train with, so that what they
+            do can be told from rounding.
+        additive: settings under which the loss of a batch is the sum over its samples (no loss over a whole batch).
+        smooth: settings under which nothing that is chosen (a mask, an expert) turns on the last bit.
+    """
+
+    config: type[PeftConfig]
+    settings: dict[str, Any] = field(default_factory=dict)
+    additive: dict[str, Any] = field(default_factory=dict)
+    smooth: dict[str, Any] = field(default_factory=dict)
+
+    def __call__(self, **settings: Any) -> PeftConfig:
+        return self.config(**{**self.settings, **settings})
+
+
+CASES: dict[str, Row] = {
+    "lorasculpt": Row(
+        LoRASculptConfig,
+        {"r": 4, "lora_alpha": 8, "density": 0.25, "prune_step": 2, "cmr_weight": 0.1},
+        smooth={"prune_step": 5},
+    ),
+    "loramoe": Row(
+        LoRAMoEConfig,
+        {"r": 2, "lora_alpha": 4, "lora_dropout": 0.0, "num_experts": 4, "tasks": TASKS, "knowledge": ["even"]},
+        additive={"balance_weight": 0.0},
     ),
 }
 FAMILIES = ("llava", "llava_next", "idefics3", "gemma3")
@@ -66,10 +99,27 @@ def texts(size: int = 2, number: int = 1, length: int = 8) -> list[Batch]:
     return [{"input_ids": ids, "labels": ids} for ids in found]
 
 
+def with_tasks(batch: Mapping[str, Tensor]) -> Batch:
+    """``batch`` with the task id of every sample."""
+    ids = batch["input_ids"] * batch.get("attention_mask", torch.ones_like(batch["input_ids"]))
+    return {**batch, TASK_IDS: ids.sum(1) % len(TASKS)}
+
+
+def inputs(model: nn.Module, batch: Mapping[str, Tensor]) -> Batch:
+    """What ``model`` takes of ``batch``: no labels, and the tasks where its adapter routes."""
+    found = {key: value for key, value in batch.items() if key != "labels"}
+    return found if context_of(model) is None else with_tasks(found)
+
+
+def collator(processor: Any, method: str) -> Callable[..., Batch]:
+    """The collator of a training with ``method``."""
+    collate = Collator(processor)
+    return (lambda rows: with_tasks(collate(rows))) if issubclass(CASES[method].config, UpdateConfig) else collate
+
+
 def loss(model: nn.Module, batch: Batch) -> Tensor:
     """Cross-entropy per token of the answer times their number: batches add up, however they are cut."""
-    inputs = {key: value for key, value in batch.items() if key != "labels"}
-    logits = model(**inputs).logits[:, :-1].float()
+    logits = model(**inputs(model, batch)).logits[:, :-1].float()
     return F.cross_entropy(logits.flatten(0, 1), batch["labels"][:, 1:].flatten(), reduction="sum") / 10
 
 
@@ -120,14 +170,17 @@ def trained(model: nn.Module) -> list[nn.Parameter]:
 
 def logits(model: nn.Module, batch: Batch) -> Tensor:
     with torch.no_grad():
-        return model(**{key: value for key, value in batch.items() if key != "labels"}).logits
+        return model(**inputs(model, batch)).logits
 
 
 def weights(model: nn.Module, adapter: str = "default") -> dict[str, Tensor]:
-    """Copies of A and B of every adapted linear."""
+    """Copies of A and B of every adapted linear, or of all that its update holds."""
     found = {}
     for name, site in sites(model, adapter).items():
         found[f"{name}.A"], found[f"{name}.B"] = site.A.detach().clone(), site.B.detach().clone()
+    for name, update in updates(model, adapter).items():
+        for key, value in update.state_dict().items():
+            found[f"{name}.{key}"] = full(value).detach().clone()
     return found
 
 

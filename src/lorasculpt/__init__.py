@@ -8,6 +8,7 @@ from .adapters.load import load as load
 from .adapters.method import method_logs as method_logs
 from .errors import UserError as UserError
 from .methods import METHODS as METHODS
+from .methods import LoRAMoEConfig as LoRAMoEConfig
 from .methods import LoRASculptConfig as LoRASculptConfig
 
 __version__ = "0.1.0"

@@ -27,7 +27,9 @@ class _Carry(torch.autograd.Function):
         return gradients[0], ctx.weight.to(loss), None, None, None
 
 
-def carry(output: Tensor, loss: Tensor, weight: Tensor, stats: Tensor, note: Callable[[Tensor, Tensor], None]) -> Tensor:
+def carry(
+    output: Tensor, loss: Tensor, weight: Tensor, stats: Tensor, note: Callable[[Tensor, Tensor], None]
+) -> Tensor:
     """``output`` itself; when the gradient comes back, ``loss`` gets ``weight`` for its own.
 
     Args:

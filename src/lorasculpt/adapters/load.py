@@ -15,6 +15,7 @@ from torch import nn
 from ..errors import UserError
 from .layers import sites
 from .method import methods_of, read_record, read_state
+from .update import updates
 
 PROJECTOR_FILE = "projector.safetensors"
 
@@ -54,7 +55,7 @@ def load(base: nn.Module, folder: str | Path, trainable: bool = False, adapter: 
         if "size mismatch" in str(error) or "Target modules" in str(error):
             raise _misfit(f"the adapter in {folder}", error) from error
         raise
-    saved, found = _adapted(folder), len(sites(model, adapter))
+    saved, found = _adapted(folder), len(sites(model, adapter)) + len(updates(model, adapter))
     if saved is not None and saved != found:
         raise _misfit(f"the adapter in {folder}", f"it adapts {saved} layers, of which this model has {found}")
     if record is not None and trainable:
@@ -82,7 +83,7 @@ def _adapted(folder: Path) -> int | None:
         return None
     with safe_open(path, "pt") as file:
         keys = file.keys()
-    return sum(".lora_A." in key for key in keys)
+    return len({key.partition(mark)[0] for key in keys for mark in (".lora_A.", ".lora_update.") if mark in key})
 
 
 def _misfit(what: str, why: Exception | str) -> UserError:

@@ -378,8 +378,6 @@ def context_of(model: nn.Module) -> Context | None:
     return next((module.context for module in model.modules() if isinstance(module, UpdateModel)), None)
 
 
-
-
 def register_update(config: type[UpdateConfig]) -> type[UpdateConfig]:
     """Class decorator: let PEFT know a method that changes the forward pass."""
     register(config, UpdateModel)

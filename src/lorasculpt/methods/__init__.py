@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from .lorasculpt import LoRASculptConfig
+from .loramoe import LoRAMoEConfig as LoRAMoEConfig
+from .lorasculpt import LoRASculptConfig as LoRASculptConfig
 
-METHODS = {config.method: config for config in (LoRASculptConfig,)}
-
-__all__ = ["METHODS", "LoRASculptConfig"]
+METHODS = {config.method: config for config in (LoRASculptConfig, LoRAMoEConfig)}

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor, nn
@@ -19,7 +19,7 @@ from ..errors import UserError
 
 TASK_IDS = "routing_task_ids"  # not task_ids: PEFT's own wrappers swallow that
 
-Tasks = str | Sequence[str] | Tensor
+Tasks: TypeAlias = str | Sequence[str] | Tensor
 
 
 class Context:

@@ -15,6 +15,7 @@ from peft.mapping import (
     PEFT_TYPE_TO_TUNER_MAPPING,
 )
 from peft.tuners.lora import LoraModel
+from peft.tuners.tuners_utils import BaseTuner
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
@@ -206,8 +207,8 @@ def read_state(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
     return record["state"], tensors
 
 
-class Methods:
-    """Mixed into a PEFT tuner: one :class:`Method` object per adapter, and its state in what is saved and loaded."""
+class Methods(BaseTuner):
+    """What the PEFT tuners of all methods share: one :class:`Method` object per adapter, and its state in what is saved and loaded."""
 
     peft_config: dict[str, MethodConfig]
 
@@ -217,7 +218,7 @@ class Methods:
         made = self.__dict__.setdefault("_methods", {})
         for adapter, config in self.peft_config.items():
             if adapter not in made or made[adapter].config is not config:
-                made[adapter] = config.implementation(config, self, adapter)  # type: ignore[arg-type]
+                made[adapter] = config.implementation(config, self, adapter)
         for adapter in set(made) - set(self.peft_config):
             del made[adapter]
         return made

@@ -15,7 +15,7 @@ from typing import Any, ClassVar
 
 import torch
 from peft import PeftConfig
-from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer, _get_in_out_features, check_adapters_to_merge
+from peft.tuners.tuners_utils import BaseTunerLayer, _get_in_out_features, check_adapters_to_merge
 from peft.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING, get_quantization_config
 from peft.utils.other import transpose
 from torch import Tensor, nn
@@ -94,7 +94,7 @@ class Update(nn.Module):
             load, real = gate.detach().float(), self.context.real(output)
             if load.dim() == 3 and real is not None:
                 load = load * real[..., None]
-        if watched:
+        if self.context.recorder is not None:
             per_row = load.sum(1) if load.dim() == 3 else load
             self.context.recorder(self.place.name, per_row, self._recorded_tasks(per_row))
         if not (self.training and torch.is_grad_enabled()):
@@ -306,7 +306,7 @@ def _check_mergeable(config: UpdateConfig) -> None:
         )
 
 
-class UpdateModel(Methods, BaseTuner):
+class UpdateModel(Methods):
     """The PEFT tuner of all methods that change the forward pass."""
 
     prefix = "lora_"
@@ -333,7 +333,8 @@ class UpdateModel(Methods, BaseTuner):
                 f"{current_key} is a {type(base).__name__}, which {type(peft_config).__name__} cannot adapt: target "
                 "linear layers only."
             )
-        place = Place(current_key, *features, *_depth(self.model, current_key))
+        layer, layers = _depth(self.model, current_key)
+        place = Place(current_key, *features, layer=layer, layers=layers)
         update = peft_config.update(peft_config, place, self.context, base)
         if isinstance(target, UpdateLayer):
             target.add(adapter_name, update)
@@ -341,9 +342,9 @@ class UpdateModel(Methods, BaseTuner):
                 update.requires_grad_(False)
                 target.set_adapter(self.active_adapters)
             return
-        layer = UpdateLayer(target)
-        layer.add(adapter_name, update)
-        self._replace_module(parent, target_name, layer, target)
+        adapted = UpdateLayer(target)
+        adapted.add(adapter_name, update)
+        self._replace_module(parent, target_name, adapted, target)
 
     def _unload_and_optionally_merge(self, merge=True, *args, **kwargs):
         if merge:
@@ -356,7 +357,8 @@ class UpdateModel(Methods, BaseTuner):
 
 def _depth(model: nn.Module, name: str) -> tuple[int | None, int | None]:
     """(place, length) of the innermost list of layers that ``name`` lies in."""
-    module, found = model, (None, None)
+    module = model
+    found: tuple[int | None, int | None] = (None, None)
     for part in name.split("."):
         if isinstance(module, nn.ModuleList):
             found = (int(part), len(module))

@@ -20,10 +20,7 @@ def mix(x: Tensor, A: Tensor, B: Tensor, gate: Tensor) -> Tensor:
         (..., out).
     """
     experts, out, r = B.shape
-    if A.dim() == 3:
-        z = F.linear(x, A.flatten(0, 1)).unflatten(-1, (experts, r))
-    else:
-        z = F.linear(x, A)[..., None, :]
+    z = F.linear(x, A.flatten(0, 1)).unflatten(-1, (experts, r)) if A.dim() == 3 else F.linear(x, A)[..., None, :]
     z = z * gate[..., None].to(z.dtype)
     return F.linear(z.flatten(-2), B.transpose(0, 1).reshape(out, experts * r))
 

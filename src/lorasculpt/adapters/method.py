@@ -208,7 +208,7 @@ def read_state(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
 
 
 class Methods(BaseTuner):
-    """What the PEFT tuners of all methods share: one :class:`Method` object per adapter, and its state in what is saved and loaded."""
+    """What the PEFT tuners of all methods share: a :class:`Method` per adapter, its state saved and loaded with it."""
 
     peft_config: dict[str, MethodConfig]
 

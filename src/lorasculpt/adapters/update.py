@@ -333,8 +333,7 @@ class UpdateModel(Methods):
                 f"{current_key} is a {type(base).__name__}, which {type(peft_config).__name__} cannot adapt: target "
                 "linear layers only."
             )
-        layer, layers = _depth(self.model, current_key)
-        place = Place(current_key, *features, layer=layer, layers=layers)
+        place = Place(current_key, features[0], features[1], *_depth(self.model, current_key))
         update = peft_config.update(peft_config, place, self.context, base)
         if isinstance(target, UpdateLayer):
             target.add(adapter_name, update)

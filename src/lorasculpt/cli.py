@@ -163,12 +163,13 @@ def demo(
     context: typer.Context,
     full: Annotated[bool, typer.Option(help="The whole evaluation, on every held-out item.")] = False,
     out: Annotated[Path, typer.Option(help="The folder to write into.")] = Path("demo-run"),
+    target: Annotated[str, typer.Option(help="What is learned: digits, or flags (harder).")] = "digits",
 ) -> None:
-    """Teach a small real vision-language model to read digits, twice, and see what each run learned and forgot."""
+    """Teach a small real vision-language model something new, twice, and see what each run learned and forgot."""
     if context.invoked_subcommand is None:
         from .demo.run import demo as go
 
-        _summary(go(out, full=full))
+        _summary(go(out, target=_target(target), full=full))
 
 
 @demo_app.command()
@@ -177,23 +178,33 @@ def build(
     log: Annotated[Path, typer.Option(help="Where every measurement goes.")] = Path("alignment.jsonl"),
     minutes: Annotated[float, typer.Option(help="How long to train.")] = 60,
     start: Annotated[Path | None, typer.Option(help="An earlier alignment to go on from.")] = None,
+    drawings: Annotated[Path | None, typer.Option(help="Folder of other hands' drawings (npm archives).")] = None,
 ) -> None:
     """Align the demo's base model anew (its alignment ships with the package; about an hour)."""
     from .demo.build import Recipe
     from .demo.build import build as go
 
-    go(out, log, Recipe(minutes=minutes), start)
+    go(out, log, Recipe(minutes=minutes, drawings=str(drawings) if drawings else None), start)
 
 
 @demo_app.command()
 def results(
     work: Annotated[Path, typer.Option(help="Where the runs go; what is done there is not done again.")] = Path("runs"),
     out: Annotated[Path, typer.Option(help="The file to write.")] = Path("results/demo.json"),
+    target: Annotated[str, typer.Option(help="What is learned: digits, or flags (harder).")] = "digits",
 ) -> None:
     """Make the project's own evidence: both methods, rates chosen on validation, several seeds (about an hour)."""
     from .demo.results import results as go
 
-    print(f"results: {go(work, out)}")
+    print(f"results: {go(work, out, target=_target(target))}")
+
+
+def _target(name: str) -> str:
+    from .demo.world import TARGETS
+
+    if name not in TARGETS:
+        raise UserError(f"there is no target {name!r}; use one of {', '.join(TARGETS)}.")
+    return name
 
 
 def _settings(config: type) -> dict[str, object]:

@@ -1,14 +1,16 @@
-"""Drawings of the same emoji by other hands, as SVG: more to learn from when the base is built.
+"""Drawings as SVG, and what a drawing looks like when it is held a little differently.
 
+Drawings of the same emoji by other hands are more to learn from when the base is built. In a folder of its own,
 ``npm pack @iconify-json/noto @iconify-json/noto-v1 @iconify-json/fluent-emoji-flat @iconify-json/emojione`` puts four
-archives into a folder (Apache-2.0, Apache-2.0, MIT, CC BY 4.0); each holds one JSON file of named SVG bodies. They are
-read in place and nothing of them is shipped.
+archives (Apache-2.0, Apache-2.0, MIT, CC BY 4.0) of one JSON file of named SVG bodies each. They are read in place and
+nothing of them is shipped.
 """
 
 from __future__ import annotations
 
 import io
 import json
+import random
 import tarfile
 from pathlib import Path
 
@@ -24,6 +26,22 @@ def rasterise(svg: str, side: int) -> Image.Image:
     import resvg_py
 
     return Image.open(io.BytesIO(resvg_py.svg_to_bytes(svg_string=svg, width=side))).convert("RGBA")
+
+
+def altered(picture: Image.Image, rng: random.Random, mirror: bool = True) -> Image.Image:
+    """``picture`` mirrored (or not), turned, scaled and shifted a little, on a background of another light tint."""
+    tint = tuple(rng.randint(215, 255) for _ in range(3)) if rng.random() < 0.5 else (255, 255, 255)
+    if mirror and rng.random() < 0.5:
+        picture = picture.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
+    picture = picture.rotate(rng.uniform(-12, 12), Image.Resampling.BICUBIC, fillcolor="white")
+    side = round(picture.width * rng.uniform(1.0, 1.35))
+    room = side - picture.width
+    canvas = Image.new("RGB", (side, side), "white")
+    canvas.paste(picture, (rng.randint(0, room), rng.randint(0, room)))
+    if tint != (255, 255, 255):
+        plain = Image.new("RGB", canvas.size, tint)
+        canvas.paste(plain, mask=canvas.convert("L").point(lambda value: 255 if value > 250 else 0))
+    return canvas
 
 
 def _archive(folder: Path, name: str) -> dict[str, dict]:

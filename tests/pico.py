@@ -22,7 +22,9 @@ from transformers.models.clip.image_processing_pil_clip import CLIPImageProcesso
 from transformers.models.gemma3.image_processing_pil_gemma3 import Gemma3ImageProcessorPil
 from transformers.models.idefics3.image_processing_pil_idefics3 import Idefics3ImageProcessorPil
 from transformers.models.llava_next.image_processing_pil_llava_next import LlavaNextImageProcessorPil
+from transformers.models.llava_onevision.image_processing_pil_llava_onevision import LlavaOnevisionImageProcessorPil
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
+from transformers.models.siglip.image_processing_pil_siglip import SiglipImageProcessorPil
 
 Built = tuple[hf.PreTrainedModel, hf.ProcessorMixin]
 
@@ -192,36 +194,84 @@ def gemma3() -> Built:
     return model, processor
 
 
-def qwen2_5_vl() -> Built:
-    """Windowed tower of any resolution, patch merger, Qwen2.5 with three-axis rotary positions."""
-    names = {
-        "image_token": "<|image_pad|>",
-        "video_token": "<|video_pad|>",
-        "vision_start_token": "<|vision_start|>",
-        "vision_end_token": "<|vision_end|>",
-    }
-    tok = tokenizer(list(names.values()), "<|vision_start|><|image_pad|><|vision_end|>", **names)
-    config = hf.Qwen2_5_VLConfig(
-        text_config={
-            **TEXT,
-            "hidden_size": 64,
-            "rope_parameters": {"rope_type": "default", "mrope_section": [2, 3, 3], "rope_theta": 10000.0},
-        },
-        vision_config={
-            "depth": 2,
-            "hidden_size": 32,
-            "out_hidden_size": 64,
-            "intermediate_size": 48,
-            "num_heads": 4,
-            "patch_size": 14,
-            "window_size": 56,
-            "fullatt_block_indexes": [1],
-        },
-        **{f"{name}_id": tok.convert_tokens_to_ids(token) for name, token in names.items()},
+def paligemma() -> Built:
+    """SigLIP tower and one linear layer, Gemma, which reads its prompt in both directions."""
+    tok = tokenizer(["<image>"], "<image>", image_token="<image>")
+    images = SiglipImageProcessorPil(size=SIDE)
+    images.image_seq_length = 4
+    processor = hf.PaliGemmaProcessor(images, tok, chat_template=tok.chat_template)
+    config = hf.PaliGemmaConfig(  # its processor adds 1024 tokens for places and 128 for segments
+        text_config={**TEXT, "model_type": "gemma", "head_dim": 8, "vocab_size": 1600},
+        vision_config={**VISION, "model_type": "siglip_vision_model", "projection_dim": 32, "vision_use_head": False},
+        image_token_index=processor.image_token_id,
+        projection_dim=32,
     )
+    return hf.PaliGemmaForConditionalGeneration(config), processor
+
+
+def llava_onevision() -> Built:
+    """SigLIP tower, tiles of any resolution, Qwen2."""
+    names = {"image_token": "<image>", "video_token": "<video>"}
+    tok = tokenizer(list(names.values()), "<image>", **names)
+    config = hf.LlavaOnevisionConfig(
+        text_config=hf.Qwen2Config(**TEXT),
+        vision_config=hf.SiglipVisionConfig(**VISION, vision_use_head=False),
+        image_token_index=tok.convert_tokens_to_ids("<image>"),
+        video_token_index=tok.convert_tokens_to_ids("<video>"),
+        image_grid_pinpoints=PINPOINTS,
+    )
+    processor = hf.LlavaOnevisionProcessor(
+        LlavaOnevisionImageProcessorPil(size=SIDE, image_grid_pinpoints=PINPOINTS),
+        tok,
+        hf.LlavaOnevisionVideoProcessor(),
+        num_image_tokens=4,
+        vision_feature_select_strategy="full",
+        chat_template=tok.chat_template,
+    )
+    return hf.LlavaOnevisionForConditionalGeneration(config), processor
+
+
+QWEN = {
+    "image_token": "<|image_pad|>",
+    "video_token": "<|video_pad|>",
+    "vision_start_token": "<|vision_start|>",
+    "vision_end_token": "<|vision_end|>",
+}
+QWEN_TEXT = {
+    **TEXT,
+    "hidden_size": 64,
+    "rope_parameters": {"rope_type": "default", "mrope_section": [2, 3, 3], "rope_theta": 10000.0},
+}
+
+
+def qwen(model: type, config: type, processor: type, vision: dict) -> Built:
+    """A Qwen-VL: patches of any resolution, a patch merger, Qwen with three-axis rotary positions."""
+    tok = tokenizer(list(QWEN.values()), "<|vision_start|><|image_pad|><|vision_end|>", **QWEN)
+    ids = {f"{name}_id": tok.convert_tokens_to_ids(token) for name, token in QWEN.items()}
     images = Qwen2VLImageProcessorPil(size={"shortest_edge": 4 * 14**2, "longest_edge": 16 * 14**2})
-    processor = hf.Qwen2_5_VLProcessor(images, tok, hf.Qwen2VLVideoProcessor(), chat_template=tok.chat_template)
-    return hf.Qwen2_5_VLForConditionalGeneration(config), processor
+    video = hf.Qwen2VLVideoProcessor()
+    built = processor(images, tok, video, chat_template=tok.chat_template)
+    return model(config(text_config=QWEN_TEXT, vision_config=vision, **ids)), built
+
+
+def qwen2_vl() -> Built:
+    vision = {"depth": 2, "embed_dim": 32, "hidden_size": 64, "num_heads": 4, "mlp_ratio": 2, "patch_size": 14}
+    return qwen(hf.Qwen2VLForConditionalGeneration, hf.Qwen2VLConfig, hf.Qwen2VLProcessor, vision)
+
+
+def qwen2_5_vl() -> Built:
+    """With windowed attention in its tower."""
+    vision = {
+        "depth": 2,
+        "hidden_size": 32,
+        "out_hidden_size": 64,
+        "intermediate_size": 48,
+        "num_heads": 4,
+        "patch_size": 14,
+        "window_size": 56,
+        "fullatt_block_indexes": [1],
+    }
+    return qwen(hf.Qwen2_5_VLForConditionalGeneration, hf.Qwen2_5_VLConfig, hf.Qwen2_5_VLProcessor, vision)
 
 
 def internvl() -> Built:
@@ -251,7 +301,12 @@ def pico_llama() -> tuple[hf.PreTrainedModel, hf.PreTrainedTokenizerFast]:
     return hf.LlamaForCausalLM(hf.LlamaConfig(**TEXT)), tokenizer()
 
 
-WITH_TORCHVISION: dict[str, Callable[[], Built]] = {"qwen2_5_vl": qwen2_5_vl, "internvl": internvl}
+WITH_TORCHVISION: dict[str, Callable[[], Built]] = {
+    "qwen2_vl": qwen2_vl,
+    "qwen2_5_vl": qwen2_5_vl,
+    "internvl": internvl,
+    "llava_onevision": llava_onevision,
+}
 FAMILIES: dict[str, Callable[[], Built]] = {
     "llava": llava,
     "llava_next": llava_next,
@@ -263,11 +318,14 @@ if importlib.util.find_spec("torchvision"):
     FAMILIES.update(WITH_TORCHVISION)
 
 
+OTHERS = {"llama": pico_llama, "paligemma": paligemma}  # text alone; a family that is asked in its own way
+
+
 def build(name: str, seed: int = 0) -> Built:
-    """The model and the processor of one family (or ``"llama"`` and its tokenizer), always the same for one seed."""
+    """The model and the processor of one family (or of ``OTHERS``), always the same for one seed."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        model, processor = (pico_llama if name == "llama" else FAMILIES[name])()
+        model, processor = {**FAMILIES, **OTHERS}[name]()
     return model.eval(), processor
 
 

@@ -12,27 +12,24 @@ from contract import (
     adapt,
     batches,
     close,
-    collator,
     equal,
-    inputs,
     logits,
     loss,
     masks,
+    plain,
     records,
+    sft,
     sgd,
     start,
     train,
     trained,
     weights,
 )
-from transformers import Trainer, TrainingArguments
-from trl import SFTConfig, SFTTrainer
 
 import lorasculpt
-from lorasculpt import METHODS, Clock, ClockCallback
+from lorasculpt import METHODS, Clock
 from lorasculpt.adapters.method import methods_of
 from lorasculpt.adapters.update import context_of
-from lorasculpt.data.batches import rows
 from lorasculpt.models.parts import target_regex
 
 STEPS = 3  # every case prunes, routes or merges something by then
@@ -214,54 +211,6 @@ def test_generating_with_a_cache_is_the_full_forward(tuned, asked):
 
 
 # --- trainers -------------------------------------------------------------------------------------------------------
-
-QUIET = {
-    "per_device_train_batch_size": 2,
-    "max_steps": 4,
-    "learning_rate": 1e-2,
-    "logging_steps": 1,
-    "save_steps": 1,
-    "report_to": [],
-    "use_cpu": True,
-    "disable_tqdm": True,
-    "remove_unused_columns": False,
-}
-
-
-def sft(folder, method, family, asked, wrap: bool = False, **settings) -> SFTTrainer:
-    """TRL's trainer, given the adapted model or (``wrap``) the base and the config."""
-    base, processor = pico.build(family)
-    config = CASES[method](target_modules=target_regex(base, "language"))
-    model = base if wrap else adapt(base, method)
-    return SFTTrainer(
-        model,
-        SFTConfig(
-            str(folder),
-            **{**QUIET, **settings},
-            max_length=None,
-            dataset_kwargs={"skip_prepare_dataset": True},
-            bf16=False,
-        ),
-        train_dataset=rows(asked),
-        eval_dataset=rows(asked[:2]),
-        processing_class=processor,
-        data_collator=collator(processor, method),
-        peft_config=config if wrap else None,
-        callbacks=[ClockCallback()],
-    )
-
-
-def plain(folder, method, family, asked, **settings) -> Trainer:
-    """The trainer of transformers."""
-    model, processor = start(family, method)
-    return Trainer(
-        model,
-        TrainingArguments(str(folder), **{**QUIET, **settings}),
-        train_dataset=rows(asked),
-        eval_dataset=rows(asked[:2]),
-        data_collator=collator(processor, method),
-        callbacks=[ClockCallback()],
-    )
 
 
 @pytest.mark.parametrize(("make", "family"), [(plain, "llava"), (sft, "gemma3")], ids=["Trainer", "SFTTrainer"])

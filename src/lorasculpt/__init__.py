@@ -10,5 +10,6 @@ from .errors import UserError as UserError
 from .methods import METHODS as METHODS
 from .methods import LoRAMoEConfig as LoRAMoEConfig
 from .methods import LoRASculptConfig as LoRASculptConfig
+from .methods import MixLoRAConfig as MixLoRAConfig
 
 __version__ = "0.1.0"

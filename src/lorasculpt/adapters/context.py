@@ -30,6 +30,7 @@ class Context:
         padding: (batch, keys) True where a token is real, over all the keys that attention sees; None: all are real.
         prompt: (batch, length) True where a token belongs to the prompt, where labels tell; None: they do not.
         decoding: whether keys of earlier tokens come from a cache.
+        continues: whether this pass goes on with a generation whose prompts have been seen, with a cache or without.
         weight: what a loss of one micro-batch counts, a scalar tensor that the clock sets.
         recorder: where layers note what they route, if someone wants to see it (``lorasculpt inspect``).
     """
@@ -39,9 +40,11 @@ class Context:
         self.padding: Tensor | None = None
         self.prompt: Tensor | None = None
         self.decoding = False
+        self.continues = False
         self.weight = torch.ones(())
         self.recorder: Callable[[str, Tensor, Tensor | None], None] | None = None
         self._held: Tasks | None = None  # the tasks of a whole generation
+        self._passes: int | None = None  # of the generation under way, so far
         self._undo: list[Callable[[], None]] = []
 
     # --- the front door ---------------------------------------------------------------------------------------------
@@ -69,15 +72,18 @@ class Context:
         self.prompt = labels == -100 if isinstance(labels, Tensor) else None
         cache = kwargs.get("past_key_values")
         self.decoding = cache is not None and cache.get_seq_length() > 0
+        self.continues = self.decoding or bool(self._passes)
+        if self._passes is not None:
+            self._passes += 1
         return args, kwargs
 
     def _generate(self, model: nn.Module, *args, task: Tasks | None = None, **kwargs):
         ids = kwargs.pop(TASK_IDS, None)
-        self._held = ids if task is None else task
+        self._held, self._passes = ids if task is None else task, 0
         try:
             return type(model).generate(model, *args, **kwargs)
         finally:
-            self._held = None
+            self._held = self._passes = None
 
     # --- what layers ask --------------------------------------------------------------------------------------------
 

@@ -4,5 +4,6 @@ from __future__ import annotations
 
 from .loramoe import LoRAMoEConfig as LoRAMoEConfig
 from .lorasculpt import LoRASculptConfig as LoRASculptConfig
+from .mixlora import MixLoRAConfig as MixLoRAConfig
 
-METHODS = {config.method: config for config in (LoRASculptConfig, LoRAMoEConfig)}
+METHODS = {config.method: config for config in (LoRASculptConfig, LoRAMoEConfig, MixLoRAConfig)}

@@ -150,7 +150,8 @@ class MixLoRAConfig(UpdateConfig):
         router_grad: "none" leaves the routers as they are drawn, as the official code does; "straight_through" trains
             them by the weights of equation (5) in the backward pass alone; "weighted" applies the weights.
         pool: what equation (1) is the mean of in training: "sequence" is prompt and answer, as in the official code;
-            "prompt" the prompt alone, so that training chooses as generation does.
+            "prompt" the prompt alone, so that training chooses as generation does. Labels tell where it ends: in a
+            loop written by hand give them to the model, or all that is real counts.
 
     Raises:
         ValueError: for a value out of its range.

@@ -2,17 +2,19 @@
 
 torchvision's wheel for CUDA cannot load its compiled operators beside a CPU build of torch, and then fails on import
 where it registers Python implementations for them. The picture transforms that the processors use need none of these
-operators: it is enough to declare their signatures first. Only the tests do this; the library never needs torchvision.
-
-    pip install --no-deps torchvision==0.28.0
+operators: it is enough to declare their signatures first. Only the tests do this; the library never needs torchvision,
+and ``scripts/setup dev`` puts it into a folder that nobody else looks into.
 """
 
 from __future__ import annotations
 
 import importlib.util
+import sys
 from pathlib import Path
 
 import torch
+
+sys.path.append(str(Path(sys.prefix) / "only-tests"))
 
 _POOLED = "SymInt pooled_height, SymInt pooled_width"
 _SIZE = "SymInt batch_size, SymInt channels, SymInt height, SymInt width"

@@ -369,8 +369,9 @@ def test_a_sculpted_adapter_is_told_from_a_dense_one(sculpted, tmp_path):
 def test_every_registered_method_is_named_as_peft_names_it():
     for name, config in METHODS.items():
         assert config.method == name
-        assert config().peft_type == name.upper()
-        assert config().peft_type.value == config().peft_type.name == name.upper()
+        made = config(tasks=["one"]) if getattr(config, "multitask", False) else config()
+        assert made.peft_type == name.upper()
+        assert made.peft_type.value == made.peft_type.name == name.upper()
 
 
 def test_only_what_trains_gets_a_gradient_and_the_clock_lets_go():

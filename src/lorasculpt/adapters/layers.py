@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from dataclasses import dataclass
 
 import torch
@@ -61,7 +62,7 @@ class Site:
 
     def weight(self) -> Tensor:
         """The frozen weight W0, (out, in), dequantised if need be."""
-        return transpose(full(dequantize_module_weight(self.base)), getattr(self.layer, "fan_in_fan_out", False))
+        return frozen_weight(self.base)
 
 
 def sites(model: nn.Module, adapter: str = "default") -> dict[str, Site]:
@@ -73,6 +74,22 @@ def sites(model: nn.Module, adapter: str = "default") -> dict[str, Site]:
             leaves = layer.lora_A[adapter], layer.lora_B[adapter]
             found[name] = Site(name, layer, *leaves, layer.get_base_layer(), layer.scaling[adapter])
     return found
+
+
+def frozen_weight(base: nn.Module) -> Tensor:
+    """The weight of a linear, (out, in), dequantised and gathered if need be; the layer is left as it is."""
+    if type(base.weight).__name__ == "Int8Params":  # on a CPU, PEFT's own function leaves the layer without its scales
+        from bitsandbytes.functional import int8_vectorwise_dequant
+
+        scales = base.weight.SCB if base.state.SCB is None else base.state.SCB
+        return int8_vectorwise_dequant(base.weight.data, scales)
+    state = getattr(base.weight, "quant_state", None)
+    if getattr(state, "packing_format_for_cpu", False):  # bitsandbytes packed it anew for inference
+        from bitsandbytes.functional import _convert_weight_packed_for_cpu_inverse, dequantize_4bit
+
+        return dequantize_4bit(*_convert_weight_packed_for_cpu_inverse(base.weight.data, copy.deepcopy(state)))
+    transposed = type(base).__name__ == "Conv1D"
+    return transpose(full(dequantize_module_weight(base)).detach(), transposed)
 
 
 def full(tensor: Tensor) -> Tensor:

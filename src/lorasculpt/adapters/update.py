@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from .carrier import carry
 from .context import Context
-from .layers import full
+from .layers import frozen_weight, full
 from .method import Method, MethodConfig, Methods, read_record, register
 
 
@@ -68,10 +68,13 @@ class Update(nn.Module):
 
     def base_weight(self) -> Tensor:
         """(out, in) the frozen weight W0 under this update, dequantised if need be."""
-        from peft.utils.integrations import dequantize_module_weight
+        return frozen_weight(self._base[0])
 
-        base = self._base[0]
-        return transpose(full(dequantize_module_weight(base)), type(base).__name__ == "Conv1D")
+    def append(self, lora: tuple[Tensor, Tensor] | None = None) -> None:
+        """One more task of a ``sequence``: an empty LoRA for it, with what was trained so far frozen; or else ``lora``,
+        the factors (r, in) and (out, r) of one that was trained elsewhere, frozen, before the one in training.
+        """
+        raise NotImplementedError
 
     # --- routing ----------------------------------------------------------------------------------------------------
 
@@ -187,6 +190,7 @@ class UpdateConfig(MethodConfig):
     merges: ClassVar[str] = "never"  # or "always", or "task": one matrix for each task
     why_not: ClassVar[str] = "what it adds depends on the input"
     multitask: ClassVar[bool] = False  # whether every sample needs a task
+    sequence: ClassVar[bool] = False  # whether tasks are learned one after the other, with add_task in between
 
     tasks: list[str] = dataclasses.field(default_factory=list)
 
@@ -344,6 +348,14 @@ class UpdateModel(Methods):
         adapted = UpdateLayer(target)
         adapted.add(adapter_name, update)
         self._replace_module(parent, target_name, adapted, target)
+
+    def _cast_adapter_dtype(self, adapter_name, autocast_adapter_dtype=True):
+        super()._cast_adapter_dtype(adapter_name, autocast_adapter_dtype)
+        if autocast_adapter_dtype:  # PEFT widens parameters alone, and a file's buffers must come back bit for bit
+            for update in updates(self, adapter_name).values():
+                for name, buffer in update.named_buffers():
+                    if buffer.dtype in (torch.float16, torch.bfloat16):
+                        setattr(update, name, buffer.float())
 
     def _unload_and_optionally_merge(self, merge=True, *args, **kwargs):
         if merge:

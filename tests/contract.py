@@ -19,7 +19,7 @@ from torch.nn import functional as F
 from transformers import Trainer, TrainingArguments
 from trl import SFTConfig, SFTTrainer
 
-from lorasculpt import Clock, ClockCallback, LoRAMoEConfig, LoRASculptConfig, MixLoRAConfig
+from lorasculpt import Clock, ClockCallback, LoRAMoEConfig, LoRASculptConfig, MixLoRAConfig, MTLLoRAConfig
 from lorasculpt.adapters.context import TASK_IDS
 from lorasculpt.adapters.layers import full, sites
 from lorasculpt.adapters.update import UpdateConfig, context_of, updates
@@ -67,6 +67,7 @@ CASES: dict[str, Row] = {
         {"r": 2, "lora_alpha": 4, "lora_dropout": 0.0, "num_factors": 4, "pool": "prompt"},
         smooth={"r": 1, "num_factors": 1},
     ),
+    "mtl_lora": Row(MTLLoRAConfig, {"r": 4, "lora_alpha": 8, "lora_dropout": 0.0, "num_b": 2, "tasks": TASKS}),
 }
 FAMILIES = ("llava", "llava_next", "idefics3", "gemma3")
 

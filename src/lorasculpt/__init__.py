@@ -11,5 +11,6 @@ from .methods import METHODS as METHODS
 from .methods import LoRAMoEConfig as LoRAMoEConfig
 from .methods import LoRASculptConfig as LoRASculptConfig
 from .methods import MixLoRAConfig as MixLoRAConfig
+from .methods import MTLLoRAConfig as MTLLoRAConfig
 
 __version__ = "0.1.0"

@@ -5,5 +5,6 @@ from __future__ import annotations
 from .loramoe import LoRAMoEConfig as LoRAMoEConfig
 from .lorasculpt import LoRASculptConfig as LoRASculptConfig
 from .mixlora import MixLoRAConfig as MixLoRAConfig
+from .mtl_lora import MTLLoRAConfig as MTLLoRAConfig
 
-METHODS = {config.method: config for config in (LoRASculptConfig, LoRAMoEConfig, MixLoRAConfig)}
+METHODS = {config.method: config for config in (LoRASculptConfig, LoRAMoEConfig, MixLoRAConfig, MTLLoRAConfig)}

@@ -14,9 +14,13 @@ With N experts, a router W_g (N x n), weights w(x) in fp32 from the input before
     \mathcal{L} &= \mathcal{L}_{task} + \beta \textstyle\sum_{\text{linears}} \sigma^2(Z) / \mu(Z),
     \qquad Z = I \circ Q                                                                         \tag{4}
 
+What makes Z even is a weight that is large where I is small: taken at its word, the constraint sends samples to the
+experts that are *not* of their kind. It parts the experts all the same; the kinds are but names of the two halves.
+
 Where the official code (Ablustrund/LoRAMoE) departs: it divides by the *squared* mean (``balance="code"``), counts
 padding tokens (never done here), has the constraint off by default, and draws a dropout mask for every expert (one
-for all here: the same in expectation, N times cheaper).
+for all here: the same in expectation, N times cheaper). The variance is the unbiased one, as there. The paper's formula
+for Q has a temperature (from memory); it is 1, as in the code.
 """
 
 from __future__ import annotations
@@ -27,11 +31,10 @@ from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from ..adapters.carrier import across
 from ..adapters.update import Update, UpdateConfig, register_update
-from ..ops.routing import mix
+from ..ops.routing import mix, scores
 
 
 class LoRAMoEUpdate(Update):
@@ -49,9 +52,11 @@ class LoRAMoEUpdate(Update):
             nn.init.kaiming_uniform_(matrix, a=math.sqrt(5))
 
     def forward(self, x: Tensor) -> Tensor:
-        gate = F.linear(x.float(), self.router.float()).softmax(-1)  # (1)
+        gate = scores(x, self.router).softmax(-1)  # (1)
         output = self.scaling * mix(self.dropout(x), self.A, self.B, gate)  # (2)
-        return self.routed(output, gate, self.balance(gate, x) if self.config.balance_weight else None)
+        # only where there is something to learn: an answer needs no tasks, and no other process to wait for
+        balanced = self.config.balance_weight and self.training and torch.is_grad_enabled()
+        return self.routed(output, gate, self.balance(gate, x) if balanced else None)
 
     def balance(self, gate: Tensor, x: Tensor) -> Tensor:
         """beta sigma^2(Z) / mu(Z) over the samples of all processes; ``gate`` is (samples, length, N)."""
@@ -59,27 +64,24 @@ class LoRAMoEUpdate(Update):
         q = gate if real is None else gate * real[..., None]
         q = q.sum(1) if q.dim() == 3 else q  # (3): (samples, N)
         z = self._kinds(x, q) * q
-        # one sum over processes of numbers around a constant: exact gradients, and no cancellation in the variance
-        center = across(z.detach().sum()) / across(z.new_tensor(float(z.numel())))
-        first, second, count = across(torch.stack([(z - center).sum(), (z - center).square().sum(), _size(z)]))
+        total, count = across(torch.stack([z.detach().sum(), z.new_tensor(float(z.numel()))]))
         if count < 2:
             return z.new_zeros(())
+        # sums of what is left of a constant: exact gradients, and no cancellation in the variance
+        center = total / count
+        first, second = across(torch.stack([(z - center).sum(), (z - center).square().sum()]))
         variance, mean = (second - first.square() / count) / (count - 1), center + first / count
         power = 1 if self.config.balance == "paper" else 2
         return self.config.balance_weight * variance / (mean.pow(power) + 1e-10)  # (4)
 
     def _kinds(self, x: Tensor, q: Tensor) -> Tensor:
-        """I of equation (3): (samples, N); all 1 without tasks. The first half of the experts is for knowledge."""
+        """I of equation (3): (samples, N); all 1 without tasks. The first half of the experts is of kind knowledge."""
         if not self.config.tasks:
             return torch.ones_like(q)
         knows = torch.tensor([task in self.config.knowledge for task in self.config.tasks], device=x.device)
         sample = knows[self.task_ids(x)][:, None]
         expert = (torch.arange(q.shape[-1], device=x.device) < q.shape[-1] // 2)[None]
         return torch.where(sample == expert, 1 + self.config.delta, 1 - self.config.delta)
-
-
-def _size(z: Tensor) -> Tensor:
-    return z.new_tensor(float(z.numel()))
 
 
 @register_update
@@ -95,7 +97,8 @@ class LoRAMoEConfig(UpdateConfig):
         delta: of equation (3), in [0, 1]. Paper: 0.1 (from memory).
         balance: "paper" divides the variance by the mean, "code" by its square.
         tasks: names of the tasks of the training data; without any, all samples are of one kind.
-        knowledge: those of ``tasks`` that need world knowledge; served by the first half of the experts.
+        knowledge: those of ``tasks`` that need world knowledge: of the kind of the first half of the experts, and so
+            served rather by the second.
 
     Raises:
         ValueError: for a value out of its range, or ``knowledge`` that names no task.

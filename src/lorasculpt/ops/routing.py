@@ -25,6 +25,13 @@ def mix(x: Tensor, A: Tensor, B: Tensor, gate: Tensor) -> Tensor:
     return F.linear(z.flatten(-2), B.transpose(0, 1).reshape(out, experts * r))
 
 
+def scores(x: Tensor, router: Tensor) -> Tensor:
+    """(..., experts) what ``router`` (experts, in) makes of ``x`` (..., in), in fp32 at least, under autocast too."""
+    wide = torch.promote_types(x.dtype, torch.float32)
+    with torch.autocast(x.device.type, enabled=False):
+        return F.linear(x.to(wide), router.to(wide))
+
+
 def top_k_softmax(scores: Tensor, k: int) -> tuple[Tensor, Tensor]:
     """(gate, probabilities): the softmax of ``scores`` (..., experts) in fp32, and its k largest renormalised to 1.
 

@@ -19,7 +19,15 @@ from torch.nn import functional as F
 from transformers import Trainer, TrainingArguments
 from trl import SFTConfig, SFTTrainer
 
-from lorasculpt import Clock, ClockCallback, LoRAMoEConfig, LoRASculptConfig, MixLoRAConfig, MTLLoRAConfig
+from lorasculpt import (
+    AMLoRAConfig,
+    Clock,
+    ClockCallback,
+    LoRAMoEConfig,
+    LoRASculptConfig,
+    MixLoRAConfig,
+    MTLLoRAConfig,
+)
 from lorasculpt.adapters.context import TASK_IDS
 from lorasculpt.adapters.layers import full, sites
 from lorasculpt.adapters.update import UpdateConfig, context_of, updates
@@ -68,6 +76,11 @@ CASES: dict[str, Row] = {
         smooth={"r": 1, "num_factors": 1},
     ),
     "mtl_lora": Row(MTLLoRAConfig, {"r": 4, "lora_alpha": 8, "lora_dropout": 0.0, "num_b": 2, "tasks": TASKS}),
+    "am_lora": Row(
+        AMLoRAConfig,
+        {"r": 2, "lora_alpha": 4, "lora_dropout": 0.0, "tasks": ["first", "second"], "l1_weight": 0.1},
+        additive={"l1_weight": 0.0},
+    ),
 }
 FAMILIES = ("llava", "llava_next", "idefics3", "gemma3")
 

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from .am_lora import AMLoRAConfig as AMLoRAConfig
 from .loramoe import LoRAMoEConfig as LoRAMoEConfig
 from .lorasculpt import LoRASculptConfig as LoRASculptConfig
 from .mixlora import MixLoRAConfig as MixLoRAConfig
 from .mtl_lora import MTLLoRAConfig as MTLLoRAConfig
 
-METHODS = {config.method: config for config in (LoRASculptConfig, LoRAMoEConfig, MixLoRAConfig, MTLLoRAConfig)}
+METHODS = {
+    config.method: config for config in (LoRASculptConfig, LoRAMoEConfig, MixLoRAConfig, MTLLoRAConfig, AMLoRAConfig)
+}

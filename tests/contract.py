@@ -27,6 +27,7 @@ from lorasculpt import (
     LoRASculptConfig,
     MixLoRAConfig,
     MTLLoRAConfig,
+    SpiderConfig,
 )
 from lorasculpt.adapters.context import TASK_IDS
 from lorasculpt.adapters.layers import full, sites
@@ -81,6 +82,7 @@ CASES: dict[str, Row] = {
         {"r": 2, "lora_alpha": 4, "lora_dropout": 0.0, "tasks": ["first", "second"], "l1_weight": 0.1},
         additive={"l1_weight": 0.0},
     ),
+    "spider": Row(SpiderConfig),
 }
 FAMILIES = ("llava", "llava_next", "idefics3", "gemma3")
 

@@ -14,5 +14,6 @@ from .methods import LoRAMoEConfig as LoRAMoEConfig
 from .methods import LoRASculptConfig as LoRASculptConfig
 from .methods import MixLoRAConfig as MixLoRAConfig
 from .methods import MTLLoRAConfig as MTLLoRAConfig
+from .methods import SpiderConfig as SpiderConfig
 
 __version__ = "0.1.0"

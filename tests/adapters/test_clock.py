@@ -6,7 +6,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from contract import equal, loss, masks, sgd, start, texts, train, trained, weights
+from contract import close, equal, loss, masks, plain, records, sgd, start, texts, train, trained, weights
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
@@ -89,6 +89,33 @@ def test_stopping_and_going_on_equals_never_stopping(tmp_path, stop):
     assert equal(weights(second), weights(whole))
     assert equal(masks(second), masks(whole))
     assert method_logs(second) == method_logs(whole)
+
+
+@pytest.mark.parametrize("clip", [None, 0.5])
+def test_a_fused_optimizer_under_a_loss_scaler_is_no_other(clip):
+    """It steps where others are not called at all, and unscales within its step."""
+    found = []
+    for scaled in (False, True):
+        model = start("llama", "spider")[0]
+        optimizer = torch.optim.AdamW(trained(model), lr=1e-2, fused=True)
+        scaler = torch.amp.GradScaler("cpu", init_scale=1024.0, growth_interval=2, enabled=scaled)
+        clock = Clock(model, optimizer, scaler=scaler)
+        for number, batch in enumerate(texts(number=5)):
+            if number == 2 and not scaled:
+                continue
+            clock.begin_step()
+            optimizer.zero_grad()
+            scaler.scale(loss(model, batch) * (float("inf") if number == 2 else 1)).backward()
+            if clip:
+                scaler.unscale_(optimizer)
+                torch.nn.utils.clip_grad_norm_(trained(model), clip)
+            scaler.step(optimizer)
+            scaler.update()
+            clock.end_step()
+        assert clock.step == methods_of(model)["default"].step == 4
+        found.append((weights(model), methods_of(model)["default"].sums))
+    close(found[1][0], found[0][0], rtol=1e-3, atol=1e-5)
+    close(found[1][1], found[0][1], rtol=1e-3, atol=1e-5)
 
 
 def test_a_closed_clock_does_nothing():
@@ -265,6 +292,18 @@ def test_the_masks_of_another_run_are_not_taken(whole, tmp_path):
     again.train(resume_from_checkpoint=str(folder / "checkpoint-4"))
     assert equal(masks(again.model), masks(run.model))
     assert equal(weights(again.model), weights(run.model))
+
+
+def test_the_sums_of_another_run_are_not_taken(tmp_path):
+    asked, (mine, other) = records(tmp_path / "asked"), (tmp_path / "mine", tmp_path / "other")
+    plain(mine, "spider", "llava", asked, max_steps=2).train()
+    plain(other, "spider", "llava", asked, max_steps=2, learning_rate=3e-2).train()
+    checkpoint = str(other / "checkpoint-2")
+    with pytest.raises(UserError, match=r"the state of adapter 'default' cannot be read off its weights"):
+        plain(mine, "spider", "llava", asked, max_steps=3).train(resume_from_checkpoint=checkpoint)
+    shutil.rmtree(mine)
+    with pytest.raises(UserError, match=r"the state of adapter 'default' cannot be read off its weights"):
+        plain(mine, "spider", "llava", asked, max_steps=3).train(resume_from_checkpoint=checkpoint)
 
 
 def test_a_run_too_short_to_prune_is_refused_by_the_trainer_too(tmp_path):

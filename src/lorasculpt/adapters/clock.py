@@ -26,6 +26,7 @@ from torch import Tensor, nn
 from transformers import TrainerCallback
 
 from ..errors import UserError
+from .layers import full
 from .method import Method, looks_sculpted, method_logs, methods_of, read_record, read_state
 
 
@@ -109,12 +110,24 @@ class Clock:
             self._task[parameter] = (grad - self._added[parameter]).float().square().sum()
 
     def _before_step(self, optimizer, args, kwargs) -> None:
+        if _skipped(optimizer):
+            return
+        scale = getattr(optimizer, "grad_scale", None)
+        if self.methods and scale is not None:  # a fused optimizer would unscale within its step
+            for gradient in (p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None):
+                gradient.div_(float(scale))
+            optimizer.grad_scale = torch.ones_like(scale)
         for method in self.methods.values():
             method.before_step()
 
     def _after_step(self, optimizer, args, kwargs) -> None:
-        if self.methods and not self._open:
-            raise RuntimeError("call clock.begin_step() before the first backward pass of every optimizer step.")
+        if not self._open:
+            # torch takes a step with empty gradients to find out what an optimizer's state looks like when it is saved
+            if self.methods and any(p.grad is not None and p.grad.any() for p in _stepped(optimizer)):
+                raise RuntimeError("call clock.begin_step() before the first backward pass of every optimizer step.")
+            return
+        if _skipped(optimizer):
+            return
         self.step += 1
         if self._added:
             norms = sum(self._task.values()), sum(p.float().square().sum() for p in self._added.values())
@@ -217,8 +230,18 @@ class ClockCallback(TrainerCallback):
             self._board = None
 
 
+def _stepped(optimizer: torch.optim.Optimizer) -> list[nn.Parameter]:
+    return [parameter for group in optimizer.param_groups for parameter in group["params"]]
+
+
 def _trains(method: Method) -> bool:
     return any(parameter.requires_grad for parameter in method.parameters())
+
+
+def _skipped(optimizer: torch.optim.Optimizer) -> bool:
+    """Whether a loss scaler found no finite gradient and lets a fused optimizer, which sees to that itself, step."""
+    found = getattr(optimizer, "found_inf", None)
+    return found is not None and bool(found)
 
 
 def _window(loader: Any, step: int, accumulation: int) -> int:
@@ -244,7 +267,7 @@ def _resume(model: nn.Module, step: int, checkpoint: Path) -> None:
             method.restore(*read_state(folder))
         elif method.uncertain:
             raise UserError(
-                f"the masks of adapter '{name}' cannot be read off its weights: give ClockCallback(resume=...) the "
+                f"the state of adapter '{name}' cannot be read off its weights: give ClockCallback(resume=...) the "
                 "checkpoint folder, whose lorasculpt_state.safetensors was saved with them."
             )
         else:
@@ -257,7 +280,8 @@ def _holds_weights(folder: Path, method: Method) -> bool:
     if not path.is_file():
         return True
     saved = load_file(path)
-    return all(
-        torch.equal(saved[f"base_model.model.{name}.lora_A.weight"].to(site.A), site.A)
-        for name, site in method.sites.items()
-    )
+    held = {f"{name}.lora_A.weight": site.A for name, site in method.sites.items()}
+    for name, update in getattr(method, "updates", {}).items():
+        held |= {f"{name}.lora_update.{key}": full(value) for key, value in update.state_dict().items()}
+    both = [(saved[f"base_model.model.{key}"], value) for key, value in held.items()]
+    return all(torch.equal(there.to(here), here) for there, here in both)

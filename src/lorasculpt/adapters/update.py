@@ -214,6 +214,10 @@ class UpdateConfig(MethodConfig):
 
         return chosen(self.rank_pattern, self.r), chosen(self.alpha_pattern, self.lora_alpha)
 
+    def default_targets(self, model: nn.Module) -> set[str] | None:
+        """The linears of ``model`` to adapt where ``target_modules`` is not given; None leaves that to PEFT."""
+        return None
+
     def save_pretrained(self, save_directory: str, **kwargs) -> None:
         """Write ``adapter_config.json`` with the method's own type, and its state beside it."""
         PeftConfig.save_pretrained(self, save_directory, **kwargs)
@@ -322,9 +326,10 @@ class UpdateModel(Methods):
         """What this model's layers may know about a forward pass."""
         return self.__dict__.setdefault("_context", Context())
 
-    def _pre_injection_hook(self, model, config, adapter_name):
-        if config.target_modules is None:
-            config.target_modules = config.default_targets(model)
+    def _prepare_adapter_config(self, peft_config, model_config):
+        if peft_config.target_modules is None:
+            peft_config.target_modules = peft_config.default_targets(self.model)
+        return super()._prepare_adapter_config(peft_config, model_config)
 
     def _post_injection_hook(self, model, config, adapter_name):
         self.context.attach(model)

@@ -7,7 +7,9 @@ from .loramoe import LoRAMoEConfig as LoRAMoEConfig
 from .lorasculpt import LoRASculptConfig as LoRASculptConfig
 from .mixlora import MixLoRAConfig as MixLoRAConfig
 from .mtl_lora import MTLLoRAConfig as MTLLoRAConfig
+from .spider import SpiderConfig as SpiderConfig
 
 METHODS = {
-    config.method: config for config in (LoRASculptConfig, LoRAMoEConfig, MixLoRAConfig, MTLLoRAConfig, AMLoRAConfig)
+    config.method: config
+    for config in (LoRASculptConfig, LoRAMoEConfig, MixLoRAConfig, MTLLoRAConfig, AMLoRAConfig, SpiderConfig)
 }

@@ -11,6 +11,7 @@ from lorasculpt.config import RunConfig
 from lorasculpt.errors import UserError
 
 GOOD = "base: org/model\noutput: out\ndata:\n  train: train.jsonl\n"
+SEQUENCE = "base: a\noutput: b\ndata:\n  sequence:\n    - {name: one, train: c, test: d}\n"
 
 
 def run(folder: Path, text: str = "", *overrides: str) -> RunConfig:
@@ -173,7 +174,14 @@ FILES = {
     "": "run.yaml:1: a run must be a mapping of keys such as base, output and data; got None",
     "- a": "run.yaml:1: a run must be a mapping of keys such as base, output and data; got ['a']",
     "base: a": "run.yaml: output is missing; add it",
-    "base: a\noutput: b\ndata: {}": "run.yaml:3: data.train is missing; add it",
+    "base: a\noutput: b\ndata: {}": "run.yaml:3: data needs train, or a sequence of tasks; add it",
+    GOOD + "  sequence: [{name: a, train: b, test: c}]": "run.yaml:3: data has both train and sequence; remove one",
+    SEQUENCE
+    + "    - {name: one, train: c, test: d}": "run.yaml:3: data has a sequence with two tasks 'one'; rename one",
+    SEQUENCE + "    - {name: two, train: c}": "run.yaml:6: data.sequence.1.test is missing; add it",
+    SEQUENCE + "    - {name: two, train: c, test: d, tset: e}": (
+        "run.yaml:6: data.sequence.1.tset is no setting; did you mean test?"
+    ),
     "base: ''\noutput: b\ndata: {train: c}": "run.yaml:1: base must have at least 1 character; got ''",
     "a: &a\n  b: *a": "run.yaml:1: not valid YAML (an anchor refers to itself); correct the syntax",
 }

@@ -6,7 +6,6 @@ from .adapters.clock import Clock as Clock
 from .adapters.clock import ClockCallback as ClockCallback
 from .adapters.load import load as load
 from .adapters.method import method_logs as method_logs
-from .adapters.tasks import add_task as add_task
 from .errors import UserError as UserError
 from .methods import METHODS as METHODS
 from .methods import AMLoRAConfig as AMLoRAConfig
@@ -14,6 +13,6 @@ from .methods import LoRAMoEConfig as LoRAMoEConfig
 from .methods import LoRASculptConfig as LoRASculptConfig
 from .methods import MixLoRAConfig as MixLoRAConfig
 from .methods import MTLLoRAConfig as MTLLoRAConfig
-from .methods import SpiderConfig as SpiderConfig
+from .switch import add_task as add_task
 
 __version__ = "0.1.0"

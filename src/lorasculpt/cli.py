@@ -63,11 +63,23 @@ def train(run: Run, overrides: Overrides = None) -> None:
 
     A row of data is {"image": "a.png", "question": "...", "answer": "...", "task": "..."}; LLaVA, ShareGPT and
     messages rows work too.
+
+    Tasks are learned one after the other where data is {sequence: [{name: ..., train: ..., test: ...}, ...]}; the
+    accuracy on each after each goes to matrix.json.
     """
     from .config import RunConfig
+
+    config = RunConfig.load(run, overrides or [])
+    if config.data.sequence:
+        from .sequence import learn
+
+        adapter, matrix = learn(config)
+        _matrix(matrix)
+        print(f"adapter: {adapter}\nmatrix: {matrix}")
+        return
     from .train import train as go
 
-    print(f"adapter: {go(RunConfig.load(run, overrides or []))}")
+    print(f"adapter: {go(config)}")
 
 
 @app.command("eval")
@@ -212,7 +224,11 @@ def _settings(config: type) -> dict[str, object]:
     from peft import LoraConfig
 
     stock = {field.name for field in dataclasses.fields(LoraConfig)}
-    return {field.name: field.default for field in dataclasses.fields(config) if field.name not in stock}
+    return {
+        field.name: field.default if field.default_factory is dataclasses.MISSING else field.default_factory()
+        for field in dataclasses.fields(config)
+        if field.name not in stock
+    }
 
 
 def _meanings(config: type) -> dict[str, str]:
@@ -236,6 +252,18 @@ def _summary(results: list[Path]) -> None:
             cells = ["-" if numbers[key] is None else f"{100 * numbers[key]:.1f} %" for key in keys]
             table.add_row(f"{run['method']} (seed {run['seed']})", *cells, f"{run['seconds'] / 60:.1f}")
     Console().print(table)
+
+
+def _matrix(path: Path) -> None:
+    """Print how well each task was done after each."""
+    record = json.loads(path.read_text())
+    table = Table("", *record["tasks"], "source")
+    for row in record["rows"]:
+        cells = ["-" if value is None else f"{100 * value:.1f} %" for value in (*row["accuracy"], row["source"])]
+        table.add_row(f"after {row['after']}" if row["after"] else "before", *cells)
+    Console().print(table)
+    change = "" if record["backward"] is None else f", change since each was learned {100 * record['backward']:+.1f}"
+    print(f"average {100 * record['average']:.1f} %{change}")
 
 
 def main() -> None:

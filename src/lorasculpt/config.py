@@ -21,7 +21,7 @@ import re
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_args
 
 import yaml
 from pydantic import (
@@ -71,18 +71,46 @@ class _Section(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
 
 
+class Stage(_Section):
+    """One task of a sequence.
+
+    Args:
+        name: Of the task.
+        train: Data file.
+        test: Data file of what is asked after this task and after every other.
+    """
+
+    name: Annotated[str, Field(min_length=1)]
+    train: RelativePath
+    test: RelativePath
+
+
 class Data(_Section):
-    """What is trained on.
+    """What is trained on: ``train``, or one task after the other.
 
     Args:
         train: Data file (`lorasculpt.data.records`).
-        images: Folder of its pictures. Default: the data file's.
+        sequence: Tasks to learn in turn (`lorasculpt.sequence`).
+        images: Folder of the pictures. Default: the data file's.
         limit: Use the first so many rows. Default: all.
     """
 
-    train: RelativePath
+    train: RelativePath | None = None
+    sequence: list[Stage] = Field(default_factory=list)
     images: RelativePath | None = None
     limit: Positive | None = None
+
+    @model_validator(mode="after")
+    def _one_kind(self) -> Data:
+        if self.train is None and not self.sequence:
+            raise ValueError("needs train, or a sequence of tasks; add it")
+        if self.train is not None and self.sequence:
+            raise ValueError("has both train and sequence; remove one")
+        names = [stage.name for stage in self.sequence]
+        twice = next((name for name in names if names.count(name) > 1), None)
+        if twice:
+            raise ValueError(f"has a sequence with two tasks {twice!r}; rename one")
+        return self
 
 
 class Training(_Section):
@@ -398,5 +426,5 @@ def _keys(section: Key) -> list[str]:
     """The settings of a section."""
     model: Any = RunConfig
     for name in section:
-        model = model.model_fields[name].annotation
+        model = model.model_fields[name].annotation if isinstance(name, str) else get_args(model)[0]
     return list(model.model_fields)

@@ -44,6 +44,8 @@ def measure(
     Raises:
         UserError: if there is no trained adapter or nothing to measure it with.
     """
+    if config.data.sequence:
+        raise config.error("data.sequence", "is measured while it is learned; lorasculpt train shows the numbers.")
     folder = config.output / ADAPTER
     if not (folder / "adapter_config.json").is_file():
         raise UserError(f"{config.output} holds no trained adapter yet; run lorasculpt train first.")

@@ -13,6 +13,7 @@ import json
 import re
 import shutil
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -38,23 +39,32 @@ from .models.parts import parts, target_regex
 RUN_FILE, LOG_FILE, ADAPTER = "run.yaml", "training.json", "adapter"
 
 
-def train(config: RunConfig, *, progress: bool = True) -> Path:
+def train(
+    config: RunConfig, *, progress: bool = True, start: Callable[[nn.Module, RunConfig], PeftModel] | None = None
+) -> Path:
     """Train the adapter that ``config`` describes and return its folder.
 
     Goes on by itself from the last whole checkpoint in ``config.output``; an adapter that is already there is left
     alone. What is written is written under another name first.
 
+    Args:
+        config: the run.
+        progress: whether to show a progress bar.
+        start: gives a freshly loaded base the adapter to train. Default: :func:`attach`, a fresh one.
+
     Raises:
         UserError: for anything in the config, the data or the folders that the user can mend.
     """
     output = config.output
-    _check_output(output, config)
+    if config.data.train is None:
+        raise config.error("data.sequence", "is no single run; lorasculpt.sequence.learn takes it.")
+    check_output(output, config)
     adapter = output / ADAPTER
     if (adapter / "adapter_config.json").is_file():
         return adapter
     set_seed(config.seed)
     model, processor = load(config.base)
-    model = attach(model, config)
+    model = (start or attach)(model, config)
     autocast = precision(config, model)
     records = read(config.data.train, images=config.data.images, limit=config.data.limit)
     resume = _last_checkpoint(output)
@@ -111,10 +121,15 @@ def attach(model: nn.Module, config: RunConfig) -> PeftModel:
         adapted = get_peft_model(model, known[name](**settings))
     except (TypeError, ValueError) as error:
         raise config.error(_setting(config, error) or "method", f"is refused: {error}") from error
-    if config.projector == "full":
-        for parameter in _projector(adapted).values():
-            parameter.requires_grad_(True)
+    thaw_projector(adapted, config)
     return adapted
+
+
+def thaw_projector(model: nn.Module, config: RunConfig) -> None:
+    """Let the projector be trained where ``config`` wants it whole."""
+    if config.projector == "full":
+        for parameter in _projector(model).values():
+            parameter.requires_grad_(True)
 
 
 def _setting(config: RunConfig, error: Exception) -> str | None:
@@ -205,11 +220,11 @@ def _arguments(config: RunConfig, progress: bool, autocast: torch.dtype | None) 
     )
 
 
-def _check_output(output: Path, config: RunConfig) -> None:
+def check_output(output: Path, config: RunConfig) -> None:
     """See that ``output`` is free or already this run's, and clear what an interrupted checkpoint left there."""
     path = output / RUN_FILE
     if path.is_file():
-        if path.read_text() != config.to_yaml():
+        if RunConfig.load(path) != config:
             raise config.error("output", f"is {output}, which holds another run (see {path}); choose another folder.")
     elif output.is_dir() and any(output.iterdir()):
         raise config.error("output", f"is {output}, which holds something else; choose an empty folder.")

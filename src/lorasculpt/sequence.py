@@ -1,0 +1,199 @@
+"""Tasks learned one after the other: a run whose data are a ``sequence``, and what each task does to the others.
+
+```yaml
+base: HuggingFaceTB/SmolVLM-256M-Instruct
+output: runs/office
+method: {name: am_lora, r: 8}
+data:
+  sequence:
+    - {name: charts, train: charts/train.jsonl, test: charts/test.jsonl}
+    - {name: receipts, train: receipts/train.jsonl, test: receipts/test.jsonl}
+training: {epochs: 2}
+evaluate: {source: general/test.jsonl}
+```
+
+Every task is a run of its own in ``output/<number>-<name>``, with the same settings, that goes on from the adapter of
+the task before. A method that learns sequences gets a new task each time (`lorasculpt.add_task`); with plain LoRA one
+adapter goes on from task to task, which is what it has to be better than.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from peft import PeftModel
+from torch import nn
+
+from .adapters.load import load as load_adapter
+from .config import Data, RunConfig, Stage
+from .data.records import read
+from .errors import UserError
+from .evaluation import Task, evaluate
+from .evaluation.summary import task_average
+from .measure import versions
+from .methods import METHODS
+from .models.load import load
+from .switch import add_task
+from .train import ADAPTER, RUN_FILE, attach, check_output, held_out, precision, thaw_projector, train
+
+MATRIX_FILE = "matrix.json"
+
+
+def learn(config: RunConfig, *, progress: bool = True) -> tuple[Path, Path]:
+    """Learn the tasks of ``config.data.sequence`` in turn, measuring all of them after each.
+
+    Goes on by itself where it was interrupted: with the task that it was at, from its last checkpoint.
+
+    ``matrix.json`` holds the accuracy on every task before training (``after: null``) and after each, the same for
+    source, and ``switches``: what is left right after a new task was added, before it is trained. ``average`` is that
+    after the last task, ``backward`` the mean change of a task from when it was learned until then.
+
+    Returns:
+        The folder of the last adapter, and ``matrix.json``.
+
+    Raises:
+        UserError: for anything in the config, the data or the folders that the user can mend, and under a launcher of
+            several processes.
+    """
+    grows = _grows(config)
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise config.error("data.sequence", "is learned by one process; start lorasculpt train without a launcher.")
+    check_output(config.output, config)
+    measured = _Matrix(config, progress)
+    config.output.mkdir(parents=True, exist_ok=True)
+    (config.output / RUN_FILE).write_text(config.to_yaml())
+    stages = [_stage(config, number, grows) for number in range(len(config.data.sequence))]
+    names = [stage.name for stage in config.data.sequence]
+    try:
+        for number, stage in enumerate(stages):
+            earlier = stages[number - 1].output / ADAPTER if number else None
+            start = _continued(earlier, names[number] if grows else None) if earlier else attach
+            adapter = train(stage, progress=progress, start=start)
+            measured.before()  # the base, once; only now, so that a mistake in the file is told first
+            following = names[number + 1] if grows and stage is not stages[-1] else None
+            measured.after(names[number], adapter, following)
+    except UserError:
+        if not any(stage.output.exists() for stage in stages):
+            shutil.rmtree(config.output)  # nothing has run: leave the folder free for the mended file
+        raise
+    return adapter, measured.path
+
+
+def _grows(config: RunConfig) -> bool:
+    """Whether the method takes a new task each time; it is plain LoRA otherwise."""
+    able = [name for name, known in METHODS.items() if getattr(known, "sequence", False)]
+    name = config.method["name"]
+    if name in METHODS and name not in able:
+        listed = ", ".join(able)
+        raise config.error(
+            "method.name", f"is {name}, which learns no sequence; use {listed}, or lora to compare with."
+        )
+    if name in able and "tasks" in config.method:
+        raise config.error("method.tasks", "is what data.sequence says; leave it out.")
+    return name in able
+
+
+def _stage(config: RunConfig, number: int, grows: bool) -> RunConfig:
+    """The run of one task."""
+    stage = config.data.sequence[number]
+    names = [earlier.name for earlier in config.data.sequence[: number + 1]]
+    folder = re.sub(r"[^\w-]+", "_", stage.name)
+    target = config.evaluate.target or [stage.test]
+    changes: dict[str, Any] = {
+        "output": config.output / f"{number + 1}-{folder}",
+        "evaluate": config.evaluate.model_copy(update={"target": target}),
+        "data": Data(train=stage.train, images=config.data.images, limit=config.data.limit),
+        "method": config.method | ({"tasks": names} if grows else {}),
+    }
+    return config.model_copy(update=changes)
+
+
+def _continued(earlier: Path, task: str | None) -> Callable[[nn.Module, RunConfig], PeftModel]:
+    """What gives a base the adapter of the task before, ready for ``task``."""
+
+    def start(model: nn.Module, config: RunConfig) -> PeftModel:
+        adapted = load_adapter(model, earlier, trainable=True)
+        if task is not None:
+            add_task(adapted, task)
+        thaw_projector(adapted, config)
+        return adapted
+
+    return start
+
+
+class _Matrix:
+    """``matrix.json``: what was measured already is not measured again."""
+
+    def __init__(self, config: RunConfig, progress: bool):
+        self.config, self.progress = config, progress
+        self.path = config.output / MATRIX_FILE
+        self.tasks = [_asked(config, stage) for stage in config.data.sequence]
+        self.source, _ = held_out(config)
+        self.record: dict[str, Any] = {
+            "schema": 1,
+            "versions": versions(),
+            "method": config.method["name"],
+            "seed": config.seed,
+            "tasks": [task.name for task in self.tasks],
+            "rows": [],
+            "switches": [],
+        }
+        if self.path.is_file():
+            self.record = json.loads(self.path.read_text())
+
+    def before(self) -> None:
+        """Measure the base."""
+        if not self.record["rows"]:
+            model, processor = load(self.config.base)
+            self._add("rows", "after", None, model, processor)
+
+    def after(self, task: str, adapter: Path, following: str | None) -> None:
+        """Measure what was learned up to ``task``, and what is left of it when the task ``following`` is added."""
+        done = [row["after"] for row in self.record["rows"]]
+        switched = [row["to"] for row in self.record["switches"]]
+        if task in done and following in (None, *switched):
+            return
+        model, processor = load(self.config.base)
+        model = load_adapter(model, adapter)
+        if task not in done:
+            self._add("rows", "after", task, model, processor)
+        if following is not None:
+            add_task(model, following)
+            self._add("switches", "to", following, model, processor)
+
+    def _add(self, part: str, key: str, task: str | None, model: nn.Module, processor) -> None:
+        settings = self.config.evaluate
+        found = evaluate(
+            model,
+            processor,
+            self.source,
+            self.tasks,
+            precision=precision(self.config, model),
+            batch=settings.batch,
+            max_new_tokens=settings.max_new_tokens,
+            progress=f"{key} {task or 'nothing'}" if self.progress else None,
+        )
+        scores = {name: entry["scores"] for name, entry in found["source"].items()}
+        row = {key: task, "accuracy": [found["target"][name]["value"] for name in self.record["tasks"]]}
+        self.record[part].append(row | {"source": task_average(scores) if scores else None})
+        learned = [row["accuracy"] for row in self.record["rows"][1:]]
+        if len(learned) == len(self.tasks):
+            last, others = learned[-1], range(len(self.tasks) - 1)
+            changes = [last[i] - learned[i][i] for i in others]
+            self.record["average"] = sum(last) / len(last)
+            self.record["backward"] = sum(changes) / len(changes) if changes else None
+        partial = self.path.with_suffix(".partial")
+        partial.write_text(json.dumps(self.record, indent=1) + "\n")
+        partial.rename(self.path)
+
+
+def _asked(config: RunConfig, stage: Stage) -> Task:
+    """The held-out questions of one task, whatever task their rows name."""
+    records = read(stage.test, images=config.evaluate.images)[: config.evaluate.limit]
+    return Task(stage.name, tuple(records), config.evaluate.metric.get(stage.name, "exact"))

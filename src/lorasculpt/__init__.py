@@ -13,6 +13,7 @@ from .methods import LoRAMoEConfig as LoRAMoEConfig
 from .methods import LoRASculptConfig as LoRASculptConfig
 from .methods import MixLoRAConfig as MixLoRAConfig
 from .methods import MTLLoRAConfig as MTLLoRAConfig
+from .methods import SpiderConfig as SpiderConfig
 from .switch import add_task as add_task
 
 __version__ = "0.1.0"

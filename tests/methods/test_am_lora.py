@@ -116,7 +116,9 @@ def test_gradients_are_the_finite_differences(gate, selector, padded):
         h, l1, _ = reference(found, found["x"], counted(padded), update.config)
         return (h * coefficients.numpy()).sum() + weight * l1
 
-    for name, parameter in [*update.named_parameters(), ("x", x)]:
+    trained = [(name, parameter) for name, parameter in update.named_parameters() if parameter.requires_grad]
+    assert {name for name, _ in trained} == {"A", "B", "v", "c"}
+    for name, parameter in [*trained, ("x", x)]:
         slope, entries = np.zeros(parameter.numel()), found[name].reshape(-1)
         for i in range(len(entries)):
             here, ends = entries[i], []

@@ -13,7 +13,7 @@ from __future__ import annotations
 import json
 import math
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -353,7 +353,7 @@ def inspect(adapter_folder: str | Path, base: str | Path | None = None) -> Inspe
     if len({layer.part for layer in layers}) > 1:
         layers = [replace(x, kind=f"{x.part}.{x.kind}") for x in layers]
     groups: dict[str, list[Measures]] = {}
-    for layer in sorted(layers, key=_order):
+    for layer in sorted(layers, key=lambda x: order(x.part, x.kind)):
         groups.setdefault(layer.kind, []).append(layer.measures)
     own = Path(adapter_folder) / "lorasculpt.json"
     return Inspection(
@@ -367,10 +367,10 @@ def inspect(adapter_folder: str | Path, base: str | Path | None = None) -> Inspe
     )
 
 
-def _order(layer: Layer) -> tuple[str, int, str]:
-    """Kinds of module in the order a decoder layer uses them, the others by name after them."""
-    word = layer.kind.rpartition(".")[2]
-    return layer.part, KINDS.index(word) if word in KINDS else len(KINDS), layer.kind
+def order(part: str, kind: str) -> tuple[str, int, str]:
+    """Sort key of kinds of module: as a decoder layer uses them, the others by name after them."""
+    word = kind.rpartition(".")[2]
+    return part, KINDS.index(word) if word in KINDS else len(KINDS), kind
 
 
 def _measure(pair: Pair, against: dict[str, float]) -> Measures:
@@ -447,16 +447,26 @@ def _against(pair: Pair, weights: BaseWeights, key: str, config: dict[str, Any])
     return {"overlap": overlap, "m_update": m_energy / energy, "m_plain": m_plain}
 
 
-def _layer(pair: Pair, measures: Measures) -> Layer:
-    words = pair.name.split(".")
+def place(name: str) -> tuple[str, str, int | None]:
+    """(part, kind, block) of a module, as at :class:`Layer`."""
+    words = name.split(".")
     first = next((i for i, word in enumerate(words[:-1]) if word.isdigit()), None)
     # without its last word: the list the number counts in ("layers"), or the module itself
     before = [word for word in words[: len(words) if first is None else first][:-1] if word != "model"]
+    return (
+        before[0] if before else "model",
+        ".".join(words[-2:]) if words[-1].isdigit() else words[-1],
+        None if first is None else int(words[first]),
+    )
+
+
+def _layer(pair: Pair, measures: Measures) -> Layer:
+    part, kind, block = place(pair.name)
     return Layer(
         name=pair.name,
-        part=before[0] if before else "model",
-        kind=".".join(words[-2:]) if words[-1].isdigit() else words[-1],
-        block=None if first is None else int(words[first]),
+        part=part,
+        kind=kind,
+        block=block,
         out_features=pair.B.shape[0],
         in_features=pair.A.shape[1],
         r=pair.A.shape[0],
@@ -562,11 +572,16 @@ def plot(inspection: Inspection, path: str | Path) -> None:
 
     height = 0.28 * len(inspection.kinds) + 1  # inches of a heat map
     figure = Figure(figsize=(12, 2 * height + 4), layout="constrained")
-    grid = figure.add_gridspec(2, 1, height_ratios=[2 * height, 4])
-    above, below = figure.add_subfigure(grid[0]), figure.add_subfigure(grid[1])
+    halves = figure.add_gridspec(2, 1, height_ratios=[2 * height, 4])
+    above, below = figure.add_subfigure(halves[0]), figure.add_subfigure(halves[1])
+    groups: dict[tuple[str, int | None], list[Measures]] = {}
+    for layer in inspection.layers:
+        groups.setdefault((layer.kind, layer.block), []).append(layer.measures)
+    cells = {cell: _together(group) for cell, group in groups.items()}
     energy, density = above.subplots(2, 1)
-    _heat(energy, inspection, "share", "Share of the update's energy, %")
-    _heat(density, inspection, "density_ba", "Density of BA, %")
+    kinds = list(inspection.kinds)
+    heat(energy, kinds, {cell: 100 * m.share for cell, m in cells.items()}, "Share of the update's energy, %")
+    heat(density, kinds, {cell: 100 * m.density_ba for cell, m in cells.items()}, "Density of BA, %")
     axes = below.subplots(1, 2 if inspection.base is None else 3)
     _scatter(axes[0], inspection)
     _curves(axes[1], inspection)
@@ -575,30 +590,41 @@ def plot(inspection: Inspection, path: str | Path) -> None:
     figure.savefig(path, dpi=150)
 
 
-def _heat(axes: Axes, inspection: Inspection, field: str, title: str) -> None:
-    """Kinds down, layers across; grey where there is no adapter."""
-    kinds = list(inspection.kinds)
-    blocks: list[int | None] = [*sorted({x.block for x in inspection.layers if x.block is not None})]
-    if any(x.block is None for x in inspection.layers):
-        blocks.append(None)
-    cells = np.full((len(kinds), len(blocks)), np.nan)
-    for kind, block in {(x.kind, x.block) for x in inspection.layers}:
-        group = [x.measures for x in inspection.layers if (x.kind, x.block) == (kind, block)]
-        cells[kinds.index(kind), blocks.index(block)] = 100 * getattr(_together(group), field)
+def heat(axes: Axes, kinds: Sequence[str], cells: Mapping[tuple[str, int | None], float], title: str) -> None:
+    """Kinds down, layers across, a colour bar beside; ``cells`` is by kind and layer, grey where there is none."""
+    blocks = in_order(block for _, block in cells)
+    image = axes.imshow(grid(kinds, blocks, cells), aspect="auto", cmap="viridis", vmin=0, interpolation="nearest")
     axes.set_facecolor("0.9")
-    image = axes.imshow(cells, aspect="auto", cmap="viridis", vmin=0, interpolation="nearest")
-    step = math.ceil(len(blocks) / 32)
-    axes.set_xticks(range(0, len(blocks), step), ["none" if b is None else str(b) for b in blocks[::step]])
+    across(axes, blocks)
     axes.set_yticks(range(len(kinds)), kinds)
-    axes.set_xlabel("layer")
     axes.set_title(title, loc="left")
     axes.figure.colorbar(image, ax=axes, pad=0.01)
+
+
+def in_order(blocks: Iterable[int | None]) -> list[int | None]:
+    """Layer numbers, each once; what is outside of all layers comes last."""
+    found = set(blocks)
+    return [*sorted(block for block in found if block is not None), *([None] if None in found else [])]
+
+
+def grid(rows: Sequence[Any], columns: Sequence[Any], cells: Mapping[tuple[Any, Any], float]) -> np.ndarray:
+    """``cells`` as an array, not-a-number where there is none."""
+    return np.array([[cells.get((row, column), np.nan) for column in columns] for row in rows])
+
+
+def across(axes: Axes, blocks: Sequence[int | None]) -> None:
+    """Layer numbers below a heat map, not more than have room."""
+    step = math.ceil(len(blocks) / 32)
+    axes.set_xticks(range(0, len(blocks), step), ["none" if b is None else str(b) for b in blocks[::step]])
+    axes.set_xlabel("layer")
 
 
 def _scatter(axes: Axes, inspection: Inspection) -> None:
     # a colour for each kind, or for each part where there are more kinds than colours the eye can tell apart
     field = "kind" if len(inspection.kinds) <= 8 else "part"
-    for name in dict.fromkeys(getattr(x, field) for x in sorted(inspection.layers, key=_order)):
+    for name in dict.fromkeys(
+        getattr(x, field) for x in sorted(inspection.layers, key=lambda x: order(x.part, x.kind))
+    ):
         own = [x.measures for x in inspection.layers if getattr(x, field) == name]
         axes.scatter([100 * m.expected_ba for m in own], [100 * m.density_ba for m in own], s=14, alpha=0.7, label=name)
     seen = [100 * x for layer in inspection.layers for x in (layer.measures.expected_ba, layer.measures.density_ba)]

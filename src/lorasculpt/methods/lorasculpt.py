@@ -85,7 +85,7 @@ class Sculpt(Method):
     # --- pruning --------------------------------------------------------------------------------------------------
 
     def _leaves(self) -> Iterator[tuple[nn.Linear, float]]:
-        """Every masked leaf with the density it is pruned to."""
+        """Every masked leaf of equation (1), which PEFT computes through them, with the density it is pruned to."""
         for site in self.sites.values():
             density_a, density_b = self.config.densities(site.a.weight.shape[0])
             yield site.a, density_a

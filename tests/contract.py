@@ -25,7 +25,9 @@ from lorasculpt import (
     ClockCallback,
     LoRAMoEConfig,
     LoRASculptConfig,
+    MALoRAConfig,
     MixLoRAConfig,
+    MoSLDConfig,
     MTLLoRAConfig,
     SpiderConfig,
 )
@@ -77,6 +79,18 @@ CASES: dict[str, Row] = {
         smooth={"r": 1, "num_factors": 1},
     ),
     "mtl_lora": Row(MTLLoRAConfig, {"r": 4, "lora_alpha": 8, "lora_dropout": 0.0, "num_b": 2, "tasks": TASKS}),
+    "mosld": Row(
+        MoSLDConfig,
+        {"r": 2, "lora_alpha": 4, "num_experts": "43", "weight_dropout": 0.0, "balance_weight": 0.5},
+        additive={"balance_weight": 0.0},
+        smooth={"num_experts": 2},
+    ),
+    "malora": Row(
+        MALoRAConfig,
+        {"r": 2, "lora_alpha": 4, "lora_dropout": 0.0, "num_experts": 4, "shared_rank": 4, "balance_weight": 0.5},
+        additive={"balance_weight": 0.0},
+        smooth={"top_k": 4},
+    ),
     "am_lora": Row(
         AMLoRAConfig,
         {"r": 2, "lora_alpha": 4, "lora_dropout": 0.0, "tasks": ["first", "second"], "l1_weight": 0.1},

@@ -11,7 +11,9 @@ from .methods import METHODS as METHODS
 from .methods import AMLoRAConfig as AMLoRAConfig
 from .methods import LoRAMoEConfig as LoRAMoEConfig
 from .methods import LoRASculptConfig as LoRASculptConfig
+from .methods import MALoRAConfig as MALoRAConfig
 from .methods import MixLoRAConfig as MixLoRAConfig
+from .methods import MoSLDConfig as MoSLDConfig
 from .methods import MTLLoRAConfig as MTLLoRAConfig
 from .methods import SpiderConfig as SpiderConfig
 from .switch import add_task as add_task

@@ -20,7 +20,8 @@ from peft.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING, get_q
 from peft.utils.other import transpose
 from torch import Tensor, nn
 
-from .carrier import carry
+from ..ops.routing import switch_balance, token_sums
+from .carrier import across, carry
 from .context import Context
 from .layers import frozen_weight, full
 from .method import Method, MethodConfig, Methods, read_record, register
@@ -111,6 +112,20 @@ class Update(nn.Module):
             stats = torch.cat([torch.stack([tokens.float(), entropy]), flat.sum(0), chosen.float()])
         zero = stats.new_zeros(())
         return carry(output, zero if loss is None else loss.float(), self.context.weight, stats, self._note)
+
+    def balance_loss(self, gate: Tensor, probability: Tensor, weight: float) -> Tensor | None:
+        """``weight`` times the balance loss of Switch over the real tokens of all processes; None if nothing learns it.
+
+        Args:
+            gate: (..., experts), 0 for the experts that a token is not sent to.
+            probability: (..., experts) the softmax over all experts.
+        """
+        if not (weight and self.training and torch.is_grad_enabled()):
+            return None  # an answer has no other process to wait for
+        real, experts = self.context.real(gate), gate.shape[-1]
+        chosen, tokens = token_sums((gate > 0).to(probability), real)
+        sums = across(torch.cat([chosen, token_sums(probability, real)[0], tokens[None]]))
+        return weight * switch_balance(*sums.split([experts, experts, 1]))
 
     def _recorded_tasks(self, x: Tensor) -> Tensor | None:
         return self.task_ids(x) if self.config.tasks and self.context.tasks is not None else None

@@ -5,11 +5,22 @@ from __future__ import annotations
 from .am_lora import AMLoRAConfig as AMLoRAConfig
 from .loramoe import LoRAMoEConfig as LoRAMoEConfig
 from .lorasculpt import LoRASculptConfig as LoRASculptConfig
+from .malora import MALoRAConfig as MALoRAConfig
 from .mixlora import MixLoRAConfig as MixLoRAConfig
+from .mosld import MoSLDConfig as MoSLDConfig
 from .mtl_lora import MTLLoRAConfig as MTLLoRAConfig
 from .spider import SpiderConfig as SpiderConfig
 
 METHODS = {
     config.method: config
-    for config in (LoRASculptConfig, LoRAMoEConfig, MixLoRAConfig, MTLLoRAConfig, AMLoRAConfig, SpiderConfig)
+    for config in (
+        LoRASculptConfig,
+        LoRAMoEConfig,
+        MixLoRAConfig,
+        MTLLoRAConfig,
+        MoSLDConfig,
+        MALoRAConfig,
+        AMLoRAConfig,
+        SpiderConfig,
+    )
 }

@@ -33,11 +33,11 @@ def scores(x: Tensor, router: Tensor) -> Tensor:
 
 
 def top_k_softmax(scores: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    """(gate, probabilities): the softmax of ``scores`` (..., experts) in fp32, and its k largest renormalised to 1.
+    """(gate, probabilities): the softmax of ``scores`` (..., experts), and its k largest renormalised to 1.
 
-    Where entries tie, the first ones count, so that exactly k are kept.
+    In fp32 at least. Where entries tie, exactly k are kept all the same.
     """
-    probabilities = scores.float().softmax(-1)
+    probabilities = scores.to(torch.promote_types(scores.dtype, torch.float32)).softmax(-1)
     if k >= scores.shape[-1]:
         return probabilities, probabilities
     kept = torch.zeros_like(probabilities).scatter(-1, probabilities.topk(k, -1).indices, 1.0)

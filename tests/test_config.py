@@ -30,7 +30,7 @@ def message(folder: Path, text: str, *overrides: str) -> str:
 
 def test_four_lines_are_enough(tmp_path: Path) -> None:
     config = run(tmp_path)
-    assert (config.base, config.seed, config.scope, config.projector) == ("org/model", 0, "language", "frozen")
+    assert (config.base, config.seed, config.scope, config.projector) == ("org/model", 0, None, "frozen")
     assert (config.training.steps, config.training.epochs, config.training.batch) == (None, 1.0, 8)
     assert config.method.keys() == {"name"}
     assert config.evaluate.source == config.evaluate.target == []

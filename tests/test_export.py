@@ -8,11 +8,14 @@ from pathlib import Path
 import pico
 import pytest
 import torch
+from contract import adapt
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
+from lorasculpt import MTLLoRAConfig
 from lorasculpt import export as module
+from lorasculpt.adapters.update import updates
 from lorasculpt.errors import UserError
 from lorasculpt.export import export
 
@@ -201,6 +204,70 @@ def test_what_cannot_be_exported_is_refused_in_one_sentence(tmp_path, pico_folde
     with pytest.raises(UserError, match=message):
         export(source, pico_folder("llama"), tmp_path / "out", to)
     assert not (tmp_path / "out").exists()
+
+
+# --- methods whose update is another matrix for each task -----------------------------------------------------------
+
+
+def routed(folder: Path, **settings) -> Path:
+    """An adapter of two tasks, with an effect for each."""
+    model = adapt(pico.build("llava")[0], "mtl_lora", tasks=["a", "b/c"], **settings)
+    with torch.no_grad():
+        for update in updates(model).values():
+            update.B.add_(torch.randn(update.B.shape, generator=torch.Generator().manual_seed(1)) * 0.3)
+            update.Lambda[1] *= -1
+    model.save_pretrained(folder)
+    return folder
+
+
+@pytest.mark.parametrize("to", ["lora", "merged"])
+@pytest.mark.parametrize(
+    "settings", [{}, {"use_rslora": True}, {"rank_pattern": {"down_proj": 2}, "alpha_pattern": {"q_proj": 3}}]
+)
+def test_a_task_is_a_plain_lora(tmp_path, pico_folder, settings, to):
+    source = routed(tmp_path / "source", **settings)
+    for task in ("a", "b/c"):
+        report = export(source, pico_folder("llava"), tmp_path / task[0], to, task=task)
+        assert report.parity.relative < 1e-4
+        assert report.parity.kept == pytest.approx(1, abs=1e-3)
+        assert report.task == task
+    assert entries(tmp_path) == {"source", "a", "b"}
+    if to == "lora":
+        config = json.loads((tmp_path / "b" / "adapter_config.json").read_text())
+        assert (config["peft_type"], config["r"], config["lora_alpha"]) == ("LORA", 4, 4)
+        assert (config["rank_pattern"], config["alpha_pattern"], config["use_rslora"]) == ({}, {}, False)
+        assert not (tmp_path / "b" / "lorasculpt.json").exists()
+
+
+@pytest.mark.parametrize("to", ["lora", "merged"])
+def test_a_task_that_was_written_wrongly_is_not_kept(tmp_path, pico_folder, monkeypatch, to):
+    source = routed(tmp_path / "source")
+    right = MTLLoRAConfig.update.factors
+    monkeypatch.setattr(MTLLoRAConfig.update, "factors", lambda self, task: right(self, 1 - task))
+    with pytest.raises(UserError, match="not kept"):
+        export(source, pico_folder("llava"), tmp_path / "out", to, task="a")
+    assert entries(tmp_path) == {"source"}
+
+
+def test_a_projector_goes_into_a_task_that_is_merged_and_not_into_its_lora(tmp_path, pico_folder):
+    source = routed(tmp_path / "source")
+    projector = pico.build("llava")[0].model.multi_modal_projector.state_dict()
+    moved = {f"model.multi_modal_projector.{name}": value + 0.1 for name, value in projector.items()}
+    save_file(moved, source / "projector.safetensors")
+    report = export(source, pico_folder("llava"), tmp_path / "out", "merged", task="a")
+    assert report.parity.relative < 1e-4
+    written = load_file(tmp_path / "out" / "model.safetensors")
+    assert all(torch.equal(next(v for k, v in written.items() if k.endswith(key[6:])), moved[key]) for key in moved)
+    with pytest.raises(UserError, match=r"also holds projector\.safetensors.*export it as a merged model"):
+        export(source, pico_folder("llava"), tmp_path / "lora", task="a")
+
+
+@pytest.mark.parametrize(("to", "mend"), [("lora", "as a merged model"), ("merged", "cannot be merged for one task")])
+def test_a_task_has_no_place_for_other_tensors(tmp_path, pico_folder, to, mend):
+    source = routed(tmp_path / "source", modules_to_save=["lm_head"])
+    with pytest.raises(UserError, match=f"also holds base_model.model.lm_head.weight.*{mend}"):
+        export(source, pico_folder("llava"), tmp_path / "out", to, task="a")
+    assert entries(tmp_path) == {"source"}
 
 
 def test_wrong_words_are_refused(tmp_path):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import sys
 
 import pico
@@ -13,9 +14,13 @@ from peft import PeftModel
 from safetensors.torch import load_file
 
 from lorasculpt import METHODS, UserError, cli
+from lorasculpt.adapters.load import load as load_adapter
 from lorasculpt.config import RunConfig
+from lorasculpt.data.batches import Collator
+from lorasculpt.export import export
 from lorasculpt.measure import measure
 from lorasculpt.models.load import load
+from lorasculpt.overview import meanings
 from lorasculpt.train import train
 
 
@@ -134,8 +139,6 @@ def test_an_error_in_the_middle_of_training_loses_no_checkpoint(run, monkeypatch
 
 
 def test_a_full_projector_is_trained_saved_and_brought_back(run):
-    from lorasculpt.adapters.load import load as load_adapter
-
     config = run("projector=full", "training.projector_lr=0.01")
     adapter = train(config, progress=False)
     saved = load_file(adapter / "projector.safetensors")
@@ -204,5 +207,230 @@ def test_methods_are_listed_with_their_settings(capsys, monkeypatch):
     facts = json.loads(capsys.readouterr().out)
     assert facts[0]["method"] == "lorasculpt"
     assert facts[0]["settings"]["density"] == 0.1
-    config = METHODS["lorasculpt"]
-    assert cli._meanings(config).keys() == cli._settings(config).keys()
+    assert [fact["method"] for fact in facts] == list(METHODS)
+    for fact, config in zip(facts, METHODS.values(), strict=True):
+        assert fact["idea"], fact["method"]
+        assert fact["sure"], fact["method"]
+        assert fact["parameters"]["trained"] > 0
+        assert fact["settings"].keys() <= meanings(config).keys()
+    told = {fact["method"]: fact for fact in facts}
+    assert told["lorasculpt"]["parameters"]["of_lora"] == 1
+    assert told["mtl_lora"] | {"tasks": "needed", "exports": ["lora", "merged"], "per_task": True} == told["mtl_lora"]
+    assert told["spider"] | {"tasks": None, "exports": ["merged"], "per_task": False} == told["spider"]
+    assert told["loramoe"] | {"tasks": "used", "exports": []} == told["loramoe"]
+    assert "tasks" in told["loramoe"]["settings"]
+    assert "tasks" not in told["mixlora"]["settings"]
+
+
+@pytest.mark.parametrize("name", [None, *METHODS])
+def test_the_tables_of_methods_are_readable(name, capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "200")
+    monkeypatch.setattr(sys, "argv", ["lorasculpt", "methods", *([name] if name else [])])
+    with pytest.raises(SystemExit) as stop:
+        cli.main()
+    assert not stop.value.code
+    out = capsys.readouterr().out
+    assert all(method in out for method in ([] if name else METHODS))
+    assert "parameters" in out or "default" in out
+
+
+# --- methods that know tasks ----------------------------------------------------------------------------------------
+
+
+TASKS = ("color", "shape")
+
+
+@pytest.fixture
+def several(run, tmp_path):
+    """A run of two tasks with a method that needs them; what is to be kept is of a third."""
+    learned = pico.write_data(tmp_path / "two", n=4, tasks=TASKS)
+    kept = pico.write_data(tmp_path / "kept", n=4, tasks=["side"])
+    method = "{name: mtl_lora, r: 4, lora_alpha: 8, num_b: 2}"
+    fixed = (f"data.train={learned}", f"evaluate.target={learned}", f"evaluate.source={kept}", f"method={method}")
+    return lambda *overrides: run(*fixed, *overrides)
+
+
+def live(config, adapter):
+    return load_adapter(load(config.base)[0], adapter).eval()
+
+
+INPUTS = {"input_ids": torch.arange(4, 20)[None]}
+
+
+@torch.no_grad()
+def logits(model, **task) -> torch.Tensor:
+    return model(**INPUTS, **task).logits
+
+
+def test_from_tasks_in_the_data_to_a_plain_lora_for_each(several, tmp_path, capsys, monkeypatch):
+    config = several("evaluate.every=2", "evaluate.as_task=shape")
+    adapter = train(config, progress=False)
+    assert json.loads((adapter / "adapter_config.json").read_text())["tasks"] == list(TASKS)
+    assert RunConfig.load(config.output / "run.yaml") == config
+    assert train(config, progress=False) == adapter
+
+    results, before = measure(config, progress=False)
+    record = json.loads(results.read_text())["runs"][0]
+    assert set(record["target"]) == set(TASKS)
+    assert set(record["source"]) == {"side"}
+    assert [point["strength"] for point in record["curve"]] == [0, 0.25, 0.5, 0.75, 1]
+    assert record["settings"]["evaluate"] == {"as_task": "shape"}
+    assert measure(config, before=before, progress=False)[1] is before
+    command = ("report", results, "--out", tmp_path / "page")
+    assert words(*command, capsys=capsys, monkeypatch=monkeypatch)[0] == 0
+
+    for to in ("lora", "merged"):
+        command = ("export", adapter, "--base", config.base, "--to", to, "--task", "all", "--out", tmp_path / to)
+        code, err = words(*command, capsys=capsys, monkeypatch=monkeypatch)
+        assert code == 0, err
+    model, found = live(config, adapter), []
+    for task in TASKS:
+        expected = logits(model, task=task)
+        exported = PeftModel.from_pretrained(load(config.base)[0], str(tmp_path / "lora" / task)).eval()
+        torch.testing.assert_close(logits(exported), expected, atol=1e-5, rtol=1e-4)
+        torch.testing.assert_close(
+            logits(load(str(tmp_path / "merged" / task))[0].eval()), expected, atol=1e-5, rtol=1e-4
+        )
+        assert json.loads((tmp_path / "lora" / task / "export.json").read_text())["task"] == task
+        assert f"made for the task {task}." in (tmp_path / "lora" / task / "README.md").read_text()
+        found.append(expected)
+    assert not torch.equal(*found)
+
+
+def test_a_run_with_tasks_goes_on_as_if_it_had_never_stopped(several):
+    whole = weights(train(several("training.save_every=1", "training.keep=9"), progress=False))
+    config = several("training.save_every=1", "training.keep=9")
+    for path in (config.output / "adapter", config.output / "checkpoint-3", config.output / "checkpoint-4"):
+        shutil.rmtree(path)
+    resumed = weights(train(config, progress=False))
+    assert resumed.keys() == whole.keys()
+    assert all(torch.equal(resumed[name], whole[name]) for name in whole)
+
+
+def test_every_batch_tells_the_tasks_in_the_order_that_was_given(several, monkeypatch):
+    seen = set()
+
+    def call(self, found):
+        batch = collate(self, found)
+        seen.update(zip([row["task"] for row in found], batch["routing_task_ids"].tolist(), strict=True))
+        return batch
+
+    collate = Collator.__call__
+    monkeypatch.setattr(Collator, "__call__", call)
+    train(several("method.tasks=[more, shape, color]"), progress=False)
+    assert seen == {("shape", 1), ("color", 2)}
+
+
+@pytest.mark.parametrize(
+    ("overrides", "part"),
+    [
+        (("method.tasks=[color]",), "two/train.jsonl:2: the task 'shape' is not one of method.tasks (color); add it"),
+        (("method.tasks=color",), "method.tasks=color': method.tasks is refused: tasks is a list of names"),
+        (("method={name: loramoe, knowledge: [colour]}",), "knowledge names 'colour', which is not one of tasks"),
+        (("evaluate.every=2",), "kept/train.jsonl:1: the adapter does not know the task 'side'; say with evaluate.as_"),
+        (("evaluate.every=2", "evaluate.as_task=side"), "as_task is 'side', a task that the adapter does not know"),
+    ],
+)
+def test_a_mistake_with_tasks_is_one_sentence_and_leaves_nothing(several, overrides, part):
+    config = several(*overrides)
+    with pytest.raises(UserError, match=r"^[^\n]*$") as error:
+        train(config, progress=False)
+    assert part in str(error.value)
+    assert not config.output.exists()
+
+
+@pytest.mark.parametrize("step", [0, 2])
+def test_a_users_mistake_in_the_first_step_frees_the_folder_and_a_later_one_does_not(several, monkeypatch, step):
+    config = several()
+    collate, batches = Collator.__call__, []
+
+    def call(self, found):
+        batches.append(found)
+        if len(batches) > step + 1:  # a batch is made while the one before is in use
+            raise UserError("this picture is gone")
+        return collate(self, found)
+
+    monkeypatch.setattr(Collator, "__call__", call)
+    with pytest.raises(UserError, match="this picture is gone"):
+        train(config, progress=False)
+    assert config.output.exists() == bool(step)
+
+
+def test_strange_tasks_are_told_before_anything_is_measured(several, monkeypatch):
+    config = several()
+    train(config, progress=False)
+    monkeypatch.setattr("lorasculpt.measure.evaluate", lambda *args, **options: pytest.fail("measured"))
+    for overrides, part in (
+        ((), "kept/train.jsonl:1: the adapter does not know the task 'side'"),
+        (("evaluate.as_task=size",), "override 'evaluate.as_task=size': evaluate.as_task is 'size'"),
+    ):
+        with pytest.raises(UserError) as error:
+            measure(several(*overrides), progress=False)
+        assert part in str(error.value)
+        assert "color, shape" in str(error.value)
+
+
+@pytest.mark.parametrize("method", ["loramoe", "mixlora", "spider"])
+def test_methods_that_need_no_tasks_are_measured_on_any(several, method):
+    config = several(f"method={{name: {method}}}")
+    assert json.loads((train(config, progress=False) / "adapter_config.json").read_text())["tasks"] == []
+    record = json.loads(measure(config, progress=False)[0].read_text())["runs"][0]
+    assert record["curve"][0]["source"] is not None
+
+
+def test_settings_that_name_tasks_find_them_in_the_data(several):
+    adapter = train(several("method={name: loramoe, knowledge: [color]}"), progress=False)
+    assert json.loads((adapter / "adapter_config.json").read_text())["tasks"] == list(TASKS)
+
+
+def test_a_method_may_choose_its_own_layers(several):
+    found = weights(train(several("method={name: spider, last_layers: 1}"), progress=False))
+    names = {name.split(".lora_update")[0].removeprefix("base_model.model.model.") for name in found}
+    assert {name.split(".")[0] for name in names} == {"language_model", "multi_modal_projector"}
+    assert {name.split(".")[2] for name in names if "layers" in name} == {"1"}
+    found = weights(train(several("output=all", "method={name: spider}", "scope=language"), progress=False))
+    assert not any("projector" in name for name in found)
+    assert any("layers.0." in name for name in found)
+    with pytest.raises(UserError, match="projector is full, but spider says by itself"):
+        train(several("output=none", "method={name: spider}", "projector=full"), progress=False)
+
+
+def test_what_an_adapter_cannot_become_is_told(several, tmp_path, capsys, monkeypatch):
+    for method, told in {
+        "mtl_lora": [
+            ((), "is another LoRA for each task; say which with --task: color, shape, or all."),
+            (("--to", "merged"), "is another LoRA for each task"),
+            (("--task", "side"), "knows no task 'side'; say which with --task: color, shape, or all."),
+        ],
+        "loramoe": [
+            ((), "every token weighs the experts anew; deploy it with lorasculpt.load."),
+            (("--to", "merged"), "every token weighs the experts anew"),
+            (("--task", "all"), "every token weighs the experts anew"),
+        ],
+        "spider": [
+            ((), "no low rank; export it to merged."),
+            (("--to", "merged", "--task", "color"), "is the same for all tasks"),
+            (("--to", "merged", "--task", "all"), "is the same for all tasks"),
+        ],
+        "lorasculpt": [(("--task", "color"), "is the same for all tasks")],
+    }.items():
+        config = several(f"output={method}", f"method={{name: {method}}}", "training.steps=101")
+        with monkeypatch.context() as patch:
+            patch.setattr("lorasculpt.train.SFTTrainer.train", lambda self, **options: None)
+            adapter = train(config, progress=False)
+        for options, part in told:
+            command = ("export", adapter, "--base", config.base, "--out", tmp_path / "out", *options)
+            code, err = words(*command, capsys=capsys, monkeypatch=monkeypatch)
+            assert code == 2, err
+            assert part in err
+            assert not (tmp_path / "out").exists()
+
+
+def test_what_is_no_low_rank_is_exported_merged(several, tmp_path):
+    config = several("method={name: spider}")
+    adapter = train(config, progress=False)
+    report = export(adapter, config.base, tmp_path / "whole", "merged")
+    assert report.parity.kept == pytest.approx(1, abs=1e-3)
+    torch.testing.assert_close(
+        logits(load(str(tmp_path / "whole"))[0].eval()), logits(live(config, adapter)), atol=1e-5, rtol=1e-4
+    )

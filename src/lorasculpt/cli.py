@@ -5,8 +5,6 @@ Exit codes: 0 done, 1 something broke here, 2 the input has to be mended (one se
 
 from __future__ import annotations
 
-import dataclasses
-import importlib
 import json
 import os
 import re
@@ -112,28 +110,46 @@ def export(
     to: Annotated[
         Target, typer.Option(help="A plain LoRA, or the whole model with the adapter merged in.")
     ] = Target.lora,
+    task: Annotated[
+        str | None, typer.Option(help="Of an adapter that knows tasks: which one, or all, each into a folder in OUT.")
+    ] = None,
     dtype: Annotated[str | None, typer.Option(help="float32, bfloat16 or float16.")] = None,
     force: Annotated[bool, typer.Option(help="Replace an earlier export.")] = False,
 ) -> None:
     """Write the adapter in a form that other programs load, and check that it answers as before."""
+    from .export import config_of
     from .export import export as go
 
-    go(adapter, base, out, to.value, dtype=dtype, force=force)
-    print(f"exported: {out}")
+    config = config_of(adapter) if task == "all" else None
+    if config is None or config.merges != "task":
+        go(adapter, base, out, to.value, task=task, dtype=dtype, force=force)
+        print(f"exported: {out}")
+        return
+    for name in config.tasks:
+        folder = out / re.sub(r"[^\w-]+", "_", name)
+        go(adapter, base, folder, to.value, task=name, dtype=dtype, force=force)
+        print(f"exported: {folder}")
 
 
 @app.command("inspect")
 def inspect_(
     adapter: Annotated[Path, typer.Argument(help="The adapter's folder.", show_default=False)],
     base: Annotated[Path | None, typer.Option(help="The model's folder: adds the overlap with large weights.")] = None,
+    data: Annotated[
+        Path | None, typer.Option(help="Records to run through an adapter that routes: which expert serves what.")
+    ] = None,
+    limit: Annotated[int, typer.Option(help="How many records of --data at most.", min=1)] = 64,
     layers: Annotated[bool, typer.Option(help="Every layer, not only each kind of layer.")] = False,
     to_json: Annotated[Path | None, typer.Option("--json", help="Write the numbers to this file.")] = None,
     plot: Annotated[Path | None, typer.Option(help="Draw them into this PNG or SVG.")] = None,
 ) -> None:
-    """Show where an adapter's update lies: density against theory, energy, overlap, redundancy."""
-    from . import inspect as looking
+    """Show what an adapter does: where its update lies, how dense it is, which expert serves which task."""
+    from . import inspect, inspect_update
 
-    found = looking.inspect(adapter, base)
+    looking: Any = inspect if inspect_update.config_of(adapter) is None else inspect_update
+    if looking is inspect and data:
+        raise UserError(f"the adapter in {adapter} routes nothing, so --data can show nothing: leave it out.")
+    found = looking.inspect(adapter, base) if looking is inspect else looking.inspect(adapter, base, data, limit)
     looking.show(found, layers=layers)
     if to_json:
         looking.write_json(found, to_json)
@@ -146,28 +162,25 @@ def methods(
     name: Annotated[str | None, typer.Argument(help="Show this method's settings.", show_default=False)] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
-    """List the methods, or one method's settings and their defaults."""
+    """List the methods: what they need, cost and leave behind. Or one method's settings and their defaults."""
     from .methods import METHODS
+    from .overview import facts, meanings
 
     if name is not None and name not in METHODS:
         raise UserError(f"no method is called {name!r}; there are {', '.join(METHODS)}.")
     chosen = [METHODS[name]] if name else list(METHODS.values())
-    facts: list[dict[str, Any]] = []
-    for config in chosen:
-        title = (importlib.import_module(config.__module__).__doc__ or "").split("\n")[0]
-        facts.append({"method": config.method, "idea": title.split(": ", 1)[-1], "settings": _settings(config)})
+    found = [facts(config) for config in chosen]
     if as_json:
-        print(json.dumps(facts, indent=2))
-        return
-    table = Table(*(("setting", "default", "meaning") if name else ("method", "idea")))
-    for config, fact in zip(chosen, facts, strict=True):
-        meanings = _meanings(config)
-        settings = [(key, value, meanings.get(key, "")) for key, value in fact["settings"].items()]
-        for row in settings if name else [(fact["method"], fact["idea"])]:
-            table.add_row(*map(str, row))
-    Console().print(table)
-    if name:
+        print(json.dumps(found, indent=2))
+    elif name:
+        table = Table("setting", "default", "meaning")
+        told = meanings(METHODS[name])
+        for key, value in found[0]["settings"].items():
+            table.add_row(key, str(value), told[key])
+        Console().print(table)
         print("Besides these it takes what LoraConfig takes: r, lora_alpha, lora_dropout, target_modules, ...")
+    else:
+        _methods(found)
 
 
 @demo_app.callback()
@@ -219,25 +232,27 @@ def _target(name: str) -> str:
     return name
 
 
-def _settings(config: type) -> dict[str, object]:
-    """The fields of a method that plain LoRA does not have, with their defaults."""
-    from peft import LoraConfig
-
-    stock = {field.name for field in dataclasses.fields(LoraConfig)}
-    return {
-        field.name: field.default if field.default_factory is dataclasses.MISSING else field.default_factory()
-        for field in dataclasses.fields(config)
-        if field.name not in stock
-    }
-
-
-def _meanings(config: type) -> dict[str, str]:
-    """What the docstring of a method's config says of each setting."""
-    block = (config.__doc__ or "").partition("Args:")[2].partition("\n\n")[0]
-    entries = re.split(r"\n {8}(?=\w+: )", "\n" + block.strip("\n").replace("    Args", ""))
-    return {
-        key: " ".join(text.split()) for key, _, text in (entry.partition(": ") for entry in entries if entry.strip())
-    }
+def _methods(found: list[dict[str, Any]]) -> None:
+    """Print what there is to know about each method."""
+    table = Table("method", "idea", "tasks", "clock", "parameters", "export to", "how sure")
+    for fact in found:
+        size = fact["parameters"]
+        kept = f", {size['kept'] / size['trained'] * size['of_lora']:.1f} kept" if size["kept"] else ""
+        table.add_row(
+            fact["method"],
+            fact["idea"],
+            fact["tasks"] or "-",
+            "yes" if fact["clock"] else "for logs",
+            f"{size['of_lora']:.1f}{kept}",
+            " or ".join(fact["exports"]) + (", per task" if fact["per_task"] else "") or "-",
+            fact["sure"],
+        )
+    Console().print(table)
+    print(
+        f"parameters: of a linear of {found[0]['parameters']['features']} features with the settings of the paper, as "
+        "multiples of a LoRA of that rank (of 8 where there is none); kept ones are saved and not trained.\n"
+        "clock: whether a loop of one's own needs Clock or ClockCallback; lorasculpt train has it."
+    )
 
 
 def _summary(results: list[Path]) -> None:

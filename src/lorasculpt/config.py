@@ -180,6 +180,8 @@ class Evaluate(_Section):
         during: Questions per task of such a measurement.
         batch: Questions at a time.
         max_new_tokens: Longest answer.
+        as_task: For an adapter that knows tasks: the one as which it answers questions of tasks that it does not know,
+            as those of ``source`` mostly are.
         metric: Metric of a task by its name. Default of a task: ``exact``.
     """
 
@@ -191,6 +193,7 @@ class Evaluate(_Section):
     during: Positive = 50
     batch: Positive = 32
     max_new_tokens: Positive = 16
+    as_task: Annotated[str, Field(min_length=1)] | None = None
     metric: dict[str, Literal["exact", "contains", "vqa", "choice"]] = Field(default_factory=dict)
 
 
@@ -228,7 +231,7 @@ class RunConfig(_Section):
         output: Folder for everything the run writes.
         seed: Of data order and initial adapter.
         method: ``name`` of the method, and its settings.
-        scope: Which part of the model gets the adapter.
+        scope: Which part of the model gets the adapter. Default: the layers that the method names, or else language.
         projector: Whether the projector is left alone, gets an adapter too, or is trained whole.
         data: What is trained on.
         training: How.
@@ -239,7 +242,7 @@ class RunConfig(_Section):
     output: RelativePath
     seed: Annotated[int, Field(ge=0)] = 0
     method: dict[str, Any] = Field(default_factory=lambda: {"name": "lorasculpt"})
-    scope: Literal["language", "vision", "projector", "all"] = "language"
+    scope: Literal["language", "vision", "projector", "all"] | None = None
     projector: Literal["frozen", "lora", "full"] = "frozen"
     data: Data
     training: Training = Field(default_factory=lambda: Training(epochs=1.0))

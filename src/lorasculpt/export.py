@@ -11,22 +11,27 @@ import re
 import tempfile
 import warnings
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 from peft import LoraConfig, PeftModel
+from peft.utils import SAFETENSORS_WEIGHTS_NAME
 from PIL import Image, ImageDraw
+from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import AutoConfig
 
-from .adapters.load import PROJECTOR_FILE
+from .adapters.layers import full
+from .adapters.load import PROJECTOR_FILE, load_projector
 from .adapters.load import load as load_adapter
+from .adapters.update import UpdateConfig, updates
 from .errors import UserError
-from .inspect import Adapter, Pair, read_adapter, read_config
+from .inspect import Pair, read_adapter, read_config
+from .inspect_update import config_of as kind_of
 from .models.load import load
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -53,7 +58,7 @@ tags:
 
 # {name}
 
-A plain LoRA of rank {r}: two factors for each adapted linear layer, and nothing else.
+A plain LoRA of rank {r}: two factors for each adapted linear layer, and nothing else.{task}
 
 With PEFT:
 
@@ -93,6 +98,7 @@ class Report:
 
     out: str
     to: str
+    task: str | None
     dtype: str
     adapter: str
     base: str
@@ -109,6 +115,7 @@ def export(
     out: str | Path,
     to: Literal["lora", "merged"] = "lora",
     *,
+    task: str | None = None,
     dtype: str | None = None,
     force: bool = False,
 ) -> Report:
@@ -118,11 +125,12 @@ def export(
     other: 4 bytes of memory for each of its parameters, and for each position of the prompts its logits.
 
     Args:
-        adapter_folder: an adapter that is a LoRA on disk.
+        adapter_folder: an adapter that is a LoRA on disk, or of a method whose update is a matrix.
         base: the model it belongs to, a folder or a name on the Hub.
         out: the folder to write.
         to: ``"lora"``: lora_A and lora_B alone, one scaling for all modules, for PEFT, vLLM and llama.cpp.
             ``"merged"``: W + (alpha/r) BA with processor and generation configuration, for anything that loads models.
+        task: for an adapter that is another matrix for each of its tasks: which one.
         dtype: ``"float32"``, ``"bfloat16"`` or ``"float16"``. None keeps a LoRA's own, and merges in the base's own.
         force: replace an earlier export in ``out``.
 
@@ -132,34 +140,47 @@ def export(
     """
     folder, out = Path(adapter_folder), Path(out)
     _check_words(to, dtype)
-    read_config(folder)  # refuses a method that is no single product
+    config = config_of(folder)
+    _check_method(folder, config, to, task)
     _check_out(out, force, folder, Path(base))
-    adapter = _plain(folder) if to == "lora" else None
+    lora = _plain(folder) if config is None and to == "lora" else None
 
     model, processor = load(str(base))
     live = _attach(load_adapter, model, folder)
     inputs = _prompts(processor)
-    expected = _logits(live, inputs)
+    expected = _logits(live, inputs, task)
     with live.disable_adapter():
         without = _logits(live, inputs)
+    if config is not None and (to == "lora" or task is not None):  # a task is merged as the LoRA that it is
+        _check_nothing_else(folder, to, _beside_updates(folder))
+        lora = _as_lora(live, config, task)
 
     out.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=f".{out.name}-", dir=out.parent) as temporary:
         written = Path(temporary) / out.name
         written.mkdir()
-        if adapter:
-            dtype = dtype or _known(adapter.pairs[0].A.dtype)
-            _write_lora(adapter, written, str(base), dtype)
+        if lora and to == "lora":
+            dtype = dtype or _known(lora.pairs[0].A.dtype)
+            _write_lora(lora, written, str(base), dtype, task)
             del live, model  # one base in memory at a time
             found = _logits(_attach(PeftModel.from_pretrained, load(str(base))[0], written), inputs)
         else:
             dtype = dtype or _known(AutoConfig.from_pretrained(str(base)).dtype)
+            if lora:
+                plain = Path(temporary) / f"{out.name}-lora"
+                plain.mkdir()
+                _write_lora(lora, plain, str(base), "float32")
+                del live, model
+                model = load(str(base))[0]
+                load_projector(model, folder)
+                live = _attach(PeftModel.from_pretrained, model, plain)
             _write_merged(live, processor, written, dtype)
             del live, model
             found = _merged_logits(written, inputs)
         report = Report(
             out=str(out),
             to=to,
+            task=task,
             dtype=dtype,
             adapter=str(folder),
             base=str(base),
@@ -201,15 +222,74 @@ def _check_out(out: Path, force: bool, *sources: Path) -> None:
             raise UserError(f"{out} holds an earlier export; force the new one to replace it.")
 
 
-def _plain(folder: Path) -> Adapter:
+def config_of(adapter_folder: str | Path) -> UpdateConfig | None:
+    """The config of an adapter whose method changes the forward pass; None for every other folder."""
+    folder = Path(adapter_folder)
+    kind = kind_of(folder) if (folder / "adapter_config.json").is_file() else None
+    return None if kind is None else kind.from_pretrained(str(folder))
+
+
+def _check_method(folder: Path, config: UpdateConfig | None, to: str, task: str | None) -> None:
+    """See that what is asked for can be made of the adapter."""
+    if config is None:
+        read_config(folder)  # refuses what is no single product
+    elif not config.exports():
+        raise UserError(
+            f"{folder} is a {config.method} adapter, of which neither a plain LoRA nor a merged model can be made: "
+            f"{config.why_not}; deploy it with lorasculpt.load."
+        )
+    elif to not in config.exports():
+        raise UserError(f"{folder} is a {config.method} adapter, whose update has no low rank; export it to merged.")
+    elif config.merges == "task" and task not in config.tasks:
+        what = "is another LoRA for each task" if task is None else f"knows no task {task!r}"
+        raise UserError(f"{folder} {what}; say which with --task: {', '.join(config.tasks)}, or all.")
+    if task is not None and (config is None or config.merges != "task"):
+        raise UserError(f"{folder} is the same for all tasks, so there is no {task!r} to choose; leave --task out.")
+
+
+def _check_nothing_else(folder: Path, to: str, tensors: Sequence[str]) -> None:
+    """See that there is nothing in ``folder`` for which a plain LoRA has no place."""
+    more = [*tensors, PROJECTOR_FILE] if to == "lora" and (folder / PROJECTOR_FILE).is_file() else tensors
+    if more:
+        mend = "; export it as a merged model." if to == "lora" else ", so it cannot be merged for one task."
+        raise UserError(f"{folder} also holds {more[0]}, for which a plain LoRA has no place{mend}")
+
+
+@dataclass(frozen=True)
+class _Lora:
+    """A plain LoRA: its configuration and its factors."""
+
+    config: LoraConfig
+    pairs: tuple[Pair, ...]
+
+
+def _plain(folder: Path) -> _Lora:
     """The adapter, if lora_A and lora_B are all there is to it."""
     adapter = read_adapter(folder)
-    more = adapter.other[0] if adapter.other else PROJECTOR_FILE if (folder / PROJECTOR_FILE).is_file() else None
-    if more:
-        raise UserError(
-            f"{folder} also holds {more}, for which a plain LoRA has no place; export it as a merged model."
-        )
-    return adapter
+    _check_nothing_else(folder, "lora", adapter.other)
+    config = LoraConfig.from_pretrained(str(folder))
+    if not (config.rank_pattern or config.alpha_pattern or config.use_rslora):
+        return _Lora(config, adapter.pairs)
+    return _folded(config, adapter.pairs)
+
+
+def _beside_updates(folder: Path) -> list[str]:
+    """The tensors in ``folder`` that belong to no adapted linear."""
+    with safe_open(folder / SAFETENSORS_WEIGHTS_NAME, "pt") as file:
+        keys = file.keys()
+    return [key for key in keys if ".lora_update." not in key]
+
+
+@torch.no_grad()
+def _as_lora(live: PeftModel, config: UpdateConfig, task: str | None) -> _Lora:
+    """What the adapter amounts to, for one of its tasks where it is another for each."""
+    number = None if task is None else config.tasks.index(task)
+    stock = {field.name: getattr(config, field.name) for field in fields(LoraConfig) if field.init}
+    pairs = []
+    for name, update in updates(live).items():
+        A, B = update.factors(number)
+        pairs.append(Pair(name, full(A), full(B), 1.0))
+    return _folded(LoraConfig(**stock), pairs)
 
 
 def _attach(loader: Callable[[nn.Module, str], PeftModel], model: nn.Module, folder: Path) -> PeftModel:
@@ -230,46 +310,52 @@ def _known(dtype: torch.dtype | str | None) -> str:
 # --- writing --------------------------------------------------------------------------------------------------------
 
 
-def _write_lora(adapter: Adapter, out: Path, base: str, dtype: str) -> None:
-    """Stock files. Ranks and scalings that differ by module, or rsLoRA's, are folded into the factors.
+def _folded(config: LoraConfig, pairs: Sequence[Pair]) -> _Lora:
+    """The same LoRA with one rank and a scaling of 1 for all modules.
 
-    vLLM takes one rank and one alpha for all modules, llama.cpp one alpha and no rsLoRA: they would scale such an
-    adapter wrongly without a word. So B takes the scaling in, and smaller ranks are filled up with zeros.
+    vLLM takes one rank and one alpha for all modules, llama.cpp one alpha and no rsLoRA: they would scale other
+    adapters wrongly without a word. So B takes the scaling in, and smaller ranks are filled up with zeros.
     """
-    config = LoraConfig.from_pretrained(str(adapter.folder))
-    pairs = adapter.pairs
-    if config.rank_pattern or config.alpha_pattern or config.use_rslora:
-        config.r = config.lora_alpha = max(pair.A.shape[0] for pair in pairs)
-        config.rank_pattern, config.alpha_pattern, config.use_rslora = {}, {}, False
-        pairs = tuple(_folded(pair, config.r) for pair in pairs)
+    r = max(pair.A.shape[0] for pair in pairs)
+    config.r = config.lora_alpha = r
+    config.rank_pattern, config.alpha_pattern, config.use_rslora = {}, {}, False
+    filled = []
+    for pair in pairs:
+        missing = r - pair.A.shape[0]
+        A = torch.nn.functional.pad(pair.A, (0, 0, 0, missing))
+        B = torch.nn.functional.pad(pair.B * pair.scaling, (0, missing))
+        filled.append(Pair(pair.name, A, B, 1.0))
+    return _Lora(config, tuple(filled))
+
+
+def _write_lora(lora: _Lora, out: Path, base: str, dtype: str, task: str | None = None) -> None:
+    """Stock files."""
+    config = lora.config
     config.init_lora_weights = True  # another value changes the base when the adapter is loaded
     config.inference_mode = True
     config.base_model_name_or_path = config.base_model_name_or_path or base
     config.save_pretrained(str(out))
     tensors = {
         f"base_model.model.{pair.name}.lora_{side}.weight": factor.to(DTYPES[dtype]).contiguous()
-        for pair in pairs
+        for pair in lora.pairs
         for side, factor in (("A", pair.A), ("B", pair.B))
     }
     save_file(tensors, out / "adapter_model.safetensors", metadata={"format": "pt"})
-    (out / "README.md").write_text(_card(config, out.name), encoding="utf-8")
+    (out / "README.md").write_text(_card(config, out.name, task), encoding="utf-8")
 
 
-def _folded(pair: Pair, r: int) -> Pair:
-    """The same update with a scaling of 1 and rank ``r``."""
-    missing = r - pair.A.shape[0]
-    A = torch.nn.functional.pad(pair.A, (0, 0, 0, missing))
-    B = torch.nn.functional.pad(pair.B * pair.scaling, (0, missing))
-    return Pair(pair.name, A, B, 1.0)
-
-
-def _card(config: LoraConfig, name: str) -> str:
+def _card(config: LoraConfig, name: str, task: str | None) -> str:
     base = config.base_model_name_or_path
     on_hub = re.fullmatch(r"[\w.-]+/[\w.-]+", base) is not None and not Path(base).exists()
     shown = base if on_hub else "path/to/the/base/model"
     rank = next((rank for rank in VLLM_RANKS if rank >= config.r), config.r)
     return CARD.format(
-        base_model=f"base_model: {base}\n" if on_hub else "", base=shown, name=name, r=config.r, rank=rank
+        base_model=f"base_model: {base}\n" if on_hub else "",
+        base=shown,
+        name=name,
+        r=config.r,
+        rank=rank,
+        task="" if task is None else f" It is made for the task {task}.",
     )
 
 
@@ -320,10 +406,11 @@ def _image_prompt(processor: Any) -> dict[str, Tensor]:
 
 
 @torch.no_grad()
-def _logits(model: nn.Module, inputs: Sequence[dict[str, Tensor]]) -> Tensor:
+def _logits(model: nn.Module, inputs: Sequence[dict[str, Tensor]], task: str | None = None) -> Tensor:
     """Logits of every position of every prompt, (positions, vocabulary), in fp32 on the CPU."""
     device = next(model.parameters()).device
-    found = [model(**{key: x.to(device) for key, x in one.items()}).logits[0] for one in inputs]
+    told = {} if task is None else {"task": task}
+    found = [model(**{key: x.to(device) for key, x in one.items()}, **told).logits[0] for one in inputs]
     return torch.cat(found).float().cpu()
 
 

@@ -10,13 +10,16 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+from peft import PeftConfig
+
 from .adapters.load import load as load_adapter
+from .adapters.update import UpdateConfig
 from .config import RunConfig
 from .errors import UserError
 from .evaluation import comparison, curve, evaluate, gallery
 from .evaluation.run import curve_point
 from .models.load import load
-from .train import ADAPTER, LOG_FILE, held_out, precision
+from .train import ADAPTER, LOG_FILE, check_tasks, held_out, precision
 
 RESULTS_FILE = "results.json"
 STRENGTHS = (0.25, 0.5, 0.75)
@@ -52,11 +55,15 @@ def measure(
     source, target = held_out(config)
     if not source or not target:
         raise config.error("evaluate", "must name what to measure: source (to be kept) and target (to be learned).")
+    saved = PeftConfig.from_pretrained(str(folder))
+    if isinstance(saved, UpdateConfig) and saved.multitask:
+        check_tasks(config, saved.tasks, [*source, *target])  # before the base is measured, which may take long
     model, processor = load(config.base)
     options: dict[str, Any] = {
         "precision": precision(config, model),
         "batch": config.evaluate.batch,
         "max_new_tokens": config.evaluate.max_new_tokens,
+        "as_task": config.evaluate.as_task,
     }
     name = str(config.method.get("name", "lorasculpt"))
     if before is None:
@@ -75,7 +82,8 @@ def measure(
         "seed": config.seed,
         "steps": training["steps"],
         # what shaped the run: not where it lies, nor its seed, which has a key of its own
-        "settings": config.model_dump(mode="json", include={"method", "scope", "projector", "training"}),
+        "settings": config.model_dump(mode="json", include={"method", "scope", "projector", "training"})
+        | ({"evaluate": {"as_task": config.evaluate.as_task}} if config.evaluate.as_task else {}),
         **comparison(before, after),
         "seconds": training["seconds"],
         "adapter_bytes": sum(path.stat().st_size for path in folder.glob("*.safetensors")),

@@ -13,7 +13,7 @@ import json
 import re
 import shutil
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -26,12 +26,14 @@ from trl import SFTConfig, SFTTrainer
 
 from .adapters.clock import ClockCallback
 from .adapters.load import PROJECTOR_FILE
+from .adapters.update import UpdateConfig, known_tasks
 from .config import RunConfig
 from .data.batches import Collator, rows
-from .data.records import read
+from .data.records import Record, read
 from .errors import UserError
 from .evaluation import Task, evaluate, tasks
 from .evaluation.summary import task_average
+from .evaluation.tasks import asked_as
 from .methods import METHODS
 from .models.load import autocast_dtype, load
 from .models.parts import parts, target_regex
@@ -63,10 +65,12 @@ def train(
     if (adapter / "adapter_config.json").is_file():
         return adapter
     set_seed(config.seed)
-    model, processor = load(config.base)
-    model = (start or attach)(model, config)
-    autocast = precision(config, model)
     records = read(config.data.train, images=config.data.images, limit=config.data.limit)
+    named = _with_tasks(config, records)
+    model, processor = load(config.base)
+    model = (start or attach)(model, named)
+    autocast = precision(config, model)
+    measured = [_Measure(config, model, processor, autocast)] if config.evaluate.every else []
     resume = _last_checkpoint(output)
     clock = ClockCallback(resume)
     trainer = SFTTrainer(
@@ -74,27 +78,54 @@ def train(
         args=_arguments(config, progress, autocast),
         train_dataset=rows(records),
         processing_class=processor,
-        data_collator=Collator(processor),
+        data_collator=Collator(processor, tasks=_routed(model)),
         callbacks=[_Keep(output, config.training.keep, config.projector == "full")],
         optimizers=(_optimizer(model, config), None),
     )
     clock.lead(trainer)
-    if config.evaluate.every:
-        trainer.add_callback(_Measure(config, processor, autocast))
+    for callback in measured:
+        trainer.add_callback(callback)
     began = time.monotonic()
     output.mkdir(parents=True, exist_ok=True)
     (output / RUN_FILE).write_text(config.to_yaml())
     try:
         trainer.train(resume_from_checkpoint=str(resume) if resume else None)
-    except ValueError as error:
-        key = _setting(config, error)  # some settings can only be judged once the steps are counted
-        if key is None or resume is not None or trainer.state.global_step:
+    except (UserError, ValueError) as error:
+        # some settings can only be judged once the steps are counted
+        key = _setting(config, error) if isinstance(error, ValueError) else None
+        if resume is not None or trainer.state.global_step or (key is None and not isinstance(error, UserError)):
             raise
         shutil.rmtree(output)  # nothing has run: leave the folder free for the mended file
+        if key is None:
+            raise
         raise config.error(key, f"is refused: {error}") from error
     if trainer.is_world_process_zero():
         _write(output, config, trainer, time.monotonic() - began)
     return adapter
+
+
+def _with_tasks(config: RunConfig, records: Sequence[Record]) -> RunConfig:
+    """``config`` with the names of the tasks of ``records``, where its method wants some and none are given.
+
+    Raises:
+        UserError: for a record whose task is not among those that are given.
+    """
+    kind = METHODS.get(config.method["name"])
+    if kind is None or not issubclass(kind, UpdateConfig) or kind.sequence:
+        return config
+    given = config.method.get("tasks")
+    if not given and (kind.multitask or any(config.method.get(name) for name in kind.of_tasks)):
+        found = list(dict.fromkeys(record.task for record in records))
+        return config.model_copy(update={"method": {**config.method, "tasks": found}})
+    if given and isinstance(given, list):  # what is no list the method refuses
+        for record in records:
+            if record.task not in given:
+                listed = ", ".join(map(str, given))
+                raise UserError(
+                    f"{record.where}: the task {record.task!r} is not one of method.tasks ({listed}); add it there or "
+                    "correct the row."
+                )
+    return config
 
 
 def attach(model: nn.Module, config: RunConfig) -> PeftModel:
@@ -114,8 +145,9 @@ def attach(model: nn.Module, config: RunConfig) -> PeftModel:
             close = difflib.get_close_matches(key, fields, n=1)
             mend = f"did you mean {close[0]}?" if close else f"lorasculpt methods {name} lists them."
             raise config.error(f"method.{key}", f"is no setting of {name}; {mend}")
-    if "target_modules" not in settings:
-        scopes = [config.scope] + (["projector"] if config.projector == "lora" and config.scope != "all" else [])
+    if "target_modules" not in settings and not _own_targets(known[name], config):
+        scope = config.scope or "language"
+        scopes = [scope] + (["projector"] if config.projector == "lora" and scope != "all" else [])
         settings["target_modules"] = "|".join(target_regex(model, scope) for scope in scopes)
     try:
         adapted = get_peft_model(model, known[name](**settings))
@@ -123,6 +155,40 @@ def attach(model: nn.Module, config: RunConfig) -> PeftModel:
         raise config.error(_setting(config, error) or "method", f"is refused: {error}") from error
     thaw_projector(adapted, config)
     return adapted
+
+
+def _own_targets(kind: type[LoraConfig], config: RunConfig) -> bool:
+    """Whether the method is to name the layers that it adapts itself."""
+    names = issubclass(kind, UpdateConfig) and kind.default_targets is not UpdateConfig.default_targets
+    if not names or config.scope is not None:
+        return False
+    if config.projector != "frozen":
+        raise config.error(
+            "projector",
+            f"is {config.projector}, but {config.method['name']} says by itself which layers it trains; leave it out, "
+            "or give the adapter a scope.",
+        )
+    return True
+
+
+def _routed(model: PeftModel) -> list[str] | None:
+    """The tasks whose ids every batch has to carry for the adapter of ``model``."""
+    config = model.active_peft_config
+    return config.tasks if isinstance(config, UpdateConfig) and config.tasks and not config.sequence else None
+
+
+def check_tasks(config: RunConfig, known: Sequence[str], tasks: Iterable[Task]) -> None:
+    """See that an adapter that knows the tasks ``known`` can be asked the questions of ``tasks``.
+
+    Raises:
+        UserError: if ``config.evaluate.as_task`` is none of them, or is missing and needed.
+    """
+    as_task = config.evaluate.as_task
+    if as_task is not None and as_task not in known:
+        raise config.error(
+            "evaluate.as_task", f"is {as_task!r}, a task that the adapter does not know; use one of {', '.join(known)}."
+        )
+    asked_as((record for task in tasks for record in task.records), known, as_task)
 
 
 def thaw_projector(model: nn.Module, config: RunConfig) -> None:
@@ -257,9 +323,12 @@ class _Keep(TrainerCallback):
 class _Measure(TrainerCallback):
     """Source and target, measured on a few items at chosen steps: the curves of the report."""
 
-    def __init__(self, config: RunConfig, processor, autocast: torch.dtype | None):
+    def __init__(self, config: RunConfig, model: nn.Module, processor, autocast: torch.dtype | None):
         self.config, self.processor, self.autocast = config, processor, autocast
         self.source, self.target = held_out(config, config.evaluate.during)
+        known = known_tasks(model)
+        if known is not None:
+            check_tasks(config, known, [*self.source, *self.target])
 
     def on_step_end(self, args, state, control, model=None, **kwargs):
         if state.global_step % self.config.evaluate.every and state.global_step != state.max_steps:
@@ -272,6 +341,7 @@ class _Measure(TrainerCallback):
             precision=self.autocast,
             batch=self.config.evaluate.batch,
             max_new_tokens=self.config.evaluate.max_new_tokens,
+            as_task=self.config.evaluate.as_task,
         )
         point: dict[str, Any] = {"step": state.global_step}
         for side in ("source", "target"):

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import dataclasses
 from contextlib import suppress
 
 import pico
 import pytest
 import torch
+from contract import adapt
 from PIL import Image
 from trl import apply_chat_template
 from trl.data_utils import prepare_multimodal_messages
 
+from lorasculpt.adapters.update import updates
 from lorasculpt.data.records import Record
+from lorasculpt.errors import UserError
 from lorasculpt.evaluation import Task, answer, evaluate, gallery, tasks
 from lorasculpt.evaluation.answer import choose
 from lorasculpt.evaluation.prompts import batches, chat, evaluating
@@ -70,6 +74,48 @@ def test_a_batch_chooses_as_one_by_one(family, records):
     records = text_only(records) if family == "llama" else records
     together = choose(model, processor, records, batch=4)
     assert together == [choose(model, processor, [record], batch=1)[0] for record in records]
+
+
+@pytest.fixture
+def routed():
+    """A model whose adapter answers every task in another way."""
+    model, processor = sharpened("llava")
+    model = adapt(model, "mtl_lora", tasks=["color", "shape"])
+    with torch.no_grad():
+        for update in updates(model).values():
+            update.B.add_(torch.randn(update.B.shape, generator=torch.Generator().manual_seed(1)))
+            update.Lambda[1] *= -1
+    return model, processor
+
+
+def retold(records: list[Record], task: str) -> list[Record]:
+    return [dataclasses.replace(record, task=task) for record in records]
+
+
+def test_every_question_is_asked_as_its_task(routed, records):
+    model, processor = routed
+    for ask in (answer, choose):
+        mixed = ask(model, processor, records, batch=3)
+        apart = [ask(model, processor, retold(records, task)) for task in ("color", "shape")]
+        assert mixed == [*apart[0][:4], apart[1][4]]
+        assert apart[0] != apart[1]
+        with model.disable_adapter():
+            base = ask(model, processor, retold(records, "size"))
+        assert base == ask(sharpened("llava")[0], processor, records)
+        assert base != mixed
+
+
+def test_a_strange_task_is_answered_as_one_that_is_known(routed, records):
+    model, processor = routed
+    strange = [*records[:2], *retold(records[2:4], "size")]
+    for ask in (answer, choose):
+        found = ask(model, processor, strange, as_task="shape")
+        assert found == ask(model, processor, [*records[:2], *retold(records[2:4], "shape")])
+        assert ask(model, processor, records, as_task="shape") == ask(model, processor, records)
+        with pytest.raises(UserError, match=r"'What\?': the adapter does not know the task 'size'.*\(color, shape\)"):
+            ask(model, processor, strange)
+    measured = evaluate(model, processor, tasks(strange[2:]), tasks(strange[:2]), as_task="shape")
+    assert measured["source"]["size"]["answers"] == answer(model, processor, strange[2:], as_task="shape")
 
 
 def test_greedy_is_argmax(records):

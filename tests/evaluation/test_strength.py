@@ -7,10 +7,14 @@ from contextlib import suppress
 import pico
 import pytest
 import torch
+from contract import CASES, start, texts, train, trained
+from contract import logits as answers
 from peft import LoraConfig, get_peft_model
 
+from lorasculpt.adapters.update import UpdateConfig, UpdateLayer, updates
 from lorasculpt.data.records import Record
 from lorasculpt.evaluation import Task, curve, strength
+from lorasculpt.models.parts import target_regex
 
 ONLY_LANGUAGE = r".*language_model.*\.(q_proj|v_proj)"
 
@@ -100,6 +104,56 @@ def test_refuses():
     model.merge_adapter()
     with pytest.raises(ValueError, match="merged"), strength(model, 0.5):
         pass
+
+
+UPDATES = [name for name, row in CASES.items() if issubclass(row.config, UpdateConfig)]
+
+
+@pytest.mark.parametrize("method", UPDATES)
+def test_methods_that_change_the_forward_pass(method):
+    """On the output of one linear what the adapter adds is halved; a router further on sees what comes of that."""
+    model = start("llama", method)[0]
+    train(model, [texts(size=2)] * 2, torch.optim.AdamW(trained(model), lr=0.05))
+    batch = texts(size=2)[0]
+    seen: list[torch.Tensor] = []
+    layer = next(module for module in model.modules() if isinstance(module, UpdateLayer))
+    layer.register_forward_hook(lambda module, inputs, output: seen.append(output))
+
+    def outputs() -> tuple[torch.Tensor, torch.Tensor]:
+        found = answers(model, batch)
+        return found, seen[-1]
+
+    whole, added = outputs()
+    with model.disable_adapter():
+        base, without = outputs()
+    assert not torch.allclose(whole, base, atol=1e-3)
+    with strength(model, 0):
+        assert torch.equal(outputs()[0], base)
+    with strength(model, 1):
+        assert torch.equal(outputs()[0], whole)
+    with suppress(KeyboardInterrupt), strength(model, 0.5):
+        torch.testing.assert_close(outputs()[1], (added + without) / 2, rtol=1e-5, atol=1e-6)
+        with strength(model, 0.5):
+            torch.testing.assert_close(outputs()[1], 0.25 * added + 0.75 * without, rtol=1e-5, atol=1e-6)
+        raise KeyboardInterrupt
+    assert torch.equal(outputs()[0], whole)
+    assert not any(update._forward_hooks for update in updates(model).values())
+
+
+def test_of_several_adapters_that_change_the_forward_pass_only_the_active_ones():
+    model = start("llama", "mixlora")[0]
+    model.add_adapter("other", CASES["mixlora"](target_modules=target_regex(model, "language")))
+    for name in ("default", "other"):
+        for update in updates(model, name).values():
+            torch.nn.init.normal_(update.B)
+    model.set_adapter("other")
+    batch = texts(size=2)[0]
+    with strength(model, 0):
+        model.set_adapter("default")
+        whole = answers(model, batch)
+    assert torch.equal(answers(model, batch), whole)
+    with strength(model, 0.5):
+        assert not torch.allclose(answers(model, batch), whole, atol=1e-3)
 
 
 def test_curve():

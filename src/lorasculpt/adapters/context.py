@@ -27,6 +27,7 @@ class Context:
 
     Attributes:
         tasks: the task of each sample as given: names, or ids (batch,); one name stands for the whole batch.
+        batch: how many rows the language model gets: samples, times beams or returned sequences.
         padding: (batch, keys) True where a token is real, over all the keys that attention sees; None: all are real.
         prompt: (batch, length) True where a token belongs to the prompt, where labels tell; None: they do not.
         decoding: whether keys of earlier tokens come from a cache.
@@ -37,6 +38,7 @@ class Context:
 
     def __init__(self) -> None:
         self.tasks: Tasks | None = None
+        self.batch: int | None = None
         self.padding: Tensor | None = None
         self.prompt: Tensor | None = None
         self.decoding = False
@@ -66,6 +68,9 @@ class Context:
         self.tasks = ids if given is None else given
         if self.tasks is None:
             self.tasks = self._held
+        words = next((kwargs[key] for key in ("input_ids", "inputs_embeds") if kwargs.get(key) is not None), None)
+        words = args[0] if args and words is None else words
+        self.batch = len(words) if isinstance(words, Tensor) else None
         mask = kwargs.get("attention_mask")
         self.padding = mask.bool() if isinstance(mask, Tensor) and mask.dim() == 2 else None
         labels = kwargs.get("labels")
@@ -108,19 +113,18 @@ class Context:
             ids = torch.tensor([known.index(name) for name in names], device=x.device)
         return self._rows(ids, x)
 
-    @staticmethod
-    def _rows(ids: Tensor, x: Tensor) -> Tensor:
+    def _rows(self, ids: Tensor, x: Tensor) -> Tensor:
         """One id for every row of ``x``: beams and returned sequences follow their sample."""
         rows, samples = x.shape[0], len(ids)
         if rows == samples:
             return ids
         if samples == 1 or bool((ids == ids[0]).all()):
             return ids[:1].expand(rows)
-        if x.dim() == 3 and rows % samples == 0:
+        if rows == self.batch and rows % samples == 0:
             return ids.repeat_interleave(rows // samples)
         raise UserError(
-            f"{samples} tasks were given for {rows} rows of a layer outside the language model, where rows are not "
-            "samples: use one task in a batch, or scope: language."
+            f"{samples} tasks were given for {rows} rows: give one for each sample. In a layer outside the language "
+            "model rows are not samples, so there use one task in a batch, or scope: language."
         )
 
     def real(self, x: Tensor) -> Tensor | None:

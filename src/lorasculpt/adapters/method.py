@@ -130,6 +130,8 @@ class MethodConfig(LoraConfig):
 
     method: ClassVar[str]
     implementation: ClassVar[type[Method]]
+    clock: ClassVar[bool] = True  # whether a loop without the clock would train something else
+    sure: ClassVar[str] = "equations from the official code"  # how sure the reproduction is
 
     def __post_init__(self):
         # before PEFT's own checks, which know other reasons or other packages
@@ -147,6 +149,11 @@ class MethodConfig(LoraConfig):
         super().__post_init__()
         self.peft_type = MethodType(self.method.upper())
         self._state: tuple[dict, dict[str, Tensor]] | None = None
+
+    @classmethod
+    def exports(cls) -> tuple[str, ...]:
+        """What ``lorasculpt export`` can make of such an adapter: a plain LoRA, a merged model."""
+        return "lora", "merged"
 
     def settings(self) -> dict[str, Any]:
         """The fields that plain LoRA does not have."""

@@ -205,6 +205,7 @@ class UpdateConfig(MethodConfig):
     merges: ClassVar[str] = "never"  # or "always", or "task": one matrix for each task
     why_not: ClassVar[str] = "what it adds depends on the input"
     multitask: ClassVar[bool] = False  # whether every sample needs a task
+    of_tasks: ClassVar[tuple[str, ...]] = ()  # settings that name tasks, and so need ``tasks``
     sequence: ClassVar[bool] = False  # whether tasks are learned one after the other, with add_task in between
 
     tasks: list[str] = dataclasses.field(default_factory=list)
@@ -214,6 +215,8 @@ class UpdateConfig(MethodConfig):
         name = type(self).__name__
         if self.init_lora_weights is not True:
             raise ValueError(f"{name} does not support init_lora_weights={self.init_lora_weights!r}: it has its own.")
+        if not isinstance(self.tasks, list | tuple):
+            raise ValueError(f"tasks is a list of names; got {self.tasks!r}.")
         self.tasks = list(self.tasks)
         if len(set(self.tasks)) != len(self.tasks) or not all(isinstance(task, str) and task for task in self.tasks):
             raise ValueError(f"tasks is a list of different names; got {self.tasks}.")
@@ -232,6 +235,12 @@ class UpdateConfig(MethodConfig):
     def default_targets(self, model: nn.Module) -> set[str] | None:
         """The linears of ``model`` to adapt where ``target_modules`` is not given; None leaves that to PEFT."""
         return None
+
+    @classmethod
+    def exports(cls) -> tuple[str, ...]:
+        if cls.merges == "never":
+            return ()
+        return ("lora", "merged") if cls.update.factors is not Update.factors else ("merged",)
 
     def save_pretrained(self, save_directory: str, **kwargs) -> None:
         """Write ``adapter_config.json`` with the method's own type, and its state beside it."""
@@ -409,6 +418,19 @@ def updates(model: nn.Module, adapter: str = "default") -> dict[str, Update]:
 def context_of(model: nn.Module) -> Context | None:
     """The context of ``model`` (wrapped or not); None if no adapter in it changes the forward pass."""
     return next((module.context for module in model.modules() if isinstance(module, UpdateModel)), None)
+
+
+def known_tasks(model: nn.Module) -> list[str] | None:
+    """The tasks of which every sample must name one for the adapters that are on in ``model``; None if none asks."""
+    configs = {
+        id(layer.lora_update[adapter].config): layer.lora_update[adapter].config
+        for layer in model.modules()
+        if isinstance(layer, UpdateLayer) and not (layer.disable_adapters or layer.merged)
+        for adapter in layer.active_adapters
+        if adapter in layer.lora_update
+    }
+    asking = [config.tasks for config in configs.values() if config.multitask]
+    return [task for task in asking[0] if all(task in tasks for tasks in asking)] if asking else None
 
 
 def register_update(config: type[UpdateConfig]) -> type[UpdateConfig]:

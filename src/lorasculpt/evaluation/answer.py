@@ -8,9 +8,11 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from ..adapters.update import known_tasks
 from ..data.batches import prompt_text
 from ..data.records import Record
 from .prompts import batches, chat, encode, evaluating, tokenizer_of
+from .tasks import asked_as
 
 # plain argmax, whatever sampling or penalties the model's own generation config suggests
 GREEDY = {"do_sample": False, "num_beams": 1, "temperature": 1.0, "top_p": 1.0, "top_k": 50, "repetition_penalty": 1.0}
@@ -30,6 +32,7 @@ def answer(
     *,
     batch: int = 32,
     max_new_tokens: int = 16,
+    as_task: str | None = None,
     precision: torch.dtype | None = None,
     progress: str | None = None,
 ) -> list[str]:
@@ -41,22 +44,38 @@ def answer(
         records: the questions.
         batch: questions answered at once.
         max_new_tokens: length at which an answer is cut.
+        as_task: the task that an adapter that knows tasks takes a question for, where it does not know the question's
+            own. Without such an adapter tasks make no difference.
         precision: dtype of autocast; None computes in the model's own.
         progress: words beside the progress bar; None shows no bar.
+
+    Raises:
+        UserError: for a task that the adapter does not know, if there is no ``as_task``.
     """
-    tokenizer = tokenizer_of(processor)
+    tokenizer, named = tokenizer_of(processor), _named(model, records, as_task)
     texts = [chat(processor, record) for record in records]
     stops, answers = _stops(model, tokenizer), [""] * len(records)
     options = GREEDY | {"max_new_tokens": max_new_tokens, "eos_token_id": stops, "pad_token_id": tokenizer.pad_token_id}
     with evaluating(model, precision), tqdm(total=len(records), desc=progress, disable=progress is None) as bar:
         for part in batches(records, texts, batch):
             inputs = encode(model, processor, [records[i] for i in part], [texts[i] for i in part])
-            tokens = model.generate(**inputs, **options, use_cache=True)
+            tokens = model.generate(**inputs, **options, **_task(named, part), use_cache=True)
             spoken = tokenizer.batch_decode(tokens[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
             for i, text in zip(part, spoken, strict=True):
                 answers[i] = text.strip()
             bar.update(len(part))
     return answers
+
+
+def _named(model: nn.Module, records: Sequence[Record], as_task: str | None) -> list[str] | None:
+    """The task of each record as the adapter of ``model`` is to be told it; None if there is none to tell."""
+    known = known_tasks(model)
+    return None if known is None else asked_as(records, known, as_task)
+
+
+def _task(named: list[str] | None, part: Sequence[int]) -> dict[str, list[str]]:
+    """What a model has to be given for the tasks of the samples ``part``."""
+    return {} if named is None else {"task": [named[i] for i in part]}
 
 
 def _lead(processor, record: Record, prompt: str) -> str:
@@ -101,6 +120,7 @@ def choose(
     records: Sequence[Record],
     *,
     batch: int = 32,
+    as_task: str | None = None,
     precision: torch.dtype | None = None,
     progress: str | None = None,
 ) -> list[str]:
@@ -114,11 +134,13 @@ def choose(
     leads = [_lead(processor, record, prompt) for record, prompt in zip(records, prompts, strict=True)]
     rows = [(i, choice) for i, record in enumerate(records) for choice in record.choices]
     repeated, texts = [records[i] for i, _ in rows], [prompts[i] for i, _ in rows]
+    named = _named(model, repeated, as_task)
     best: dict[int, tuple[float, str]] = {}
     with evaluating(model, precision), tqdm(total=len(rows), desc=progress, disable=progress is None) as bar:
         for part in batches(repeated, texts, batch):
             tokens = [tokenizer(leads[rows[j][0]] + rows[j][1], add_special_tokens=False)["input_ids"] for j in part]
             inputs = encode(model, processor, [repeated[j] for j in part], [texts[j] for j in part])
+            inputs |= _task(named, part)
             for j, value in zip(part, _mean_log_likelihood(model, inputs, tokens).tolist(), strict=True):
                 i, choice = rows[j]
                 if i not in best or value > best[i][0]:

@@ -37,6 +37,7 @@ def evaluate(
     *,
     batch: int = 32,
     max_new_tokens: int = 16,
+    as_task: str | None = None,
     precision: torch.dtype | None = None,
     progress: str | None = None,
 ) -> dict[str, dict[str, dict]]:
@@ -46,6 +47,7 @@ def evaluate(
     ``answers`` in the order of its records. Arguments as in ``answer``; ``progress`` is followed by the task's name.
     """
     options: dict[str, Any] = {"batch": batch, "max_new_tokens": max_new_tokens, "precision": precision}
+    options["as_task"] = as_task
     return {
         side: {task.name: _measure(model, processor, task, progress, **options) for task in group}
         for side, group in (("source", source), ("target", target))

@@ -10,6 +10,8 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils import ModulesToSaveWrapper
 from torch import nn
 
+from ..adapters.update import UpdateLayer
+
 
 @contextmanager
 def _scaled(layer: BaseTunerLayer, value: float) -> Iterator[None]:
@@ -22,6 +24,18 @@ def _scaled(layer: BaseTunerLayer, value: float) -> Iterator[None]:
         yield
     finally:
         layer.scaling.update(before)
+
+
+@contextmanager
+def _muffled(layer: UpdateLayer, value: float) -> Iterator[None]:
+    """The same for adapters of whose forward pass nothing is known but that what it returns is added."""
+    updates = [layer.lora_update[name] for name in layer.active_adapters if name in layer.lora_update]
+    hooks = [update.register_forward_hook(lambda _, inputs, output: value * output) for update in updates]
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
 
 
 @contextmanager
@@ -45,6 +59,7 @@ def _interpolated(wrapper: ModulesToSaveWrapper, value: float) -> Iterator[None]
 def strength(model: nn.Module, value: float) -> Iterator[None]:
     """Within the block the active adapters of ``model`` count ``value`` times: 0 is the base, 1 changes nothing.
 
+    What counts is what an adapter adds to the output of each linear; a router goes on as if nothing had happened.
     Modules trained in full (PEFT's ``modules_to_save``) are interpolated between base and trained weights. Blocks
     multiply when nested; leaving one restores what was there before it, bit for bit.
 
@@ -59,11 +74,13 @@ def strength(model: nn.Module, value: float) -> Iterator[None]:
     for layer in layers:
         if layer.merged:
             raise ValueError("the adapter is merged into the base weights: unmerge it before setting its strength")
-        if not hasattr(layer, "scaling") or any(getattr(layer, "use_dora", {}).values()):
+        scales = isinstance(layer, UpdateLayer) or hasattr(layer, "scaling")
+        if not scales or any(getattr(layer, "use_dora", {}).values()):
             raise ValueError(f"the effect of {type(layer).__name__} is not a multiple of its scaling")
     with ExitStack() as stack:
         for layer in layers:
-            stack.enter_context(_scaled(layer, value))
+            turned_down = _muffled if isinstance(layer, UpdateLayer) else _scaled
+            stack.enter_context(turned_down(layer, value))
         for wrapper in wrappers:
             if wrapper.active_adapters:
                 stack.enter_context(_interpolated(wrapper, value))

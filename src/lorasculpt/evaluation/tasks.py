@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from ..data.records import Record
@@ -44,3 +44,22 @@ def tasks(records: Iterable[Record], metric: str | Mapping[str, str] = "exact") 
         groups.setdefault(record.task, []).append(record)
     chosen = dict.fromkeys(groups, metric) if isinstance(metric, str) else metric
     return [Task(name, tuple(group), chosen.get(name, "exact")) for name, group in groups.items()]
+
+
+def asked_as(records: Iterable[Record], known: Sequence[str], as_task: str | None = None) -> list[str]:
+    """The task under which each record is put to an adapter that knows the tasks ``known``: its own, or ``as_task``.
+
+    Raises:
+        UserError: for a task that the adapter does not know, if there is no ``as_task``. Nobody else can say which of
+            its tasks a strange question is to be taken for, and without the adapter nothing would be measured.
+    """
+    named = []
+    for record in records:
+        task = record.task if record.task in known else as_task
+        if task is None:
+            raise UserError(
+                f"{record.where or repr(record.question)}: the adapter does not know the task {record.task!r}; say "
+                f"with evaluate.as_task as which of its own such questions are to be answered ({', '.join(known)})."
+            )
+        named.append(task)
+    return named

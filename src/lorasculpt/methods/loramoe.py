@@ -107,6 +107,7 @@ class LoRAMoEConfig(UpdateConfig):
     method: ClassVar[str] = "loramoe"
     update: ClassVar[type[Update]] = LoRAMoEUpdate
     why_not: ClassVar[str] = "every token weighs the experts anew"
+    of_tasks: ClassVar[tuple[str, ...]] = ("knowledge",)
 
     r: int = 4
     lora_alpha: int = 32

@@ -1,0 +1,80 @@
+"""What there is to know of a method before it is chosen: its needs and costs, what comes out, how sure it is."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib
+import inspect
+import re
+from typing import Any
+
+from peft import LoraConfig, get_peft_model
+from torch import nn
+
+from .adapters.method import MethodConfig
+from .adapters.update import UpdateConfig
+
+FEATURES, LAYERS = 1024, 4
+"""The linears that parameters are counted on: square, one in each layer."""
+
+
+def facts(config: type[MethodConfig]) -> dict[str, Any]:
+    """Everything about a method, ready for JSON.
+
+    ``tasks`` is "needed", "used" (where they are given), "in turn" (learned one after the other) or None; ``clock``
+    whether a loop without the clock would train something else; ``parameters`` those of a square linear, ``of_lora``
+    relative to a LoRA of the same rank; ``per_task`` whether an export is for one task.
+    """
+    page = inspect.cleandoc(importlib.import_module(config.__module__).__doc__ or "")
+    idea = page.partition("\n")[0].partition(": ")[2]
+    return {
+        "method": config.method,
+        "idea": idea[:1].upper() + idea[1:],
+        "tasks": _tasks(config),
+        "clock": config.clock,
+        "parameters": _parameters(config),
+        "exports": list(config.exports()),
+        "per_task": getattr(config, "merges", "always") == "task",
+        "sure": config.sure,
+        "settings": settings(config),
+    }
+
+
+def settings(config: type[MethodConfig]) -> dict[str, Any]:
+    """The fields of a method's own, and those of ``LoraConfig`` that its docstring speaks of, with their defaults."""
+    stock, told = {field.name for field in dataclasses.fields(LoraConfig)}, meanings(config)
+    own = [field for field in dataclasses.fields(config) if field.name in told or field.name not in stock]
+    return {field.name: _default(field) for field in own if field.name != "tasks" or _tasks(config)}
+
+
+def meanings(config: type[MethodConfig]) -> dict[str, str]:
+    """What the docstring of a method's config says of each setting."""
+    found: dict[str, str] = {}
+    for kind in (UpdateConfig, config) if issubclass(config, UpdateConfig) else (config,):
+        block = inspect.cleandoc(kind.__doc__ or "").partition("\nArgs:\n")[2].partition("\n\n")[0]
+        entries = re.split(r"\n {4}(?=\w+: )", "\n" + block)[1:]
+        found |= {name: " ".join(text.split()) for name, _, text in (entry.partition(": ") for entry in entries)}
+    return found
+
+
+def _default(field: dataclasses.Field) -> Any:
+    return field.default if field.default_factory is dataclasses.MISSING else field.default_factory()
+
+
+def _tasks(config: type[MethodConfig]) -> str | None:
+    if not issubclass(config, UpdateConfig):
+        return None
+    return "in turn" if config.sequence else "needed" if config.multitask else "used" if config.of_tasks else None
+
+
+def _parameters(config: type[MethodConfig]) -> dict[str, int | float]:
+    """What an adapter with the settings of the paper, for two tasks where it needs some, has for one linear."""
+    wanted = {"tasks": ["one", "another"]} if getattr(config, "multitask", False) else {}
+    base = nn.Module()
+    base.layers = nn.ModuleList(nn.ModuleDict({"linear": nn.Linear(FEATURES, FEATURES)}) for _ in range(LAYERS))
+    adapted = get_peft_model(base, config(target_modules=["linear"], **wanted))
+    of_adapter = [parameter for name, parameter in adapted.named_parameters() if "lora_" in name]
+    trained = sum(parameter.numel() for parameter in of_adapter if parameter.requires_grad) // LAYERS
+    every = sum(parameter.numel() for parameter in of_adapter) // LAYERS
+    lora = adapted.active_peft_config.r * 2 * FEATURES
+    return {"features": FEATURES, "trained": trained, "kept": every - trained, "of_lora": round(trained / lora, 2)}

@@ -233,25 +233,28 @@ def _target(name: str) -> str:
 
 
 def _methods(found: list[dict[str, Any]]) -> None:
-    """Print what there is to know about each method."""
-    table = Table("method", "idea", "tasks", "clock", "parameters", "export to", "how sure")
+    """Print what there is to know about each method: in words, and what can be compared."""
+    words, table = (
+        Table("method", "idea, and how sure the reproduction is"),
+        Table("method", "tasks", "clock", "size", "export"),
+    )
     for fact in found:
         size = fact["parameters"]
-        kept = f", {size['kept'] / size['trained'] * size['of_lora']:.1f} kept" if size["kept"] else ""
+        kept = size["kept"] / size["trained"] * size["of_lora"]
+        words.add_row(fact["method"], f"{fact['idea']}\n[dim]{fact['sure']}[/dim]")
         table.add_row(
             fact["method"],
-            fact["idea"],
             fact["tasks"] or "-",
             "yes" if fact["clock"] else "for logs",
-            f"{size['of_lora']:.1f}{kept}",
-            " or ".join(fact["exports"]) + (", per task" if fact["per_task"] else "") or "-",
-            fact["sure"],
+            f"{size['of_lora']:.1f}" + (f" + {kept:.1f}" if kept >= 0.05 else ""),
+            ", ".join(fact["exports"]) + (" per task" if fact["per_task"] else "") or "-",
         )
-    Console().print(table)
+    Console().print(words, table)
     print(
-        f"parameters: of a linear of {found[0]['parameters']['features']} features with the settings of the paper, as "
-        "multiples of a LoRA of that rank (of 8 where there is none); kept ones are saved and not trained.\n"
-        "clock: whether a loop of one's own needs Clock or ClockCallback; lorasculpt train has it."
+        "tasks: whether every sample needs the name of its own; used: only where they are given.\n"
+        "clock: whether a loop of one's own needs Clock or ClockCallback.\n"
+        f"size: trained parameters of a linear of {found[0]['parameters']['features']} features, in LoRAs of the rank\n"
+        "that is the default (8 where there is none), and what is saved but not trained."
     )
 
 

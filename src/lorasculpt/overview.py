@@ -68,7 +68,7 @@ def _tasks(config: type[MethodConfig]) -> str | None:
 
 
 def _parameters(config: type[MethodConfig]) -> dict[str, int | float]:
-    """What an adapter with the settings of the paper, for two tasks where it needs some, has for one linear."""
+    """What an adapter with the default settings, for two tasks where it needs some, has for one linear."""
     wanted = {"tasks": ["one", "another"]} if getattr(config, "multitask", False) else {}
     base = nn.Module()
     base.layers = nn.ModuleList(nn.ModuleDict({"linear": nn.Linear(FEATURES, FEATURES)}) for _ in range(LAYERS))

@@ -185,6 +185,7 @@ class AMLoRAConfig(UpdateConfig):
     update: ClassVar[type[Update]] = AMLoRAUpdate
     why_not: ClassVar[str] = "every token weighs the LoRAs anew"
     sequence: ClassVar[bool] = True
+    sure: ClassVar[str] = "idea from the abstract; every detail reconstructed"
 
     r: int = 8
     lora_alpha: int = 16

@@ -107,6 +107,7 @@ class LoRAMoEConfig(UpdateConfig):
     method: ClassVar[str] = "loramoe"
     update: ClassVar[type[Update]] = LoRAMoEUpdate
     why_not: ClassVar[str] = "every token weighs the experts anew"
+    sure: ClassVar[str] = "forward pass and one form of the loss from the official code; the paper's form from memory"
     of_tasks: ClassVar[tuple[str, ...]] = ("knowledge",)
 
     r: int = 4

@@ -160,6 +160,8 @@ class MixLoRAConfig(UpdateConfig):
     method: ClassVar[str] = "mixlora"
     update: ClassVar[type[Update]] = MixLoRAUpdate
     why_not: ClassVar[str] = "every sample chooses its own factors"
+    clock: ClassVar[bool] = False
+    sure: ClassVar[str] = "equations from the official code, but for router weights; sizes of the paper from memory"
 
     r: int = 4
     lora_alpha: int = 32

@@ -103,6 +103,8 @@ class MTLLoRAConfig(UpdateConfig):
     update: ClassVar[type[Update]] = MTLLoRAUpdate
     merges: ClassVar[str] = "task"
     multitask: ClassVar[bool] = True
+    clock: ClassVar[bool] = False
+    sure: ClassVar[str] = "equations and settings from the official code"
 
     r: int = 8
     lora_alpha: int = 16

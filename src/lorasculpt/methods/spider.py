@@ -169,6 +169,7 @@ class SpiderConfig(UpdateConfig):
     update: ClassVar[type[Update]] = SpiderUpdate
     implementation: ClassVar[type[Method]] = Spider
     merges: ClassVar[str] = "always"
+    sure: ClassVar[str] = "equations from the official code; number of layers and rates from a third party"
 
     last_layers: int = 2
     memory: str = "full"

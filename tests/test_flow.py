@@ -297,6 +297,14 @@ def test_from_tasks_in_the_data_to_a_plain_lora_for_each(several, tmp_path, caps
     assert not torch.equal(*found)
 
 
+def test_tasks_that_would_share_a_folder_are_numbered(several, tmp_path, capsys, monkeypatch):
+    config = several("method.tasks=[color, shape, a/b, a b]")
+    adapter = train(config, progress=False)
+    command = ("export", adapter, "--base", config.base, "--task", "all", "--out", tmp_path / "loras")
+    assert words(*command, capsys=capsys, monkeypatch=monkeypatch)[0] == 0
+    assert {path.name for path in (tmp_path / "loras").iterdir()} == {"1-color", "2-shape", "3-a_b", "4-a_b"}
+
+
 def test_a_run_with_tasks_goes_on_as_if_it_had_never_stopped(several):
     whole = weights(train(several("training.save_every=1", "training.keep=9"), progress=False))
     config = several("training.save_every=1", "training.keep=9")

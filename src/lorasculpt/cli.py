@@ -125,10 +125,12 @@ def export(
         go(adapter, base, out, to.value, task=task, dtype=dtype, force=force)
         print(f"exported: {out}")
         return
-    for name in config.tasks:
-        folder = out / re.sub(r"[^\w-]+", "_", name)
-        go(adapter, base, folder, to.value, task=name, dtype=dtype, force=force)
-        print(f"exported: {folder}")
+    folders = [re.sub(r"[^\w-]+", "_", name) for name in config.tasks]
+    if len(set(folders)) < len(folders):
+        folders = [f"{number}-{folder}" for number, folder in enumerate(folders, start=1)]
+    for name, folder in zip(config.tasks, folders, strict=True):
+        go(adapter, base, out / folder, to.value, task=name, dtype=dtype, force=force)
+        print(f"exported: {out / folder}")
 
 
 @app.command("inspect")

@@ -50,10 +50,10 @@ def softmax(u):
 
 def reference(t, x, real, config):
     """(h - W0 x, the L1 term, the weights of every token) of the equations."""
-    loras = [*zip(t["A_old"], t["B_old"], strict=True), (t["A"], t["B"])]
+    loras = [*zip(t.get("A_old", ()), t.get("B_old", ()), strict=True), (t["A"], t["B"])]
     heads = list(zip(t["v"], t["c"], strict=True))
     if config.selector == "new":
-        heads = [*zip(t["v_old"], t["c_old"], strict=True), *heads]
+        heads = [*zip(t.get("v_old", ()), t.get("c_old", ()), strict=True), *heads]
     h, gates, l1, count = np.zeros((*x.shape[:2], OUT)), np.zeros((*x.shape[:2], len(loras), OUT)), 0.0, 0
     for row, at in itertools.product(range(x.shape[0]), range(x.shape[1])):
         o = [config.lora_alpha / config.r * b @ (a @ x[row, at]) for a, b in loras]

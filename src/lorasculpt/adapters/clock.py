@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from transformers import TrainerCallback
 
 from ..errors import UserError
-from .layers import full
+from .layers import full, sharded_like
 from .method import Method, looks_sculpted, method_logs, methods_of, read_record, read_state
 
 
@@ -264,6 +264,7 @@ def _resume(model: nn.Module, step: int, checkpoint: Path) -> None:
         folder = checkpoint / name if name != "default" else checkpoint
         record = read_record(folder)
         if record is not None and _holds_weights(folder, method):
+            _load_frozen(folder, method)
             method.restore(*read_state(folder))
         elif method.uncertain:
             raise UserError(
@@ -275,13 +276,28 @@ def _resume(model: nn.Module, step: int, checkpoint: Path) -> None:
 
 
 def _holds_weights(folder: Path, method: Method) -> bool:
-    """Whether the weight file in ``folder`` is what the adapter's weights are now; a sharded checkpoint has none."""
+    """Whether the weight file in ``folder`` has what the adapter trains as it is now; a sharded checkpoint has none."""
     path = folder / SAFETENSORS_WEIGHTS_NAME
     if not path.is_file():
         return True
     saved = load_file(path)
     held = {f"{name}.lora_A.weight": site.A for name, site in method.sites.items()}
     for name, update in getattr(method, "updates", {}).items():
-        held |= {f"{name}.lora_update.{key}": full(value) for key, value in update.state_dict().items()}
+        trained = {key: full(p) for key, p in update.named_parameters() if p.requires_grad}
+        held |= {f"{name}.lora_update.{key}": value for key, value in trained.items()}
     both = [(saved[f"base_model.model.{key}"], value) for key, value in held.items()]
     return all(torch.equal(there.to(here), here) for there, here in both)
+
+
+@torch.no_grad()
+def _load_frozen(folder: Path, method: Method) -> None:
+    """Give an adapter back what it keeps without a gradient: FSDP's own checkpoint of whole tensors leaves it out."""
+    path = folder / SAFETENSORS_WEIGHTS_NAME
+    if not path.is_file():
+        return
+    saved = load_file(path)
+    for name, update in getattr(method, "updates", {}).items():
+        for key, parameter in update.named_parameters():
+            if not parameter.requires_grad:
+                value = saved[f"base_model.model.{name}.lora_update.{key}"].to(parameter.device, parameter.dtype)
+                parameter.copy_(sharded_like(value, parameter))

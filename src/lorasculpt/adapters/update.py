@@ -42,18 +42,34 @@ class Update(nn.Module):
     """What one adapter adds to one linear: (rows, length, in) → (rows, length, out), or (tokens, in) → (tokens, out).
 
     A method overrides ``__init__`` (parameters, B = 0), ``forward`` and, where the update is a matrix, ``weight`` or
-    ``factors``. Dense tensors of all experts, never a loop over them. Parameters are trained, buffers are not; both
-    are saved. ``scaling`` is alpha / r (alpha / sqrt(r) with ``use_rslora``).
+    ``factors``. Dense tensors of all experts, never a loop over them. Parameters are trained and saved; what is saved
+    and not trained is registered with :meth:`keep`. ``scaling`` is alpha / r (alpha / sqrt(r) with ``use_rslora``).
     """
 
     def __init__(self, config: UpdateConfig, place: Place, context: Context, base: nn.Module):
         super().__init__()
         self.config, self.place, self.context = config, place, context
+        self._kept: set[str] = set()
         self._base = [base]  # in a list: it is not a part of this module
         self.r, alpha = config.rank_and_alpha(place.name)
         self.scaling = alpha / (self.r**0.5 if config.use_rslora else self.r)
         self.dropout = nn.Dropout(config.lora_dropout) if config.lora_dropout else nn.Identity()
         self.noted: dict[str, Tensor] = {}  # of the optimizer step under way
+
+    def keep(self, name: str, value: Tensor) -> None:
+        """Register ``value`` as a tensor that is saved and never trained, in place of an earlier one; None if empty.
+
+        It is a parameter without gradient, not a buffer: FSDP shards it, and accelerate's loading that spares RAM stops
+        at buffers.
+        """
+        self._kept.add(name)
+        self.register_parameter(name, nn.Parameter(value, requires_grad=False) if value.numel() else None)
+
+    def freeze(self) -> None:
+        """See to it that what is kept is not trained: PEFT switches whole adapters on."""
+        for name, parameter in self.named_parameters():
+            if name in self._kept:
+                parameter.requires_grad_(False)
 
     def forward(self, x: Tensor) -> Tensor:
         raise NotImplementedError
@@ -293,6 +309,10 @@ class UpdateLayer(nn.Module, BaseTunerLayer):
                 output = output + update(self._cast_input_dtype(x, dtype)).to(output.dtype)
         return output
 
+    def _freeze_non_trainable_peft_weights(self, adapter_names=None) -> None:
+        for update in self.lora_update.values():
+            update.freeze()
+
     @torch.no_grad()
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
         """Add what the adapters amount to to the base weight.
@@ -377,14 +397,6 @@ class UpdateModel(Methods):
         adapted = UpdateLayer(target)
         adapted.add(adapter_name, update)
         self._replace_module(parent, target_name, adapted, target)
-
-    def _cast_adapter_dtype(self, adapter_name, autocast_adapter_dtype=True):
-        super()._cast_adapter_dtype(adapter_name, autocast_adapter_dtype)
-        if autocast_adapter_dtype:  # PEFT widens parameters alone, and a file's buffers must come back bit for bit
-            for update in updates(self, adapter_name).values():
-                for name, buffer in update.named_buffers():
-                    if buffer.dtype in (torch.float16, torch.bfloat16):
-                        setattr(update, name, buffer.float())
 
     def _unload_and_optionally_merge(self, merge=True, *args, **kwargs):
         if merge:

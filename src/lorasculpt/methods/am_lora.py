@@ -54,10 +54,10 @@ class AMLoRAUpdate(Update):
     """
 
     config: AMLoRAConfig
-    A_old: Tensor
-    B_old: Tensor
-    v_old: Tensor
-    c_old: Tensor
+    A_old: Tensor | None  # None where there is no other task
+    B_old: Tensor | None
+    v_old: Tensor | None
+    c_old: Tensor | None
 
     def __init__(self, config, place, context, base):
         super().__init__(config, place, context, base)
@@ -65,12 +65,12 @@ class AMLoRAUpdate(Update):
         self.A = nn.Parameter(torch.empty(self.r, place.in_features))
         self.B = nn.Parameter(torch.zeros(features, self.r))
         nn.init.kaiming_uniform_(self.A, a=math.sqrt(5))
-        self.register_buffer("A_old", torch.zeros(old, self.r, place.in_features))
-        self.register_buffer("B_old", torch.zeros(old, features, self.r))
+        self.keep("A_old", torch.zeros(old, self.r, place.in_features))
+        self.keep("B_old", torch.zeros(old, features, self.r))
         v, c = self._heads(old + 1)
         if config.selector == "new":
-            self.register_buffer("v_old", v[:-1].clone())
-            self.register_buffer("c_old", c[:-1].clone())
+            self.keep("v_old", v[:-1].clone())
+            self.keep("c_old", c[:-1].clone())
             v, c = v[-1:].clone(), c[-1:].clone()
         self.v, self.c = nn.Parameter(v), nn.Parameter(c)
 
@@ -126,14 +126,16 @@ class AMLoRAUpdate(Update):
         if lora is not None and self.config.selector == "new":
             raise UserError("a LoRA from elsewhere needs selector='all': with 'new' its head would never be trained.")
         a, b = (self.A, self.B) if lora is None else (given.to(self.A) for given in lora)
-        self.A_old, self.B_old = torch.cat([self.A_old, a[None]]), torch.cat([self.B_old, b[None]])
+        self.keep("A_old", _joined(self.A_old, a[None]))
+        self.keep("B_old", _joined(self.B_old, b[None]))
         if lora is None:
             a = torch.empty_like(self.A)
             nn.init.kaiming_uniform_(a, a=math.sqrt(5))
             self.A, self.B = _as(self.A, a), _as(self.B, torch.zeros_like(self.B))  # (5) with o' = 0 and u' = 0
         v, c = (head.to(self.v) for head in self._heads(1))
         if self.config.selector == "new":
-            self.v_old, self.c_old = torch.cat([self.v_old, self.v]), torch.cat([self.c_old, self.c])
+            self.keep("v_old", _joined(self.v_old, self.v))
+            self.keep("c_old", _joined(self.c_old, self.c))
         else:
             at = len(self.v) - (lora is not None)  # what comes from elsewhere stands before the newest
             v, c = torch.cat([self.v[:at], v, self.v[at:]]), torch.cat([self.c[:at], c, self.c[at:]])
@@ -147,8 +149,8 @@ class AMLoRAUpdate(Update):
         return v.uniform_(-(features**-0.5), features**-0.5), c
 
 
-def _joined(old: Tensor, new: Tensor) -> Tensor:
-    return torch.cat([old.to(new.dtype), new])
+def _joined(old: Tensor | None, new: Tensor) -> Tensor:
+    return new if old is None else torch.cat([old.to(new.dtype), new])
 
 
 def _wide(x: Tensor) -> Tensor:

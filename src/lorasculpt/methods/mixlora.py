@@ -63,7 +63,7 @@ class MixLoRAUpdate(Update):
     def _add_router(self, name: str, fan_in: int, *shape: int) -> None:
         router = torch.empty(shape).uniform_(-(fan_in**-0.5), fan_in**-0.5)  # as nn.Linear
         if self.config.router_grad == "none":
-            self.register_buffer(name, router)
+            self.keep(name, router)
         else:
             self.register_parameter(name, nn.Parameter(router))
 

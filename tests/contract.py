@@ -29,6 +29,7 @@ from lorasculpt import (
     MixLoRAConfig,
     MoSLDConfig,
     MTLLoRAConfig,
+    SMoRAConfig,
     SpiderConfig,
 )
 from lorasculpt.adapters.context import TASK_IDS
@@ -51,12 +52,14 @@ class Row:
             do can be told from rounding.
         additive: settings under which the loss of a batch is the sum over its samples (no loss over a whole batch).
         smooth: settings under which nothing that is chosen (a mask, an expert) turns on the last bit.
+        moves: names of what has no gradient and is moved by the method itself.
     """
 
     config: type[PeftConfig]
     settings: dict[str, Any] = field(default_factory=dict)
     additive: dict[str, Any] = field(default_factory=dict)
     smooth: dict[str, Any] = field(default_factory=dict)
+    moves: tuple[str, ...] = ()
 
     def __call__(self, **settings: Any) -> PeftConfig:
         return self.config(**{**self.settings, **settings})
@@ -90,6 +93,12 @@ CASES: dict[str, Row] = {
         {"r": 2, "lora_alpha": 4, "lora_dropout": 0.0, "num_experts": 4, "shared_rank": 4, "balance_weight": 0.5},
         additive={"balance_weight": 0.0},
         smooth={"top_k": 4},
+    ),
+    "smora": Row(
+        SMoRAConfig,
+        {"r": 8, "lora_alpha": 4, "top_k": 4, "rank_partition": 2, "bias_rate": 0.05},
+        smooth={"top_k": 8},
+        moves=("bias",),
     ),
     "am_lora": Row(
         AMLoRAConfig,

@@ -9,6 +9,7 @@ from .malora import MALoRAConfig as MALoRAConfig
 from .mixlora import MixLoRAConfig as MixLoRAConfig
 from .mosld import MoSLDConfig as MoSLDConfig
 from .mtl_lora import MTLLoRAConfig as MTLLoRAConfig
+from .smora import SMoRAConfig as SMoRAConfig
 from .spider import SpiderConfig as SpiderConfig
 
 METHODS = {
@@ -20,6 +21,7 @@ METHODS = {
         MTLLoRAConfig,
         MoSLDConfig,
         MALoRAConfig,
+        SMoRAConfig,
         AMLoRAConfig,
         SpiderConfig,
     )

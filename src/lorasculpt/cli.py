@@ -136,7 +136,12 @@ def export(
 @app.command("inspect")
 def inspect_(
     adapter: Annotated[Path, typer.Argument(help="The adapter's folder.", show_default=False)],
-    base: Annotated[Path | None, typer.Option(help="The model's folder: adds the overlap with large weights.")] = None,
+    base: Annotated[
+        Path | None,
+        typer.Option(
+            help="The model's folder: adds the overlap with large weights. An adapter that is no LoRA needs it."
+        ),
+    ] = None,
     data: Annotated[
         Path | None, typer.Option(help="Records to run through an adapter that routes: which expert serves what.")
     ] = None,
@@ -148,10 +153,11 @@ def inspect_(
     """Show what an adapter does: where its update lies, how dense it is, which expert serves which task."""
     from . import inspect, inspect_update
 
-    looking: Any = inspect if inspect_update.config_of(adapter) is None else inspect_update
-    if looking is inspect and data:
+    plain = inspect_update.config_of(adapter) is None
+    if plain and data:
         raise UserError(f"the adapter in {adapter} routes nothing, so --data can show nothing: leave it out.")
-    found = looking.inspect(adapter, base) if looking is inspect else looking.inspect(adapter, base, data, limit)
+    looking: Any = inspect if plain else inspect_update
+    found = inspect.inspect(adapter, base) if plain else inspect_update.inspect(adapter, base, data, limit)
     looking.show(found, layers=layers)
     if to_json:
         looking.write_json(found, to_json)

@@ -232,6 +232,28 @@ def results(
     print(f"results: {go(work, out, target=_target(target))}")
 
 
+@demo_app.command()
+def study(
+    work: Annotated[Path, typer.Option(help="Where the runs go; what is done there is not done again.")] = Path("runs"),
+    out: Annotated[Path, typer.Option(help="The file to write.")] = Path("results/study.json"),
+) -> None:
+    """Change one setting of LoRASculpt at a time: where it learns too little, enough, too much (about an hour)."""
+    from .demo.study import study as go
+
+    print(f"results: {go(work, out)}")
+
+
+@demo_app.command()
+def tasks(
+    work: Annotated[Path, typer.Option(help="Where the runs go; what is done there is not done again.")] = Path("runs"),
+    out: Annotated[Path, typer.Option(help="The file to write.")] = Path("results/tasks.json"),
+) -> None:
+    """Teach three tasks at once with each multi-task method, and one after the other with AM-LoRA (about an hour)."""
+    from .demo.study import tasks as go
+
+    print(f"results: {go(work, out)}")
+
+
 def _target(name: str) -> str:
     from .demo.world import TARGETS
 

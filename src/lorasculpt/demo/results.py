@@ -40,14 +40,15 @@ def results(work: Path, path: Path, *, target: str = "digits", seeds: tuple[int,
             scores = {
                 rate: _run(work, f"rate-{name}-{rate:g}", before, name, "validation", target, lr=rate) for rate in RATES
             }
-            learned = {rate: run["summary"]["target_after"] for rate, run in scores.items()}
-            best = max(learned, key=lambda rate: learned[rate])
-            found["rates"][name] = {"validation_target": {f"{k:g}": v for k, v in learned.items()}, "chosen": best}
+            best = max(scores, key=lambda rate: scores[rate]["summary"]["target_after"])
+            shown = ("source_before", "source_after", "target_after")
+            validation = {f"{rate:g}": {key: run["summary"][key] for key in shown} for rate, run in scores.items()}
+            found["rates"][name] = {"validation": validation, "chosen": best}
         for seed in seeds:
             for name in METHODS:
                 rate = found["rates"][name]["chosen"]
                 found["runs"].append(_run(work, f"{name}-{seed}", before, name, "test", target, lr=rate, seed=seed))
-                _write(path, found)
+                write(path, found)
         found["penalty"] = _tenth(work / f"lorasculpt-{seeds[0]}", METHODS["lorasculpt"]["method"])
         change = {"cmr_weight": found["penalty"]["weight_for_a_tenth"]}
         rate = found["rates"]["lorasculpt"]["chosen"]
@@ -57,7 +58,7 @@ def results(work: Path, path: Path, *, target: str = "digits", seeds: tuple[int,
         found["runs"].append(run | {"label": "lorasculpt, penalty at a tenth"})
     found["equal_target"] = equal_target(found["runs"])
     found["complete"] = True
-    return _write(path, found)
+    return write(path, found)
 
 
 def _run(
@@ -104,7 +105,8 @@ def equal_target(runs: list[dict[str, Any]]) -> dict[str, Any]:
     return {"target": level, "source": {label: float(np.mean(values)) for label, values in sources.items()}}
 
 
-def _write(path: Path, found: dict[str, Any]) -> Path:
+def write(path: Path, found: dict[str, Any]) -> Path:
+    """``found`` as JSON, whole or not at all."""
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_suffix(".partial")
     partial.write_text(json.dumps(found, indent=1) + "\n")

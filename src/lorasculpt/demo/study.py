@@ -1,0 +1,150 @@
+"""Two studies on the demo's base: where a sparse adapter turns from too little to enough, and many tasks at once.
+
+``lorasculpt demo study`` trains LoRASculpt with one setting changed at a time, and LoRA beside it, and measures on
+validation sets: ``results/study.json``. ``lorasculpt demo tasks`` teaches digits, flags and kinds of emoji together with
+every method that is made for several tasks, and one after the other with AM-LoRA: ``results/tasks.json``. Both go on
+where they were stopped.
+"""
+
+from __future__ import annotations
+
+import json
+import random
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from ..config import RunConfig
+from ..measure import RESULTS_FILE, measure, versions
+from ..sequence import learn
+from ..train import train
+from . import world
+from .results import LIMITS, write
+from .run import METHODS, STEPS, settings, write_data
+from .tower import remembering
+
+# One change each to what the demo runs; the demo's own settings are the first row.
+CHANGES: dict[str, tuple[str, dict[str, Any]]] = {
+    "as in the demo": ("lorasculpt", {}),
+    "density 0.2": ("lorasculpt", {"method": {"density": 0.2}}),
+    "density 0.5": ("lorasculpt", {"method": {"density": 0.5}}),
+    "pruned at 2 %": ("lorasculpt", {"method": {"prune_step": 0.02}}),
+    "pruned at 30 %": ("lorasculpt", {"method": {"prune_step": 0.3}}),
+    "rescaled after pruning": ("lorasculpt", {"method": {"rescale": True}}),
+    "half the steps": ("lorasculpt", {"steps": STEPS // 2}),
+    "LoRA, rate 2e-4": ("lora", {"lr": 2e-4}),
+    "LoRA, rate 2e-4, half the steps": ("lora", {"lr": 2e-4, "steps": STEPS // 2}),
+    "alpha 128": ("lorasculpt", {"method": {"lora_alpha": 128}}),
+    "twice the steps": ("lorasculpt", {"steps": 2 * STEPS}),
+    "LoRA, rate 2e-4, twice the steps": ("lora", {"lr": 2e-4, "steps": 2 * STEPS}),
+}
+TOGETHER: dict[str, dict[str, Any]] = {
+    "lora": {"name": "lora", "r": 32, "lora_alpha": 64},
+    "mtl_lora": {"name": "mtl_lora"},
+    "smora": {"name": "smora"},
+    "loramoe": {"name": "loramoe", "r": 8},
+    "mosld": {"name": "mosld"},
+    "malora": {"name": "malora"},
+    "mixlora": {"name": "mixlora"},
+}
+TASKS = ("digits", "flags", "emoji_category")
+EACH = 1000  # rows of a task to train on
+HELD_OUT = 200  # rows of a task to be measured on
+
+
+def study(work: Path, path: Path) -> Path:
+    """Do what is still missing in ``work`` and write ``path``."""
+    write_data(work / "data")
+    found: dict[str, Any] = {"schema": 1, "complete": False, "versions": versions(), "runs": []}
+    before = None
+    with remembering():
+        for number, (label, (name, changes)) in enumerate(CHANGES.items()):
+            output = f"study-{number}"
+            made = settings(name, split="validation", output=output, limit=LIMITS["validation"], **dict(changes))
+            entry, before = _measured(work / f"{output}.yaml", made, before)
+            found["runs"].append(entry | {"label": label})
+            write(path, found)
+    found["complete"] = True
+    return write(path, found)
+
+
+def _measured(path: Path, made: dict[str, Any], before: dict | None) -> tuple[dict[str, Any], dict | None]:
+    """The run of the YAML ``made``, trained and measured unless it already is, and the measurement of its base."""
+    path.write_text(yaml.safe_dump(made, sort_keys=False))
+    config = RunConfig.load(path)
+    if not (config.output / RESULTS_FILE).is_file():
+        print(f"\n{path.stem}")
+        train(config)
+        _, before = measure(config, before=before, strengths=())
+    run = json.loads((config.output / RESULTS_FILE).read_text())["runs"][0]
+    kept = (
+        "method",
+        "seed",
+        "steps",
+        "settings",
+        "source",
+        "target",
+        "summary",
+        "seconds",
+        "adapter_bytes",
+        "trainable",
+    )
+    return {key: run[key] for key in kept}, before
+
+
+def tasks(work: Path, path: Path) -> Path:
+    """Teach three tasks at once with every method of ``TOGETHER``, and in turn with LoRA and AM-LoRA; write ``path``."""
+    _write_tasks(work / "data")
+    found: dict[str, Any] = {"schema": 1, "complete": False, "versions": versions(), "runs": [], "sequences": []}
+    before = None
+    with remembering():
+        for name, method in TOGETHER.items():
+            made = _several(name, method)
+            entry, before = _measured(work / f"together-{name}.yaml", made, before)
+            found["runs"].append(entry)
+            write(path, found)
+        for method in ({"name": "am_lora", "r": 32, "lora_alpha": 64}, METHODS["lora"]["method"]):
+            output = f"sequence-{method['name']}"
+            made = _several(method["name"], method) | {"output": output}
+            stages = [{"name": t, "train": f"data/{t}_few.jsonl", "test": f"data/{t}_held_out.jsonl"} for t in TASKS]
+            made["data"], made["evaluate"]["target"] = {"sequence": stages}, []
+            made["training"]["steps"] = STEPS // 2
+            config_path = work / f"{output}.yaml"
+            config_path.write_text(yaml.safe_dump(made, sort_keys=False))
+            _, matrix = learn(RunConfig.load(config_path))
+            found["sequences"].append({"method": method["name"], "steps": STEPS // 2} | json.loads(matrix.read_text()))
+            write(path, found)
+    found["complete"] = True
+    return write(path, found)
+
+
+def _write_tasks(folder: Path) -> None:
+    if (folder / "three_tasks.jsonl").is_file():
+        return
+    rows: list[world.Item] = []
+    for task in TASKS:
+        parts = {"few": "train", "held_out": "test"}
+        for file, split in parts.items():
+            found = world.TARGETS[task](split) if task in world.TARGETS else world.source_items(split)
+            found = [item for item in found if item.task == task][: EACH if file == "few" else HELD_OUT]
+            world.write(folder, found, f"{task}_{file}.jsonl")
+            rows += found if file == "few" else []
+    random.Random("three tasks").shuffle(rows)
+    kept = [item for item in world.source_items("test") if item.task not in TASKS]
+    world.write(folder, kept, "kept.jsonl")
+    world.write(folder, rows, "three_tasks.jsonl")
+
+
+def _several(name: str, method: dict[str, Any]) -> dict[str, Any]:
+    """The YAML of a run on all three tasks. A task that is kept, not taught, is answered as the emoji are."""
+    made = settings("lora", output=f"together-{name}", lr=5e-4)
+    made["method"], made["data"] = dict(method), {"train": "data/three_tasks.jsonl"}
+    made["evaluate"] |= {
+        "source": ["data/kept.jsonl"],
+        "target": [f"data/{task}_held_out.jsonl" for task in TASKS],
+        "limit": HELD_OUT // 2,
+    }
+    if name == "mtl_lora":
+        made["evaluate"]["as_task"] = "emoji_category"
+    return made

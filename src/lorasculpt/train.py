@@ -13,7 +13,7 @@ import json
 import re
 import shutil
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +29,7 @@ from .adapters.load import PROJECTOR_FILE
 from .adapters.update import UpdateConfig, known_tasks
 from .config import RunConfig
 from .data.batches import Collator, rows
-from .data.records import Record, read
+from .data.records import Record, read, set_aside
 from .errors import UserError
 from .evaluation import Task, evaluate, tasks
 from .evaluation.summary import task_average
@@ -39,6 +39,7 @@ from .models.load import autocast_dtype, load
 from .models.parts import parts, target_regex
 
 RUN_FILE, LOG_FILE, ADAPTER = "run.yaml", "training.json", "adapter"
+KINDS: dict[str, type[LoraConfig]] = {"lora": LoraConfig, **METHODS}
 
 
 def train(
@@ -65,7 +66,7 @@ def train(
     if (adapter / "adapter_config.json").is_file():
         return adapter
     set_seed(config.seed)
-    records = read(config.data.train, images=config.data.images, limit=config.data.limit)
+    records, _ = _split(config)
     named = _with_tasks(config, records)
     model, processor = load(config.base)
     model = (start or attach)(model, named)
@@ -104,6 +105,14 @@ def train(
     return adapter
 
 
+def _split(config: RunConfig) -> tuple[list[Record], list[Record]]:
+    """What is trained on, and what of the training data is set aside."""
+    data = config.data
+    assert data.train is not None
+    records = read(data.train, images=data.images, limit=data.limit)
+    return set_aside(records, data.validation, data.images or data.train.parent) if data.validation else (records, [])
+
+
 def _with_tasks(config: RunConfig, records: Sequence[Record]) -> RunConfig:
     """``config`` with the names of the tasks of ``records``, where its method wants some and none are given.
 
@@ -134,27 +143,41 @@ def attach(model: nn.Module, config: RunConfig) -> PeftModel:
     Raises:
         UserError: for an unknown method, or a setting that it does not take, with the line in the file.
     """
-    settings = dict(config.method)
-    name = settings.pop("name", "lorasculpt")
-    known: dict[str, type[LoraConfig]] = {"lora": LoraConfig, **METHODS}
-    if name not in known:
-        raise config.error("method.name", f"is {name!r}, which is no method; use one of {', '.join(known)}.")
-    fields = [field.name for field in dataclasses.fields(known[name]) if field.init]
-    for key in settings:
-        if key not in fields:
-            close = difflib.get_close_matches(key, fields, n=1)
-            mend = f"did you mean {close[0]}?" if close else f"lorasculpt methods {name} lists them."
-            raise config.error(f"method.{key}", f"is no setting of {name}; {mend}")
-    if "target_modules" not in settings and not _own_targets(known[name], config):
+    kind = kind_of(config)
+    settings = {key: value for key, value in config.method.items() if key != "name"}
+    if "target_modules" not in settings and not _own_targets(kind, config):
         scope = config.scope or "language"
         scopes = [scope] + (["projector"] if config.projector == "lora" and scope != "all" else [])
         settings["target_modules"] = "|".join(target_regex(model, scope) for scope in scopes)
     try:
-        adapted = get_peft_model(model, known[name](**settings))
+        adapted = get_peft_model(model, kind(**settings))
     except (TypeError, ValueError) as error:
         raise config.error(_setting(config, error) or "method", f"is refused: {error}") from error
     thaw_projector(adapted, config)
     return adapted
+
+
+def kind_of(config: RunConfig) -> type[LoraConfig]:
+    """The config class of ``config.method``; the names of its settings are checked.
+
+    Raises:
+        UserError: for an unknown method, or a setting that it does not have, with the line in the file.
+    """
+    name = config.method["name"]
+    if name not in KINDS:
+        raise config.error("method.name", f"is {name!r}, which is no method; use one of {', '.join(KINDS)}.")
+    known = settings_of(KINDS[name])
+    for key in config.method:
+        if key not in known and key != "name":
+            close = difflib.get_close_matches(key, known, n=1)
+            mend = f"did you mean {close[0]}?" if close else f"lorasculpt methods {name} lists them."
+            raise config.error(f"method.{key}", f"is no setting of {name}; {mend}")
+    return KINDS[name]
+
+
+def settings_of(kind: type[LoraConfig]) -> list[str]:
+    """The names of the settings of a method."""
+    return [field.name for field in dataclasses.fields(kind) if field.init]
 
 
 def _own_targets(kind: type[LoraConfig], config: RunConfig) -> bool:
@@ -213,11 +236,15 @@ def precision(config: RunConfig, model: nn.Module) -> torch.dtype | None:
 
 
 def held_out(config: RunConfig, limit: int | None = None) -> tuple[list[Task], list[Task]]:
-    """The source and target tasks of ``config.evaluate``, at most ``limit`` items of each file."""
+    """The source and target tasks of ``config.evaluate``, at most ``limit`` items of each.
+
+    What ``data.validation`` sets aside takes the place of the target.
+    """
     found = []
     limit = config.evaluate.limit if limit is None else limit
-    for files in (config.evaluate.source, config.evaluate.target):
-        records = [record for file in files for record in read(file, images=config.evaluate.images)]
+    aside = _split(config)[1] if config.data.validation else []
+    for files, instead in ((config.evaluate.source, []), (config.evaluate.target, aside)):
+        records = instead or [record for file in files for record in read(file, images=config.evaluate.images)]
         grouped = tasks(records)
         kept = [dataclasses.replace(task, records=task.records[:limit]) for task in grouped]
         metrics = config.evaluate.metric
@@ -237,8 +264,11 @@ def _projector(model: nn.Module) -> dict[str, nn.Parameter]:
     }
 
 
-def _optimizer(model: nn.Module, config: RunConfig) -> torch.optim.Optimizer:
-    """AdamW with two learning rates: the projector's (adapted or full), and everybody else's."""
+def _optimizer(model: nn.Module, config: RunConfig) -> torch.optim.Optimizer | None:
+    """AdamW with two learning rates: the projector's (adapted or full), and everybody else's.
+
+    None where the projector is frozen: the trainer's own AdamW does, and under FSDP a trainer takes no other.
+    """
     settings = config.training
     names = tuple(f".{part.split('.')[-1]}." for part in parts(model).projector)
     projector: list[nn.Parameter] = []
@@ -246,9 +276,9 @@ def _optimizer(model: nn.Module, config: RunConfig) -> torch.optim.Optimizer:
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
             (projector if any(part in name for part in names) else others).append(parameter)
-    groups: list[dict[str, Any]] = [{"params": others, "lr": settings.lr}]
-    if projector:
-        groups.append({"params": projector, "lr": settings.projector_lr})
+    if not projector:
+        return None
+    groups = [{"params": others, "lr": settings.lr}, {"params": projector, "lr": settings.projector_lr}]
     return torch.optim.AdamW(groups, weight_decay=settings.weight_decay)
 
 
@@ -267,6 +297,7 @@ def _arguments(config: RunConfig, progress: bool, autocast: torch.dtype | None) 
         # transformers' plain "constant" leaves the warm-up out
         lr_scheduler_type="constant_with_warmup" if settings.schedule == "constant" else settings.schedule,
         weight_decay=settings.weight_decay,
+        optim="adamw_torch",
         max_grad_norm=settings.max_grad_norm,
         gradient_checkpointing=settings.checkpointing,
         bf16=autocast == torch.bfloat16,

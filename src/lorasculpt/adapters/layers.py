@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from peft.tuners.lora.layer import LoraLayer
@@ -83,7 +84,7 @@ def frozen_weight(base: nn.Module) -> Tensor:
 
         scales = base.weight.SCB if base.state.SCB is None else base.state.SCB
         return int8_vectorwise_dequant(base.weight.data, scales)
-    state = getattr(base.weight, "quant_state", None)
+    state: Any = getattr(base.weight, "quant_state", None)
     if getattr(state, "packing_format_for_cpu", False):  # bitsandbytes packed it anew for inference
         from bitsandbytes.functional import _convert_weight_packed_for_cpu_inverse, dequantize_4bit
 

@@ -1,9 +1,9 @@
 """Two studies on the demo's base: where a sparse adapter turns from too little to enough, and many tasks at once.
 
 ``lorasculpt demo study`` trains LoRASculpt with one setting changed at a time, and LoRA beside it, and measures on
-validation sets: ``results/study.json``. ``lorasculpt demo tasks`` teaches digits, flags and kinds of emoji together with
-every method that is made for several tasks, and one after the other with AM-LoRA: ``results/tasks.json``. Both go on
-where they were stopped.
+validation sets: ``results/study.json``. ``lorasculpt demo tasks`` teaches digits, flags and kinds of emoji together
+with every method that is made for several tasks, and one after the other with AM-LoRA: ``results/tasks.json``. Both go
+on where they were stopped.
 """
 
 from __future__ import annotations
@@ -94,7 +94,7 @@ def _measured(path: Path, made: dict[str, Any], before: dict | None) -> tuple[di
 
 
 def tasks(work: Path, path: Path) -> Path:
-    """Teach three tasks at once with every method of ``TOGETHER``, and in turn with LoRA and AM-LoRA; write ``path``."""
+    """Teach three tasks at once with every method of ``TOGETHER``, in turn with AM-LoRA and LoRA; write ``path``."""
     _write_tasks(work / "data")
     found: dict[str, Any] = {"schema": 1, "complete": False, "versions": versions(), "runs": [], "sequences": []}
     before = None
@@ -104,16 +104,20 @@ def tasks(work: Path, path: Path) -> Path:
             entry, before = _measured(work / f"together-{name}.yaml", made, before)
             found["runs"].append(entry)
             write(path, found)
-        for method in ({"name": "am_lora", "r": 32, "lora_alpha": 64}, METHODS["lora"]["method"]):
-            output = f"sequence-{method['name']}"
-            made = _several(method["name"], method) | {"output": output}
+        in_turn: dict[str, dict[str, Any]] = {
+            "am_lora": {"name": "am_lora", "r": 32, "lora_alpha": 64},
+            "lora": METHODS["lora"]["method"],
+        }
+        for name, method in in_turn.items():
+            output = f"sequence-{name}"
+            made = _several(name, method) | {"output": output}
             stages = [{"name": t, "train": f"data/{t}_few.jsonl", "test": f"data/{t}_held_out.jsonl"} for t in TASKS]
             made["data"], made["evaluate"]["target"] = {"sequence": stages}, []
             made["training"]["steps"] = STEPS // 2
             config_path = work / f"{output}.yaml"
             config_path.write_text(yaml.safe_dump(made, sort_keys=False))
             _, matrix = learn(RunConfig.load(config_path))
-            found["sequences"].append({"method": method["name"], "steps": STEPS // 2} | json.loads(matrix.read_text()))
+            found["sequences"].append({"method": name, "steps": STEPS // 2} | json.loads(matrix.read_text()))
             write(path, found)
     found["complete"] = True
     return write(path, found)

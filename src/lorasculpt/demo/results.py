@@ -2,7 +2,9 @@
 
     1. each method, three learning rates, one seed: the one that learns the *target's validation set* best is taken
     2. each method at its rate, several seeds, equal steps: measured on every held-out item
-    3. LoRASculpt once more with the penalty's weight at which its gradient is a tenth of the task's
+    3. the same at the rate with the best H-mean of source and target on the validation sets, where that is another: what
+       someone would take who knows of forgetting
+    4. LoRASculpt once more with the penalty's weight at which its gradient is a tenth of the task's
 
 Every run is an ordinary run in its own folder; what is there already is not done again, so the command goes on where it
 was stopped, and the file it writes says whether it is complete.
@@ -41,13 +43,22 @@ def results(work: Path, path: Path, *, target: str = "digits", seeds: tuple[int,
                 rate: _run(work, f"rate-{name}-{rate:g}", before, name, "validation", target, lr=rate) for rate in RATES
             }
             best = max(scores, key=lambda rate: scores[rate]["summary"]["target_after"])
-            shown = ("source_before", "source_after", "target_after")
+            careful = max(scores, key=lambda rate: scores[rate]["summary"]["h_mean"])
+            shown = ("source_before", "source_after", "target_after", "h_mean")
             validation = {f"{rate:g}": {key: run["summary"][key] for key in shown} for rate, run in scores.items()}
-            found["rates"][name] = {"validation": validation, "chosen": best}
+            found["rates"][name] = {"validation": validation, "chosen": best, "by_h_mean": careful}
         for seed in seeds:
             for name in METHODS:
                 rate = found["rates"][name]["chosen"]
                 found["runs"].append(_run(work, f"{name}-{seed}", before, name, "test", target, lr=rate, seed=seed))
+                write(path, found)
+        for name, rates in found["rates"].items():
+            if rates["by_h_mean"] == rates["chosen"]:
+                continue
+            for seed in seeds:
+                folder, rate = f"{name}-careful-{seed}", rates["by_h_mean"]
+                run = _run(work, folder, before, name, "test", target, lr=rate, seed=seed)
+                found["runs"].append(run | {"label": f"{name}, rate by H-mean"})
                 write(path, found)
         found["penalty"] = _tenth(work / f"lorasculpt-{seeds[0]}", METHODS["lorasculpt"]["method"])
         change = {"cmr_weight": found["penalty"]["weight_for_a_tenth"]}

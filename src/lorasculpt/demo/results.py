@@ -2,8 +2,8 @@
 
     1. each method, three learning rates, one seed: the one that learns the *target's validation set* best is taken
     2. each method at its rate, several seeds, equal steps: measured on every held-out item
-    3. the same at the rate with the best H-mean of source and target on the validation sets, where that is another: what
-       someone would take who knows of forgetting
+    3. the same at the rate with the best H-mean of source and target on the validation sets, where that is another one:
+       what someone would take who knows of forgetting
     4. LoRASculpt once more with the penalty's weight at which its gradient is a tenth of the task's
 
 Every run is an ordinary run in its own folder; what is there already is not done again, so the command goes on where it

@@ -1,0 +1,61 @@
+"""``accelerate launch`` with two processes trains what one process trains: under DDP, FSDP2, and FSDP2 that spares RAM.
+
+One pair of processes runs all methods; its checkpoints resume to the same weights.
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from contract import CASES, close, equal, masks, weights
+from launched import STRATEGIES, trainer
+
+from lorasculpt import method_logs
+
+RUNS = [(strategy, method) for strategy in STRATEGIES for method in CASES]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> Path:
+    made = tmp_path_factory.mktemp("launched")
+    launch = [str(Path(sys.executable).with_name("accelerate")), "launch", "--multi_gpu", "--num_processes", "2"]
+    launch += ["--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0"]
+    here = Path(__file__).parent
+    path = os.pathsep.join([str(here), str(here.parent), os.environ.get("PYTHONPATH", "")])
+    environment = {**os.environ, "PYTHONPATH": path, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
+    command = [*launch, str(here / "launched.py"), str(made)]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=280)
+    assert done.returncode == 0, done.stderr[-6000:]
+    return made
+
+
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory):
+    """What one process trains with the whole batch, made once per method."""
+    made: dict[str, dict] = {}
+
+    def run(method: str) -> dict:
+        if method not in made:
+            whole = trainer(tmp_path_factory.mktemp("alone") / method, method, 4, save_strategy="no")
+            whole.train()
+            model = whole.model
+            made[method] = {"weights": weights(model), "masks": masks(model), "logs": method_logs(model)}
+        return made[method]
+
+    return run
+
+
+@pytest.mark.parametrize(("strategy", "method"), RUNS)
+def test_two_launched_processes_train_what_one_trains(strategy, method, folder, alone):
+    found, expected = torch.load(folder / f"{strategy}-{method}.pt"), alone(method)
+    close(found["weights"], expected["weights"], rtol=1e-4, atol=1e-5)
+    assert equal(found["masks"], expected["masks"])
+    for key in ("cmr", "balance_loss"):
+        if key in expected["logs"]:
+            assert found["logs"][key] == pytest.approx(expected["logs"][key], rel=1e-3)
+    assert equal(found["resumed"], found["weights"])

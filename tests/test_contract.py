@@ -199,6 +199,7 @@ def test_generating_with_a_cache_is_the_full_forward(tuned, asked):
     del prompt["labels"]
     length = prompt["input_ids"].shape[1]
     greedy = {"do_sample": False, "max_new_tokens": 4, "min_new_tokens": 4}
+    greedy["suppress_tokens"] = [model.config.image_token_id]  # a picture that nobody gave would be missed
     task = {"task": TASKS[1]} if context_of(model) else {}
     with torch.no_grad():
         out = model.generate(**prompt, **greedy, **task, output_logits=True, return_dict_in_generate=True)

@@ -70,7 +70,7 @@ def trainer(folder: Path, method: str, size: int, **settings) -> Trainer:
 def main(folder: Path) -> None:
     torch.set_num_threads(1)
     for strategy, settings in STRATEGIES.items():
-        for method in os.environ.get("ONLY", "").split() or CASES:
+        for method in CASES:
             AcceleratorState._reset_state(True)
             run = trainer(folder / f"{strategy}-{method}", method, 2, **settings)
             run.train()

@@ -1,4 +1,4 @@
-"""Two studies on the demo's base: where a sparse adapter turns from too little to enough, and many tasks at once.
+"""Studies on the demo's base: what it knows, where a sparse adapter turns from too little to enough, several tasks.
 
 ``lorasculpt demo study`` trains LoRASculpt with one setting changed at a time, and LoRA beside it, and measures on
 validation sets: ``results/study.json``. ``lorasculpt demo tasks`` teaches digits, flags and kinds of emoji together
@@ -8,18 +8,24 @@ on where they were stopped.
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import random
 from pathlib import Path
 from typing import Any
 
+import torch
 import yaml
 
 from ..config import RunConfig
+from ..data.records import read
+from ..evaluation import evaluate
+from ..evaluation import tasks as grouped
 from ..measure import RESULTS_FILE, measure, versions
+from ..models.load import autocast_dtype, load
 from ..sequence import learn
 from ..train import train
-from . import world
+from . import base, world
 from .results import LIMITS, write
 from .run import METHODS, STEPS, settings, write_data
 from .tower import remembering
@@ -53,6 +59,30 @@ KEPT = ("emoji_kind", "definition")
 TASK_STEPS = 100
 EACH = 1000  # rows of a task to train on
 HELD_OUT = 500  # rows of a task to be measured on; there are 400 at least
+
+
+def knows(work: Path, path: Path) -> Path:
+    """What the base answers to the source questions, with their pictures and with each other's; writes ``path``.
+
+    ``exact`` compares its greedy answer, ``choice`` takes the likeliest of the answers that the question offers.
+    """
+    write_data(work / "data")
+    model, processor = load(str(base.folder()))
+    records = read(work / "data" / "source_test.jsonl")
+    seen = [record.images for record in records if record.images]
+    others = iter(random.Random(0).sample(seen, len(seen)))
+    shuffled = [dataclasses.replace(r, images=next(others)) if r.images else r for r in records]
+    found: dict[str, Any] = {"schema": 1, "versions": versions(), "tasks": {}}
+    with remembering():
+        for pictures, asked in (("right pictures", records), ("shuffled pictures", shuffled)):
+            for metric in ("exact", "choice"):
+                wanted = [dataclasses.replace(task, metric=metric) for task in grouped(asked)]
+                options: dict[str, Any] = {"batch": 64, "precision": autocast_dtype(torch.device("cpu"))}
+                measured = evaluate(model, processor, wanted, [], progress=f"{pictures}, {metric}:", **options)
+                for name, entry in measured["source"].items():
+                    numbers = {key: entry[key] for key in ("value", "low", "high", "n")}
+                    found["tasks"].setdefault(name, {})[f"{metric}, {pictures}"] = numbers
+    return write(path, found)
 
 
 def study(work: Path, path: Path) -> Path:

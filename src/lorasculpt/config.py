@@ -93,12 +93,15 @@ class Data(_Section):
         sequence: Tasks to learn in turn (`lorasculpt.sequence`).
         images: Folder of the pictures. Default: the data file's.
         limit: Use the first so many rows. Default: all.
+        validation: Share of these rows, in (0, 1), that is not trained on but measured in place of
+            ``evaluate.target``, to choose settings by (`lorasculpt.data.records.set_aside`). Default: none.
     """
 
     train: RelativePath | None = None
     sequence: list[Stage] = Field(default_factory=list)
     images: RelativePath | None = None
     limit: Positive | None = None
+    validation: Annotated[float, Field(gt=0, lt=1)] | None = None
 
     @model_validator(mode="after")
     def _one_kind(self) -> Data:
@@ -106,6 +109,8 @@ class Data(_Section):
             raise ValueError("needs train, or a sequence of tasks; add it")
         if self.train is not None and self.sequence:
             raise ValueError("has both train and sequence; remove one")
+        if self.sequence and self.validation is not None:
+            raise ValueError("has validation, which a sequence does not know; remove it")
         names = [stage.name for stage in self.sequence]
         twice = next((name for name in names if names.count(name) > 1), None)
         if twice:
@@ -174,12 +179,15 @@ class Evaluate(_Section):
     Args:
         source: Data files of what the model knew.
         target: Data files of what it is taught.
+        validation: Data files like ``target``, with other questions: by these ``lorasculpt compare`` chooses learning
+            rates. Default: a tenth of the training rows, set aside.
         images: Folder of their pictures. Default: each data file's.
         limit: Questions per task. Default: all.
         every: Steps between measurements during training. Default: none.
         during: Questions per task of such a measurement.
         batch: Questions at a time.
         max_new_tokens: Longest answer.
+        strengths: Where the curve of source against target is taken, between 0 (base) and 1 (adapter).
         as_task: For an adapter that knows tasks: the one as which it answers questions of tasks that it does not know,
             as those of ``source`` mostly are.
         metric: Metric of a task by its name. Default of a task: ``exact``.
@@ -187,12 +195,14 @@ class Evaluate(_Section):
 
     source: Paths = Field(default_factory=list)
     target: Paths = Field(default_factory=list)
+    validation: Paths = Field(default_factory=list)
     images: RelativePath | None = None
     limit: Positive | None = None
     every: Positive | None = None
     during: Positive = 50
     batch: Positive = 32
     max_new_tokens: Positive = 16
+    strengths: list[Annotated[float, Field(gt=0, lt=1)]] = Field(default_factory=lambda: [0.25, 0.5, 0.75])
     as_task: Annotated[str, Field(min_length=1)] | None = None
     metric: dict[str, Literal["exact", "contains", "vqa", "choice"]] = Field(default_factory=dict)
 
@@ -231,6 +241,7 @@ class RunConfig(_Section):
         output: Folder for everything the run writes.
         seed: Of data order and initial adapter.
         method: ``name`` of the method, and its settings.
+        methods: Settings of each method that ``lorasculpt compare`` is to compare; a single run leaves them aside.
         scope: Which part of the model gets the adapter. Default: the layers that the method names, or else language.
         projector: Whether the projector is left alone, gets an adapter too, or is trained whole.
         data: What is trained on.
@@ -242,6 +253,7 @@ class RunConfig(_Section):
     output: RelativePath
     seed: Annotated[int, Field(ge=0)] = 0
     method: dict[str, Any] = Field(default_factory=lambda: {"name": "lorasculpt"})
+    methods: dict[str, dict[str, Any]] = Field(default_factory=dict)
     scope: Literal["language", "vision", "projector", "all"] | None = None
     projector: Literal["frozen", "lora", "full"] = "frozen"
     data: Data
@@ -292,6 +304,23 @@ class RunConfig(_Section):
             raise UserError(_explain(error, origin)) from None
         config._origin = origin
         return config
+
+    def single(self, label: str, method: dict[str, Any], **changes: Any) -> RunConfig:
+        """The run of ``method`` alone. Its mistakes are placed where ``methods.<label>`` was written, if it was.
+
+        Args:
+            label: What it is called under ``methods``.
+            method: Its ``name`` and settings.
+            changes: Checked values of other keys.
+        """
+        made, origin = self.model_copy(update={"method": method, "methods": {}, **changes}), self._origin
+        moved = {
+            key: ("method", *key[2:]) for key in (*origin.lines, *origin.overrides) if key[:2] == ("methods", label)
+        }
+        lines = {moved[key]: line for key, line in origin.lines.items() if key in moved}
+        overrides = {moved[key]: text for key, text in origin.overrides.items() if key in moved}
+        made._origin = _Origin(origin.file, {**origin.lines, **lines}, {**origin.overrides, **overrides})
+        return made
 
     def to_yaml(self) -> str:
         """The whole run as YAML, every default written out; `load` reads it back as an equal run."""

@@ -18,18 +18,18 @@ from .config import RunConfig
 from .errors import UserError
 from .evaluation import comparison, curve, evaluate, gallery
 from .evaluation.run import curve_point
+from .evaluation.strength import fixed
 from .models.load import load
 from .train import ADAPTER, LOG_FILE, check_tasks, held_out, precision
 
 RESULTS_FILE = "results.json"
-STRENGTHS = (0.25, 0.5, 0.75)
 
 
 def measure(
     config: RunConfig,
     *,
     before: dict | None = None,
-    strengths: Sequence[float] = STRENGTHS,
+    strengths: Sequence[float] | None = None,
     curve_limit: int | None = None,
     progress: bool = True,
 ) -> tuple[Path, dict]:
@@ -38,7 +38,8 @@ def measure(
     Args:
         config: the run.
         before: what :func:`measure` returned for another run on the same base and tasks; saves measuring the base.
-        strengths: where the curve of source against target is taken, between 0 and 1.
+        strengths: where the curve of source against target is taken, between 0 and 1. Default:
+            ``config.evaluate.strengths``.
         curve_limit: items per task on the curve; None takes all.
 
     Returns:
@@ -72,7 +73,8 @@ def measure(
     after = evaluate(model, processor, source, target, progress=name if progress else None, **options)
     small_source, small_target = held_out(config, curve_limit or config.evaluate.limit)
     points = []
-    if config.projector != "full":  # a replaced projector has no strength
+    if config.projector != "full" and fixed(model) is None:  # a replaced projector has no strength
+        strengths = config.evaluate.strengths if strengths is None else strengths
         words = name if progress else None
         points = curve(model, processor, small_source, small_target, strengths, progress=words, **options)
         points = [curve_point(0.0, before), *points, curve_point(1.0, after)]

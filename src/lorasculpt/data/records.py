@@ -14,10 +14,12 @@ a list of rows.
 from __future__ import annotations
 
 import difflib
+import hashlib
 import json
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from itertools import islice
+from itertools import accumulate, islice
 from pathlib import Path
 from typing import Any
 
@@ -95,6 +97,39 @@ def read(
     if not records:
         raise UserError(f"{path}: no rows to read; each line should hold one JSON object with a question and an answer")
     return records
+
+
+def set_aside(records: Sequence[Record], share: float, folder: str | Path) -> tuple[list[Record], list[Record]]:
+    """``records`` to train on, and about ``share`` of them to validate with, always the same ones.
+
+    Questions about the same pictures stay together, as do those with the same words and no picture: a model has not
+    seen what it is validated with.
+
+    Args:
+        records: What was read.
+        share: In (0, 1); at least one record is set aside.
+        folder: The folder of the pictures; their names in it are what counts, not where it lies.
+
+    Raises:
+        UserError: if there are too few different pictures to keep some of them.
+    """
+    folder = Path(folder).resolve()
+    keys = [
+        json.dumps([str(image.relative_to(folder)) for image in record.images] or record.prompt) for record in records
+    ]
+    sizes = Counter(keys)
+    order = sorted(sizes, key=lambda key: hashlib.sha256(key.encode()).hexdigest())
+    before = accumulate((sizes[key] for key in order), initial=0)
+    aside = {key for key, count in zip(order, before, strict=False) if count < share * len(records)}
+    if len(aside) == len(order):
+        raise UserError(
+            f"{records[0].where}: nothing would be left to train on if {share:g} of the rows were set aside, because "
+            "too few are about different pictures; add some, or name a file under evaluate.validation."
+        )
+    split: tuple[list[Record], list[Record]] = ([], [])
+    for record, key in zip(records, keys, strict=True):
+        split[key in aside].append(record)
+    return split
 
 
 # --- files to rows ------------------------------------------------------------------------------------------------

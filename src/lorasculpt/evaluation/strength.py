@@ -12,6 +12,9 @@ from torch import nn
 
 from ..adapters.update import UpdateLayer
 
+# values of init_lora_weights that take from the base what they give the adapter
+MOVING = ("pissa", "olora", "corda", "loftq", "lora_ga")
+
 
 @contextmanager
 def _scaled(layer: BaseTunerLayer, value: float) -> Iterator[None]:
@@ -55,6 +58,28 @@ def _interpolated(wrapper: ModulesToSaveWrapper, value: float) -> Iterator[None]
         trained.load_state_dict(before)
 
 
+def fixed(model: nn.Module) -> str | None:
+    """Why the adapters of ``model`` have one strength alone, or None if it can be set.
+
+    DoRA's effect is no multiple of its scaling, and PiSSA, OLoRA and their like move the base weights: without the
+    adapter, theirs is not the base that it started from.
+    """
+    layers = [module for module in model.modules() if isinstance(module, BaseTunerLayer)]
+    if not layers:
+        return "the model has no adapter whose strength could be set"
+    for layer in layers:
+        if layer.merged:
+            return "the adapter is merged into the base weights: unmerge it before setting its strength"
+        scales = isinstance(layer, UpdateLayer) or hasattr(layer, "scaling")
+        if not scales or any(getattr(layer, "use_dora", {}).values()):
+            return f"the effect of {type(layer).__name__} is not a multiple of its scaling"
+    for config in getattr(model, "peft_config", {}).values():
+        start = str(getattr(config, "init_lora_weights", True)).lower()
+        if start.startswith(MOVING):
+            return f"an adapter that starts with {start} has moved the base weights"
+    return None
+
+
 @contextmanager
 def strength(model: nn.Module, value: float) -> Iterator[None]:
     """Within the block the active adapters of ``model`` count ``value`` times: 0 is the base, 1 changes nothing.
@@ -64,19 +89,12 @@ def strength(model: nn.Module, value: float) -> Iterator[None]:
     multiply when nested; leaving one restores what was there before it, bit for bit.
 
     Raises:
-        ValueError: there is no adapter, it is merged into the base weights, or its effect is not a multiple of its
-            scaling (DoRA, and adapters that have none).
+        ValueError: there is no adapter, it is merged into the base weights, or it is ``fixed`` otherwise.
     """
+    if (obstacle := fixed(model)) is not None:
+        raise ValueError(obstacle)
     layers = [module for module in model.modules() if isinstance(module, BaseTunerLayer)]
     wrappers = [module for module in model.modules() if isinstance(module, ModulesToSaveWrapper)]
-    if not layers:
-        raise ValueError("the model has no adapter whose strength could be set")
-    for layer in layers:
-        if layer.merged:
-            raise ValueError("the adapter is merged into the base weights: unmerge it before setting its strength")
-        scales = isinstance(layer, UpdateLayer) or hasattr(layer, "scaling")
-        if not scales or any(getattr(layer, "use_dora", {}).values()):
-            raise ValueError(f"the effect of {type(layer).__name__} is not a multiple of its scaling")
     with ExitStack() as stack:
         for layer in layers:
             turned_down = _muffled if isinstance(layer, UpdateLayer) else _scaled

@@ -134,7 +134,7 @@ MISTAKES = {
     "which gives the projector an adapter; change one",
     "method: spider": "run.yaml:5: method must be a section of keys; got 'spider'",
     "projektor: full": "run.yaml:5: projektor is no setting; did you mean projector?",
-    "xyz: 1": "run.yaml:5: xyz is no setting; use one of base, output, seed, method, scope, projector, data, training, "
+    "xyz: 1": "run.yaml:5: xyz is no setting; use one of base, output, seed, method, methods, scope, projector, data, training, "
     "evaluate",
     "evaluate: {source: [a, 3]}": "run.yaml:5: evaluate.source.1 must be a path; got 3",
     "evaluate:\n  metric:\n    a: exact\n    b: f1": "run.yaml:8: evaluate.metric.b must be 'exact', 'contains', 'vqa' "
@@ -204,3 +204,29 @@ def test_tensorboard_is_used_where_it_is_installed(tmp_path: Path, monkeypatch: 
     for spec, expected in ((object(), ["tensorboard"]), (None, [])):
         monkeypatch.setattr("lorasculpt.config.importlib.util.find_spec", lambda name, spec=spec: spec)
         assert run(tmp_path).training.report_to == expected
+
+
+def test_a_single_run_of_several_methods_keeps_the_lines_of_its_own(tmp_path: Path) -> None:
+    text = "method: {name: x, density: 1}\nmethods:\n  sparse:\n    density: 2\n  other: {density: 3}\n"
+    config = run(tmp_path, text, "methods.other.r=4")
+    made = config.single("sparse", {"name": "x", "density": 2}, seed=7)
+    assert (made.method, made.methods, made.seed, config.seed) == ({"name": "x", "density": 2}, {}, 7, 0)
+    place = f"{tmp_path / 'run.yaml'}:"
+    assert str(made.error("method.density", "is wrong")) == f"{place}8: method.density is wrong"
+    assert str(config.single("new", {}).error("method.density", "is wrong")).startswith(f"{place}5:")
+    assert "'methods.other.r=4'" in str(config.single("other", {}).error("method.r", "is wrong"))
+    (tmp_path / "made.yaml").write_text(made.to_yaml())
+    assert RunConfig.load(tmp_path / "made.yaml") == made
+
+
+@pytest.mark.parametrize(
+    ("text", "part"),
+    [
+        (GOOD + "evaluate: {strengths: [0.5, 1.5]}\n", "run.yaml:5: evaluate.strengths.1 must be less than 1; got 1.5"),
+        (GOOD + "methods: {lora: 3}\n", "run.yaml:5: methods.lora must be a section of keys; got 3"),
+        (GOOD + "  validation: 1\n", "run.yaml:5: data.validation must be less than 1; got 1"),
+        (SEQUENCE + "  validation: 0.1\n", "data has validation, which a sequence does not know; remove it"),
+    ],
+)
+def test_mistakes_about_comparing(tmp_path: Path, text: str, part: str) -> None:
+    assert part in message(tmp_path, text)

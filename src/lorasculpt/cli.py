@@ -1,4 +1,4 @@
-"""The command line: ``lorasculpt train | eval | report | export | inspect | methods | demo``.
+"""The command line: ``lorasculpt train | eval | compare | report | export | inspect | methods | demo``.
 
 Exit codes: 0 done, 1 something broke here, 2 the input has to be mended (one sentence says what).
 """
@@ -88,6 +88,50 @@ def evaluate(run: Run, overrides: Overrides = None) -> None:
 
     path, _ = measure(RunConfig.load(run, overrides or []))
     _summary([path])
+    print(f"results: {path}")
+
+
+@app.command()
+def compare(
+    run: Run,
+    methods: Annotated[str, typer.Option(help="What to compare, such as lora,lorasculpt,dora.", show_default=False)],
+    overrides: Overrides = None,
+    seeds: Annotated[int, typer.Option(help="Seeds of each method.")] = 3,
+    rates: Annotated[
+        str, typer.Option(help="One to three learning rates; each method gets the one that is best for it.")
+    ] = "2e-4,5e-4,1.5e-3",
+    out: Annotated[
+        Path | None, typer.Option(help="The file to write. Default: compare.json in RUN's output.", show_default=False)
+    ] = None,
+    dry_run: Annotated[
+        bool, typer.Option(help="Print the commands that are still to be run, for other machines; run nothing.")
+    ] = False,
+) -> None:
+    """Train and measure several methods on RUN's data, with several seeds, and say what is learned and forgotten.
+
+    A stopped comparison goes on by itself, and runs that were made elsewhere are taken as they are.
+
+    Settings of a method, beside those that it takes from RUN's own:
+
+        methods: {lora: {r: 16}, sparser: {name: lorasculpt, density: 0.05}}
+
+    Learning rates are chosen on evaluate.validation (default: a tenth of the training rows), never on the test.
+    dora, rslora, pissa and olora are methods too.
+    """
+    from . import compare as comparing
+    from .config import RunConfig
+
+    config, names = RunConfig.load(run, overrides or []), methods.split(",")
+    try:
+        tried = [float(rate) for rate in rates.split(",")]
+    except ValueError:
+        raise UserError(f"--rates is {rates!r}; it must be numbers, such as 2e-4,5e-4,1.5e-3.") from None
+    if dry_run:
+        for line in comparing.commands(comparing.Comparison(config, names, seeds, tried)):
+            print(line)
+        return
+    path = comparing.compare(config, names, seeds=seeds, rates=tried, out=out)
+    comparing.show(path)
     print(f"results: {path}")
 
 
@@ -230,6 +274,17 @@ def results(
     from .demo.results import results as go
 
     print(f"results: {go(work, out, target=_target(target))}")
+
+
+@demo_app.command()
+def knows(
+    work: Annotated[Path, typer.Option(help="Where its questions go.")] = Path("runs"),
+    out: Annotated[Path, typer.Option(help="The file to write.")] = Path("results/base.json"),
+) -> None:
+    """Measure what the demo's base knows, with the right pictures and with shuffled ones (some minutes)."""
+    from .demo.study import knows as go
+
+    print(f"results: {go(work, out)}")
 
 
 @demo_app.command()

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pico
 import pytest
 
-from lorasculpt.data.records import Record, read
+from lorasculpt.data.records import Record, read, set_aside
 from lorasculpt.errors import UserError
 
 
@@ -227,3 +228,53 @@ def test_a_missing_file_a_folder_and_a_foreign_encoding_are_told(tmp_path: Path)
     (tmp_path / "latin.jsonl").write_bytes(b'\n{"question": "\xe9"}')
     with pytest.raises(UserError, match=r"latin\.jsonl:2: not UTF-8"):
         read(tmp_path / "latin.jsonl")
+
+
+# --- rows to validate with ------------------------------------------------------------------------------------------
+
+
+def shown(*names, question="what?") -> list[Record]:
+    return [
+        Record(({"role": "user", "content": f"{question} {number}"},), "a", (Path(f"/d/{name}.png"),), where="d:1")
+        for number, name in enumerate(names)
+    ]
+
+
+def test_what_is_set_aside_is_always_the_same_and_no_picture_is_on_both_sides():
+    records = shown(*"abcdefghij" * 3)
+    kept, aside = set_aside(records, 0.1, "/d")
+    assert len(aside) == 3
+    assert len({record.images for record in aside}) == 1
+    assert not {record.images for record in aside} & {record.images for record in kept}
+    assert sorted([*kept, *aside], key=records.index) == records
+    assert kept == [record for record in records if record in kept]
+    again = set_aside(records[::-1], 0.1, "/d")
+    assert {record.images for record in again[1]} == {record.images for record in aside}
+    # more is set aside by setting others aside as well
+    assert {r.images for r in aside} < {r.images for r in set_aside(records, 0.3, "/d")[1]}
+
+
+def test_where_the_pictures_lie_decides_nothing():
+    here, there = shown(*"abcdefgh"), shown(*"abcdefgh")
+    there = [replace(record, images=(Path("/other/x") / record.images[0].name,)) for record in there]
+    names = [
+        [record.images[0].name for record in set_aside(records, 0.4, folder)[1]]
+        for records, folder in ((here, "/d"), (there, "/other/x"))
+    ]
+    assert names[0] == names[1]
+    assert len(names[0]) == 4
+
+
+def test_without_pictures_words_keep_rows_together():
+    records = [replace(record, images=()) for record in [*shown("a", "b", "c"), *shown("a", "b", "c")]]
+    kept, aside = set_aside(records, 0.3, ".")
+    assert len(aside) == 2
+    assert aside[0].prompt == aside[1].prompt
+    assert not any(record.prompt == aside[0].prompt for record in kept)
+
+
+def test_too_few_pictures_are_not_split():
+    with pytest.raises(UserError, match=r"d:1: nothing would be left to train on if 0.1 of the rows .* add some, or"):
+        set_aside(shown("a", "a"), 0.1, "/d")
+    with pytest.raises(UserError, match="nothing would be left"):
+        set_aside(shown("a", "b"), 0.9, "/d")

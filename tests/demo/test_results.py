@@ -1,4 +1,4 @@
-"""The evidence: what is read off curves, and the README that quotes it."""
+"""The evidence: the weight that is computed from a run, and the README that quotes it."""
 
 from __future__ import annotations
 
@@ -9,29 +9,9 @@ from pathlib import Path
 
 import pytest
 
-from lorasculpt.demo.results import _tenth, equal_target
+from lorasculpt.demo.results import _tenth
 
 ROOT = Path(__file__).parents[2]
-
-
-def run(method: str, *points: tuple[float, float, float]) -> dict:
-    return {
-        "method": method,
-        "curve": [dict(zip(("strength", "source", "target"), point, strict=True)) for point in points],
-    }
-
-
-def test_sources_are_compared_where_all_methods_have_learned_the_same():
-    found = equal_target(
-        [
-            run("dense", (0, 0.8, 0.0), (0.5, 0.6, 0.4), (1, 0.2, 0.8)),
-            run("sparse", (0, 0.8, 0.0), (0.5, 0.7, 0.3), (1, 0.6, 0.6)),
-            run("sparse", (0, 0.8, 0.0), (1, 0.5, 0.6)),
-        ]
-    )
-    assert found["target"] == 0.6
-    assert found["source"]["dense"] == pytest.approx(0.4)
-    assert found["source"]["sparse"] == pytest.approx(0.55)
 
 
 def test_the_weight_for_a_tenth_scales_with_the_measured_ratio(tmp_path):

@@ -13,13 +13,13 @@ was stopped, and the file it writes says whether it is complete.
 from __future__ import annotations
 
 import json
-from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import yaml
 
+from ..compare import equal_target, write
 from ..config import RunConfig
 from ..measure import RESULTS_FILE, measure, versions
 from ..train import LOG_FILE, train
@@ -96,30 +96,3 @@ def _tenth(folder: Path, method: dict[str, Any]) -> dict[str, float]:
     ratio = float(np.median([row["penalty_ratio"] for row in history if row.get("penalty_ratio")]))
     weight = method.get("cmr_weight", 1e-3)
     return {"weight": weight, "gradient_ratio": ratio, "weight_for_a_tenth": float(f"{0.1 * weight / ratio:.2g}")}
-
-
-def equal_target(runs: list[dict[str, Any]]) -> dict[str, Any]:
-    """Source average of every method where its strength gives the target score that all of them reach.
-
-    Read off each run's curve over strength, between its points linearly; the mean over the seeds of a method.
-    """
-    level = min(max(point["target"] for point in run["curve"]) for run in runs)
-    sources: dict[str, list[float]] = {}
-    for run in runs:
-        points = sorted(run["curve"], key=lambda point: point["strength"])
-        label = run.get("label", run["method"])
-        for low, high in pairwise(points):
-            if low["target"] <= level <= high["target"]:
-                share = (level - low["target"]) / max(high["target"] - low["target"], 1e-9)
-                sources.setdefault(label, []).append(low["source"] + share * (high["source"] - low["source"]))
-                break
-    return {"target": level, "source": {label: float(np.mean(values)) for label, values in sources.items()}}
-
-
-def write(path: Path, found: dict[str, Any]) -> Path:
-    """``found`` as JSON, whole or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_suffix(".partial")
-    partial.write_text(json.dumps(found, indent=1) + "\n")
-    partial.rename(path)
-    return path

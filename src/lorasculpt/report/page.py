@@ -190,6 +190,8 @@ def _notes(found: list[Entry]) -> list[str]:
                     f"{entry.label} starts from another base ({side.split('_')[0]} "
                     f"{percent(entry.numbers[side].value)}{SPACE}% before training): compare with care."
                 )
+    if not all(run["complete"] for entry in found for run in entry.runs):
+        notes.append("Some runs are still missing: these numbers may change.")
     return notes
 
 

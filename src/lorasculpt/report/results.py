@@ -7,9 +7,10 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from statistics import NormalDist, mean, stdev
+from statistics import mean, stdev
 
 from ..errors import UserError
+from ..evaluation.student import quantile
 
 NUMBERS = (
     "source_before",
@@ -22,8 +23,6 @@ NUMBERS = (
     "average",
 )
 REQUIRED = ("method", "seed", "source", "target", "summary")
-# 97.5 % quantile of Student's t for 1 to 9 degrees of freedom
-STUDENT = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)
 
 
 @dataclass(frozen=True)
@@ -67,6 +66,8 @@ class Entry:
 def read(paths: Sequence[Path]) -> list[dict]:
     """The runs in the results files (or folders of runs) ``paths``; each gets the ``folder`` that it was found in.
 
+    A run of a file that says so itself is not ``complete``: others are to follow.
+
     Raises:
         UserError: a file is missing, is no JSON, has another schema, or lacks a part of a run.
     """
@@ -86,7 +87,8 @@ def read(paths: Sequence[Path]) -> list[dict]:
             missing += [key for key in NUMBERS if key not in run.get("summary", NUMBERS)]
             if missing:
                 raise UserError(f"{path}: run {number} has no {missing[0]!r}; evaluate it again.")
-            runs.append(run | {"folder": path.parent, "versions": content.get("versions", {})})
+            about = {"versions": content.get("versions", {}), "complete": content.get("complete", True)}
+            runs.append(run | about | {"folder": path.parent})
     if not runs:
         raise UserError(f"{paths[0] if paths else 'results'}: no runs to report; evaluate one first.")
     first = runs[0]
@@ -104,14 +106,6 @@ def measured(found: dict, name: str) -> Number:
     return Number(value, None if unknown else low, None if unknown else high)
 
 
-def _student(freedom: int) -> float:
-    """97.5 % quantile of Student's t: the table, then Fisher's expansion around the normal quantile."""
-    if freedom <= len(STUDENT):
-        return STUDENT[freedom - 1]
-    z = NormalDist().inv_cdf(0.975)
-    return z + (z**3 + z) / (4 * freedom) + (5 * z**5 + 16 * z**3 + 3 * z) / (96 * freedom**2)
-
-
 def over_seeds(values: Sequence[Number]) -> Number:
     """One run's number as it is; of several seeds the mean, with an interval for seeds and test items together.
 
@@ -121,7 +115,7 @@ def over_seeds(values: Sequence[Number]) -> Number:
     if len(values) == 1:
         return values[0]
     x = [number.value for number in values]
-    half = _student(len(x) - 1) * stdev(x) / math.sqrt(len(x))
+    half = quantile(len(x) - 1) * stdev(x) / math.sqrt(len(x))
     below = mean(0.0 if number.low is None else number.value - number.low for number in values)
     above = mean(0.0 if number.high is None else number.high - number.value for number in values)
     return Number(mean(x), mean(x) - math.hypot(half, below), mean(x) + math.hypot(half, above))

@@ -29,6 +29,7 @@ from lorasculpt import (
     MixLoRAConfig,
     MoSLDConfig,
     MTLLoRAConfig,
+    RegularizedConfig,
     SMoRAConfig,
     SpiderConfig,
 )
@@ -106,6 +107,7 @@ CASES: dict[str, Row] = {
         additive={"l1_weight": 0.0},
     ),
     "spider": Row(SpiderConfig),
+    "regularized": Row(RegularizedConfig, {"r": 4, "lora_alpha": 8, "penalty": "orth", "weight": 0.3}),
 }
 FAMILIES = ("llava", "llava_next", "idefics3", "gemma3")
 

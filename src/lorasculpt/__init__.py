@@ -15,6 +15,7 @@ from .methods import MALoRAConfig as MALoRAConfig
 from .methods import MixLoRAConfig as MixLoRAConfig
 from .methods import MoSLDConfig as MoSLDConfig
 from .methods import MTLLoRAConfig as MTLLoRAConfig
+from .methods import RegularizedConfig as RegularizedConfig
 from .methods import SMoRAConfig as SMoRAConfig
 from .methods import SpiderConfig as SpiderConfig
 from .switch import add_task as add_task

@@ -9,6 +9,7 @@ from .malora import MALoRAConfig as MALoRAConfig
 from .mixlora import MixLoRAConfig as MixLoRAConfig
 from .mosld import MoSLDConfig as MoSLDConfig
 from .mtl_lora import MTLLoRAConfig as MTLLoRAConfig
+from .regularized import RegularizedConfig as RegularizedConfig
 from .smora import SMoRAConfig as SMoRAConfig
 from .spider import SpiderConfig as SpiderConfig
 
@@ -24,5 +25,6 @@ METHODS = {
         SMoRAConfig,
         AMLoRAConfig,
         SpiderConfig,
+        RegularizedConfig,
     )
 }

@@ -134,8 +134,8 @@ MISTAKES = {
     "which gives the projector an adapter; change one",
     "method: spider": "run.yaml:5: method must be a section of keys; got 'spider'",
     "projektor: full": "run.yaml:5: projektor is no setting; did you mean projector?",
-    "xyz: 1": "run.yaml:5: xyz is no setting; use one of base, output, seed, method, methods, scope, projector, data, training, "
-    "evaluate",
+    "xyz: 1": "run.yaml:5: xyz is no setting; use one of base, output, seed, method, methods, scope, projector, data, "
+    "training, evaluate",
     "evaluate: {source: [a, 3]}": "run.yaml:5: evaluate.source.1 must be a path; got 3",
     "evaluate:\n  metric:\n    a: exact\n    b: f1": "run.yaml:8: evaluate.metric.b must be 'exact', 'contains', 'vqa' "
     "or 'choice'; got 'f1'",

@@ -1,4 +1,4 @@
-"""The command line: ``lorasculpt train | eval | compare | report | export | inspect | methods | demo``.
+"""The command line: ``lorasculpt train | eval | compare | report | export | posthoc | inspect | methods | demo``.
 
 Exit codes: 0 done, 1 something broke here, 2 the input has to be mended (one sentence says what).
 """
@@ -18,6 +18,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
+from .cli_posthoc import app as posthoc_app
 from .errors import UserError
 
 app = typer.Typer(
@@ -31,6 +32,7 @@ app = typer.Typer(
 )
 demo_app = typer.Typer(invoke_without_command=True, add_completion=False, help="See it work on a small real model.")
 app.add_typer(demo_app, name="demo")
+app.add_typer(posthoc_app, name="posthoc")
 
 Run = Annotated[Path, typer.Argument(help="The YAML file of the run.", show_default=False)]
 Overrides = Annotated[

@@ -160,12 +160,12 @@ def export(
         written = Path(temporary) / out.name
         written.mkdir()
         if lora and to == "lora":
-            dtype = dtype or _known(lora.pairs[0].A.dtype)
+            dtype = dtype or known_dtype(lora.pairs[0].A.dtype)
             _write_lora(lora, written, str(base), dtype, task)
             del live, model  # one base in memory at a time
             found = _logits(_attach(PeftModel.from_pretrained, load(str(base))[0], written), inputs)
         else:
-            dtype = dtype or _known(AutoConfig.from_pretrained(str(base)).dtype)
+            dtype = dtype or known_dtype(AutoConfig.from_pretrained(str(base)).dtype)
             if lora:
                 plain = Path(temporary) / f"{out.name}-lora"
                 plain.mkdir()
@@ -174,7 +174,7 @@ def export(
                 model = load(str(base))[0]
                 load_projector(model, folder)
                 live = _attach(PeftModel.from_pretrained, model, plain)
-            _write_merged(live, processor, written, dtype)
+            save_model(live.merge_and_unload(safe_merge=True), processor, written, dtype)
             del live, model
             found = _merged_logits(written, inputs)
         report = Report(
@@ -302,7 +302,8 @@ def _attach(loader: Callable[[nn.Module, str], PeftModel], model: nn.Module, fol
             raise UserError(f"The adapter in {folder} does not fit the base: {str(error)[:200]}") from None
 
 
-def _known(dtype: torch.dtype | str | None) -> str:
+def known_dtype(dtype: torch.dtype | str | None) -> str:
+    """The name of ``dtype`` if it is one of ``DTYPES``, else float32."""
     name = str(dtype).removeprefix("torch.")
     return name if name in DTYPES else "float32"
 
@@ -359,9 +360,9 @@ def _card(config: LoraConfig, name: str, task: str | None) -> str:
     )
 
 
-def _write_merged(live: PeftModel, processor: Any, out: Path, dtype: str) -> None:
-    """The model with the update in its weights, and everything else that loading it needs."""
-    model = live.merge_and_unload(safe_merge=True).to(DTYPES[dtype])
+def save_model(model: nn.Module, processor: Any, out: Path, dtype: str) -> None:
+    """Write a model whose weights hold the update, in one of ``DTYPES``, and everything else that loading it needs."""
+    model = model.to(DTYPES[dtype])
     generation = getattr(model, "generation_config", None)
     if generation is not None and not generation.do_sample:
         # some bases state these without sampling, where they have no effect; such a configuration cannot be saved

@@ -1,0 +1,183 @@
+"""``lorasculpt posthoc scale | prune | dare | ties | average``: the edits of a finished LoRA on the command line."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from enum import StrEnum
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from .errors import UserError
+
+if TYPE_CHECKING:
+    from .posthoc import Written
+
+app = typer.Typer(
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode="markdown",
+    help="Edit a finished LoRA without training: turn it down, thin it out, or merge several into one.\n\n"
+    "`scale`, `prune` and `average` leave an ordinary LoRA. What `dare` and `ties` leave has no low rank: it becomes a "
+    "merged model (`--to merged --base MODEL`), or the nearest LoRA of a rank (`--to lora --rank 64`), and what that "
+    "loses is printed. Every folder gets a posthoc.json that says how it was made.",
+)
+
+
+class Form(StrEnum):
+    """What an update without low rank is written as."""
+
+    merged = "merged"
+    lora = "lora"
+
+
+class By(StrEnum):
+    """Which entries DARE drops."""
+
+    random = "random"
+    magnitude = "magnitude"
+
+
+One = Annotated[Path, typer.Argument(help="The folder of a plain LoRA.", show_default=False)]
+Several = Annotated[
+    list[Path], typer.Argument(help="Folders of plain LoRAs of the same base and layers.", show_default=False)
+]
+Out = Annotated[Path, typer.Option(help="The folder to write.", show_default=False)]
+To = Annotated[Form, typer.Option(help="The whole model with the update merged in, or the nearest LoRA of a rank.")]
+Base = Annotated[str | None, typer.Option(help="With --to merged: the adapter's base model.", show_default=False)]
+Rank = Annotated[int | None, typer.Option(help="With --to lora: its rank.", min=1, show_default=False)]
+Dtype = Annotated[
+    str | None,
+    typer.Option(help="With --to merged: float32, bfloat16 or float16. Default: the base's own.", show_default=False),
+]
+Weights = Annotated[str | None, typer.Option(help="A number for each adapter, such as 0.7,0.3.", show_default=False)]
+
+
+@app.command()
+def scale(
+    adapter: One,
+    by: Annotated[float, typer.Option(help="0 is the base, 1 the adapter as it was trained.", show_default=False)],
+    out: Out,
+) -> None:
+    """Interpolate between the base and the tuned model: W0 + by · BA. The simplest way to get some of the base back."""
+    from .posthoc import read, write
+    from .posthoc import scale as edit
+
+    _say(write(edit(read(adapter), by), out, made=_made("scale", [adapter], by=by)))
+
+
+@app.command()
+def prune(
+    adapter: One,
+    density: Annotated[float, typer.Option(help="Share of the entries that are kept.", show_default=False)],
+    out: Out,
+) -> None:
+    """Keep the largest entries of every A and every B and set the others to zero."""
+    from .posthoc import prune as edit
+    from .posthoc import read, write
+
+    _say(write(edit(read(adapter), density), out, made=_made("prune", [adapter], density=density)))
+
+
+@app.command()
+def dare(
+    adapter: One,
+    p: Annotated[float, typer.Option(help="Share of the entries of BA that is dropped.", show_default=False)],
+    out: Out,
+    seed: Annotated[int, typer.Option(help="Of what is dropped at random.")] = 0,
+    by: Annotated[By, typer.Option(help="Drop at random, or the entries of smallest magnitude.")] = By.random,
+    rescale: Annotated[bool, typer.Option(help="Divide what is left by 1 - p.")] = True,
+    to: To = Form.merged,
+    base: Base = None,
+    rank: Rank = None,
+    dtype: Dtype = None,
+) -> None:
+    """DARE: drop a share P of the entries of the update BA and divide the rest by 1 - P.
+
+        lorasculpt posthoc dare runs/a/adapter --p 0.5 --base path/to/base --out a-dare
+
+    Dropped at random, the update is noise around the old one, and a LoRA of small rank averages most of that noise out
+    again: prefer a merged model.
+    """
+    from .posthoc import dare as edit
+    from .posthoc import read, write
+
+    _check_form(to, base, rank, dtype)
+    edited = edit(read(adapter), p, seed=seed, by=by.value, rescale=rescale)
+    made = _made("dare", [adapter], p=p, seed=seed, by=by.value, rescale=rescale)
+    _say(write(edited, out, base=base, rank=rank, dtype=dtype, made=made))
+
+
+@app.command()
+def ties(
+    adapters: Several,
+    out: Out,
+    density: Annotated[float, typer.Option(help="Share of each update's entries that survives trimming.")] = 0.2,
+    weights: Weights = None,
+    to: To = Form.merged,
+    base: Base = None,
+    rank: Rank = None,
+    dtype: Dtype = None,
+) -> None:
+    """TIES: merge adapters of several tasks; trim each, elect a sign for each entry, average what agrees with it.
+
+        lorasculpt posthoc ties runs/a/adapter runs/b/adapter --base path/to/base --out both
+
+    Weights default to 1 each; the same number for all is the paper's lambda. The cosine between each two updates is
+    printed: below 0 they work against each other.
+    """
+    from .posthoc import cosines, read, write
+    from .posthoc import ties as edit
+
+    _check_form(to, base, rank, dtype)
+    found, numbers = [read(adapter) for adapter in adapters], _numbers(weights)
+    made = _made("ties", adapters, density=density, weights=numbers, cosines=cosines(found))
+    edited = edit(found, density, numbers)
+    _say(write(edited, out, base=base, rank=rank, dtype=dtype, made=made))
+
+
+@app.command()
+def average(adapters: Several, out: Out, weights: Weights = None) -> None:
+    """Average adapters of several tasks, exactly, into one LoRA whose rank is the sum of theirs.
+
+        lorasculpt posthoc average runs/a/adapter runs/b/adapter --weights 0.7,0.3 --out both
+
+    Weights default to the mean. The cosine between each two updates is printed: below 0 they work against each other.
+    """
+    from .posthoc import average as edit
+    from .posthoc import cosines, read, write
+
+    found, numbers = [read(adapter) for adapter in adapters], _numbers(weights)
+    made = _made("average", adapters, weights=numbers, cosines=cosines(found))
+    _say(write(edit(found, numbers), out, made=made))
+
+
+def _check_form(to: Form, base: str | None, rank: int | None, dtype: str | None) -> None:
+    if to is Form.merged and (base is None or rank is not None):
+        raise UserError("A merged model takes --base MODEL and no --rank; for a LoRA say --to lora --rank R.")
+    if to is Form.lora and (rank is None or base is not None or dtype is not None):
+        raise UserError("A LoRA takes --rank R and neither --base nor --dtype; for a merged model say --base MODEL.")
+
+
+def _numbers(weights: str | None) -> list[float] | None:
+    try:
+        return None if weights is None else [float(number) for number in weights.split(",")]
+    except ValueError:
+        raise UserError(f"--weights is {weights!r}; it must be numbers, such as 0.7,0.3.") from None
+
+
+def _made(edit: str, adapters: Sequence[Path], **settings: Any) -> dict[str, Any]:
+    return {"edit": edit, "adapters": [str(adapter) for adapter in adapters], **settings}
+
+
+def _say(written: Written) -> None:
+    if "cosines" in written.made:
+        names = written.made["adapters"]
+        for i, row in enumerate(written.made["cosines"]):
+            for j in range(i):
+                print(f"cosine of {names[j]} and {names[i]}: {row[j]:+.3f}")
+    if written.loss:
+        why = "rounding" if written.to == "merged" else f"rank {written.rank}"
+        print(f"lost to {why}: {100 * written.loss:.2g} % of the update's norm")
+    print(f"{written.to}: {written.out}")

@@ -91,6 +91,27 @@ def test_from_config_to_an_adapter_that_stock_peft_loads(run, tmp_path, capsys, 
     torch.testing.assert_close(live, merged, atol=1e-5, rtol=1e-4)
 
 
+def test_drift_is_measured_where_it_is_asked_for(run, capsys):
+    config = run("evaluate.drift=4", "evaluate.every=2", "evaluate.during=3")
+    train(config, progress=False)
+    texts = (config.output / "drift.jsonl").read_text()
+    results, _ = measure(config, progress=False)
+    record = json.loads(results.read_text())["runs"][0]
+    low, high = record["drift"]["interval"]
+    assert 0 < low <= record["drift"]["value"] <= high
+    assert record["drift"]["n"] == 4
+    assert [row["step"] for row in record["training"] if row.get("drift", 0) > 0] == [2, 4]
+    assert (config.output / "drift.jsonl").read_text() == texts  # the same in training and after it
+    assert texts.count('"images": []') == 2
+    cli._summary([results])
+    assert "drift" in capsys.readouterr().out
+
+    whole = run("evaluate.drift=4", "projector=full", "output=whole")
+    train(whole, progress=False)
+    record = json.loads(measure(whole, progress=False)[0].read_text())["runs"][0]
+    assert "drift" not in record  # a replaced projector leaves no base to compare with
+
+
 @pytest.mark.parametrize("stop", [1, 3])
 def test_a_killed_run_goes_on_as_if_it_had_never_stopped(run, monkeypatch, stop):
     whole = weights(train(run(), progress=False))

@@ -347,15 +347,16 @@ def _methods(found: list[dict[str, Any]]) -> None:
 
 def _summary(results: list[Path]) -> None:
     """Print what each run learned and kept."""
-    table = Table(
-        "run", "source before", "source after", "retention", "target before", "target after", "H-mean", "minutes"
-    )
-    for path in results:
-        for run in json.loads(path.read_text())["runs"]:
-            numbers = run["summary"]
-            keys = ("source_before", "source_after", "retention", "target_before", "target_after", "h_mean")
-            cells = ["-" if numbers[key] is None else f"{100 * numbers[key]:.1f} %" for key in keys]
-            table.add_row(f"{run['method']} (seed {run['seed']})", *cells, f"{run['seconds'] / 60:.1f}")
+    runs = [run for path in results for run in json.loads(path.read_text())["runs"]]
+    drifts = ["drift"] if any("drift" in run for run in runs) else []
+    head = ("run", "source before", "source after", "retention", "target before", "target after", "H-mean")
+    table = Table(*head, *drifts, "minutes")
+    for run in runs:
+        numbers = run["summary"]
+        keys = ("source_before", "source_after", "retention", "target_before", "target_after", "h_mean")
+        cells = ["-" if numbers[key] is None else f"{100 * numbers[key]:.1f} %" for key in keys]
+        cells += [f"{run['drift']['value']:.3f}" if "drift" in run else "-" for _ in drifts]
+        table.add_row(f"{run['method']} (seed {run['seed']})", *cells, f"{run['seconds'] / 60:.1f}")
     Console().print(table)
 
 

@@ -191,6 +191,9 @@ class Evaluate(_Section):
         as_task: For an adapter that knows tasks: the one as which it answers questions of tasks that it does not know,
             as those of ``source`` mostly are.
         metric: Metric of a task by its name. Default of a task: ``exact``.
+        drift: How many texts, sampled from the base, the drift is measured on (`lorasculpt.evaluation.drift`), half of
+            them about pictures of ``source``, or else ``target``; during training on the first ``during`` of them. Not
+            measured where the base's own weights move (``projector: full``, PiSSA and its like). Default: none.
     """
 
     source: Paths = Field(default_factory=list)
@@ -205,6 +208,7 @@ class Evaluate(_Section):
     strengths: list[Annotated[float, Field(gt=0, lt=1)]] = Field(default_factory=lambda: [0.25, 0.5, 0.75])
     as_task: Annotated[str, Field(min_length=1)] | None = None
     metric: dict[str, Literal["exact", "contains", "vqa", "choice"]] = Field(default_factory=dict)
+    drift: Positive | None = None
 
 
 @dataclass(frozen=True)

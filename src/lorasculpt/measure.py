@@ -16,11 +16,11 @@ from .adapters.load import load as load_adapter
 from .adapters.update import UpdateConfig
 from .config import RunConfig
 from .errors import UserError
-from .evaluation import comparison, curve, evaluate, gallery
+from .evaluation import comparison, curve, drift, evaluate, gallery
 from .evaluation.run import curve_point
 from .evaluation.strength import fixed
 from .models.load import load
-from .train import ADAPTER, LOG_FILE, check_tasks, held_out, precision
+from .train import ADAPTER, LOG_FILE, check_tasks, drift_prompts, held_out, precision
 
 RESULTS_FILE = "results.json"
 
@@ -71,6 +71,10 @@ def measure(
         before = evaluate(model, processor, source, target, progress="base" if progress else None, **options)
     model = load_adapter(model, folder)
     after = evaluate(model, processor, source, target, progress=name if progress else None, **options)
+    drifted = None
+    if prompts := drift_prompts(config, model, processor, options["precision"]):
+        told = {key: value for key, value in options.items() if key != "max_new_tokens"}
+        drifted = drift(model, processor, prompts, progress=f"{name} drift" if progress else None, **told)
     small_source, small_target = held_out(config, curve_limit or config.evaluate.limit)
     points = []
     if config.projector != "full" and fixed(model) is None:  # a replaced projector has no strength
@@ -87,6 +91,7 @@ def measure(
         "settings": config.model_dump(mode="json", include={"method", "scope", "projector", "training"})
         | ({"evaluate": {"as_task": config.evaluate.as_task}} if config.evaluate.as_task else {}),
         **comparison(before, after),
+        **({"drift": drifted} if drifted else {}),
         "seconds": training["seconds"],
         "adapter_bytes": sum(path.stat().st_size for path in folder.glob("*.safetensors")),
         "trainable": training["trainable"],

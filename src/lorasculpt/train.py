@@ -10,6 +10,7 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import json
+import random
 import re
 import shutil
 import time
@@ -31,14 +32,16 @@ from .config import RunConfig
 from .data.batches import Collator, rows
 from .data.records import Record, read, set_aside
 from .errors import UserError
-from .evaluation import Task, evaluate, tasks
+from .evaluation import Task, drift, evaluate, self_prompts, tasks
+from .evaluation.drift import Prompt, question
+from .evaluation.strength import moved
 from .evaluation.summary import task_average
 from .evaluation.tasks import asked_as
 from .methods import METHODS
 from .models.load import autocast_dtype, load
 from .models.parts import parts, target_regex
 
-RUN_FILE, LOG_FILE, ADAPTER = "run.yaml", "training.json", "adapter"
+RUN_FILE, LOG_FILE, DRIFT_FILE, ADAPTER = "run.yaml", "training.json", "drift.jsonl", "adapter"
 KINDS: dict[str, type[LoraConfig]] = {"lora": LoraConfig, **METHODS}
 
 
@@ -201,7 +204,7 @@ def _routed(model: PeftModel) -> list[str] | None:
 
 
 def check_tasks(config: RunConfig, known: Sequence[str], tasks: Iterable[Task]) -> None:
-    """See that an adapter that knows the tasks ``known`` can be asked the questions of ``tasks``.
+    """See that an adapter that knows the tasks ``known`` can be asked the questions of ``tasks``, and of the drift.
 
     Raises:
         UserError: if ``config.evaluate.as_task`` is none of them, or is missing and needed.
@@ -211,7 +214,8 @@ def check_tasks(config: RunConfig, known: Sequence[str], tasks: Iterable[Task]) 
         raise config.error(
             "evaluate.as_task", f"is {as_task!r}, a task that the adapter does not know; use one of {', '.join(known)}."
         )
-    asked_as((record for task in tasks for record in task.records), known, as_task)
+    general = [question(0)] if config.evaluate.drift else []
+    asked_as([*(record for task in tasks for record in task.records), *general], known, as_task)
 
 
 def thaw_projector(model: nn.Module, config: RunConfig) -> None:
@@ -250,6 +254,20 @@ def held_out(config: RunConfig, limit: int | None = None) -> tuple[list[Task], l
         metrics = config.evaluate.metric
         found.append([dataclasses.replace(task, metric=metrics.get(task.name, task.metric)) for task in kept])
     return found[0], found[1]
+
+
+def drift_prompts(config: RunConfig, model: nn.Module, processor, autocast: torch.dtype | None) -> list[Prompt]:
+    """The texts that the drift of a run is measured on, kept in its folder; none where it is not to be or cannot be."""
+    if not config.evaluate.drift or config.projector == "full" or moved(model):
+        return []
+    source, target = held_out(config, config.evaluate.drift)
+    shown = [record.images[0] for task in source or target for record in task.records if record.images]
+    images = list(dict.fromkeys(shown))
+    random.Random(0).shuffle(images)
+    options: dict[str, Any] = {"batch": config.evaluate.batch, "precision": autocast}
+    return self_prompts(
+        model, processor, config.evaluate.drift, images=images, path=config.output / DRIFT_FILE, **options
+    )
 
 
 def _projector(model: nn.Module) -> dict[str, nn.Parameter]:
@@ -352,7 +370,7 @@ class _Keep(TrainerCallback):
 
 
 class _Measure(TrainerCallback):
-    """Source and target, measured on a few items at chosen steps: the curves of the report."""
+    """Source, target and drift, measured on a few items at chosen steps: the curves of the report."""
 
     def __init__(self, config: RunConfig, model: nn.Module, processor, autocast: torch.dtype | None):
         self.config, self.processor, self.autocast = config, processor, autocast
@@ -364,20 +382,19 @@ class _Measure(TrainerCallback):
     def on_step_end(self, args, state, control, model=None, **kwargs):
         if state.global_step % self.config.evaluate.every and state.global_step != state.max_steps:
             return
-        found = evaluate(
-            model,
-            self.processor,
-            self.source,
-            self.target,
-            precision=self.autocast,
-            batch=self.config.evaluate.batch,
-            max_new_tokens=self.config.evaluate.max_new_tokens,
-            as_task=self.config.evaluate.as_task,
-        )
+        options: dict[str, Any] = {
+            "precision": self.autocast,
+            "batch": self.config.evaluate.batch,
+            "as_task": self.config.evaluate.as_task,
+        }
+        longest = self.config.evaluate.max_new_tokens
+        found = evaluate(model, self.processor, self.source, self.target, max_new_tokens=longest, **options)
         point: dict[str, Any] = {"step": state.global_step}
         for side in ("source", "target"):
             if found[side]:
                 point[side] = task_average({name: entry["scores"] for name, entry in found[side].items()})
+        if prompts := drift_prompts(self.config, model, self.processor, self.autocast):
+            point["drift"] = drift(model, self.processor, prompts[: self.config.evaluate.during], **options)["value"]
         state.log_history.append(point)
 
 

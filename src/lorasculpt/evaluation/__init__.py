@@ -1,9 +1,23 @@
 """What a model knew and what it learned: answers, scores, and the numbers made of them."""
 
 from .answer import answer
+from .drift import drift, self_prompts
 from .run import comparison, curve, evaluate, gallery
 from .score import interval, score
 from .strength import strength
 from .tasks import Task, tasks
 
-__all__ = ["Task", "answer", "comparison", "curve", "evaluate", "gallery", "interval", "score", "strength", "tasks"]
+__all__ = [
+    "Task",
+    "answer",
+    "comparison",
+    "curve",
+    "drift",
+    "evaluate",
+    "gallery",
+    "interval",
+    "score",
+    "self_prompts",
+    "strength",
+    "tasks",
+]

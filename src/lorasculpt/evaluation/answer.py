@@ -11,16 +11,16 @@ from tqdm import tqdm
 from ..adapters.update import known_tasks
 from ..data.batches import prompt_text
 from ..data.records import Record
-from .prompts import batches, chat, encode, evaluating, tokenizer_of
+from .prompts import batches, chat, encode, evaluating, followed, tokenizer_of
 from .tasks import asked_as
 
 # plain argmax, whatever sampling or penalties the model's own generation config suggests
 GREEDY = {"do_sample": False, "num_beams": 1, "temperature": 1.0, "top_p": 1.0, "top_k": 50, "repetition_penalty": 1.0}
 
 
-def _stops(model: nn.Module, tokenizer) -> list[int]:
+def stops(model: nn.Module, processor) -> list[int]:
     """Tokens that end an answer: the model's own, and the tokenizer's end of text."""
-    own = model.generation_config.eos_token_id
+    own, tokenizer = model.generation_config.eos_token_id, tokenizer_of(processor)
     own = own if isinstance(own, list) else [own]
     return sorted({token for token in (*own, tokenizer.eos_token_id) if token is not None})
 
@@ -52,14 +52,14 @@ def answer(
     Raises:
         UserError: for a task that the adapter does not know, if there is no ``as_task``.
     """
-    tokenizer, named = tokenizer_of(processor), _named(model, records, as_task)
+    tokenizer, named = tokenizer_of(processor), asked(model, records, as_task)
     texts = [chat(processor, record) for record in records]
-    stops, answers = _stops(model, tokenizer), [""] * len(records)
-    options = GREEDY | {"max_new_tokens": max_new_tokens, "eos_token_id": stops, "pad_token_id": tokenizer.pad_token_id}
+    ends, answers = stops(model, processor), [""] * len(records)
+    options = GREEDY | {"max_new_tokens": max_new_tokens, "eos_token_id": ends, "pad_token_id": tokenizer.pad_token_id}
     with evaluating(model, precision), tqdm(total=len(records), desc=progress, disable=progress is None) as bar:
         for part in batches(records, texts, batch):
             inputs = encode(model, processor, [records[i] for i in part], [texts[i] for i in part])
-            tokens = model.generate(**inputs, **options, **_task(named, part), use_cache=True)
+            tokens = model.generate(**inputs, **options, **task_of(named, part), use_cache=True)
             spoken = tokenizer.batch_decode(tokens[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
             for i, text in zip(part, spoken, strict=True):
                 answers[i] = text.strip()
@@ -67,13 +67,13 @@ def answer(
     return answers
 
 
-def _named(model: nn.Module, records: Sequence[Record], as_task: str | None) -> list[str] | None:
+def asked(model: nn.Module, records: Sequence[Record], as_task: str | None) -> list[str] | None:
     """The task of each record as the adapter of ``model`` is to be told it; None if there is none to tell."""
     known = known_tasks(model)
     return None if known is None else asked_as(records, known, as_task)
 
 
-def _task(named: list[str] | None, part: Sequence[int]) -> dict[str, list[str]]:
+def task_of(named: list[str] | None, part: Sequence[int]) -> dict[str, list[str]]:
     """What a model has to be given for the tasks of the samples ``part``."""
     return {} if named is None else {"task": [named[i] for i in part]}
 
@@ -88,24 +88,9 @@ def _lead(processor, record: Record, prompt: str) -> str:
     return ""
 
 
-def _followed(inputs: dict, choices: list[list[int]]) -> dict:
-    """``inputs`` with the tokens of one choice after each prompt, padding all on the left."""
-    ids, width = inputs["input_ids"], max(map(len, choices))
-    tail = torch.zeros(len(choices), width, dtype=ids.dtype)
-    mask = torch.zeros_like(tail)
-    for row, choice in enumerate(choices):
-        tail[row, : len(choice)] = torch.tensor(choice)
-        mask[row, : len(choice)] = 1
-    tail, mask = tail.to(ids.device), mask.to(ids.device)
-    tails = {"input_ids": tail, "attention_mask": mask, "token_type_ids": mask * 0, "mm_token_type_ids": mask * 0}
-    joined = {name: torch.cat([inputs[name], extra], 1) for name, extra in tails.items() if name in inputs}
-    order = joined["attention_mask"].argsort(dim=1, stable=True)  # padding first, the rest in its order
-    return inputs | {name: value.gather(1, order) for name, value in joined.items()}
-
-
 def _mean_log_likelihood(model: nn.Module, inputs: dict, choices: list[list[int]]) -> Tensor:
     """(rows,) mean log-probability of the tokens of each choice after its prompt, in nats a token."""
-    inputs = _followed(inputs, choices)
+    inputs = followed(inputs, choices)
     width = max(map(len, choices))
     logits = model(**inputs, use_cache=False, logits_to_keep=width + 1).logits[:, -width - 1 : -1]
     said = logits.float().log_softmax(-1).gather(2, inputs["input_ids"][:, -width:, None])[..., 0]
@@ -134,13 +119,13 @@ def choose(
     leads = [_lead(processor, record, prompt) for record, prompt in zip(records, prompts, strict=True)]
     rows = [(i, choice) for i, record in enumerate(records) for choice in record.choices]
     repeated, texts = [records[i] for i, _ in rows], [prompts[i] for i, _ in rows]
-    named = _named(model, repeated, as_task)
+    named = asked(model, repeated, as_task)
     best: dict[int, tuple[float, str]] = {}
     with evaluating(model, precision), tqdm(total=len(rows), desc=progress, disable=progress is None) as bar:
         for part in batches(repeated, texts, batch):
             tokens = [tokenizer(leads[rows[j][0]] + rows[j][1], add_special_tokens=False)["input_ids"] for j in part]
             inputs = encode(model, processor, [repeated[j] for j in part], [texts[j] for j in part])
-            inputs |= _task(named, part)
+            inputs |= task_of(named, part)
             for j, value in zip(part, _mean_log_likelihood(model, inputs, tokens).tolist(), strict=True):
                 i, choice = rows[j]
                 if i not in best or value > best[i][0]:

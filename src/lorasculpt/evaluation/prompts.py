@@ -56,6 +56,21 @@ def encode(model: nn.Module, processor, records: Sequence[Record], texts: Sequen
     return {name: placed(value) for name, value in encoded.items()}
 
 
+def followed(inputs: dict, answers: list[list[int]]) -> dict:
+    """``inputs`` with the tokens of one answer after each prompt, padding all on the left."""
+    ids, width = inputs["input_ids"], max(map(len, answers))
+    tail = torch.zeros(len(answers), width, dtype=ids.dtype)
+    mask = torch.zeros_like(tail)
+    for row, answer in enumerate(answers):
+        tail[row, : len(answer)] = torch.tensor(answer)
+        mask[row, : len(answer)] = 1
+    tail, mask = tail.to(ids.device), mask.to(ids.device)
+    tails = {"input_ids": tail, "attention_mask": mask, "token_type_ids": mask * 0, "mm_token_type_ids": mask * 0}
+    joined = {name: torch.cat([inputs[name], extra], 1) for name, extra in tails.items() if name in inputs}
+    order = joined["attention_mask"].argsort(dim=1, stable=True)  # padding first, the rest in its order
+    return inputs | {name: value.gather(1, order) for name, value in joined.items()}
+
+
 @contextmanager
 def evaluating(model: nn.Module, precision: torch.dtype | None) -> Iterator[None]:
     """No dropout, no gradients, ``precision`` by autocast (None: as it is); every module's mode is restored."""

@@ -58,6 +58,15 @@ def _interpolated(wrapper: ModulesToSaveWrapper, value: float) -> Iterator[None]
         trained.load_state_dict(before)
 
 
+def moved(model: nn.Module) -> str | None:
+    """Why ``model`` without its adapters is not the base that it started from, or None if it is."""
+    for config in getattr(model, "peft_config", {}).values():
+        start = str(getattr(config, "init_lora_weights", True)).lower()
+        if start.startswith(MOVING):
+            return f"an adapter that starts with {start} has moved the base weights"
+    return None
+
+
 def fixed(model: nn.Module) -> str | None:
     """Why the adapters of ``model`` have one strength alone, or None if it can be set.
 
@@ -73,11 +82,7 @@ def fixed(model: nn.Module) -> str | None:
         scales = isinstance(layer, UpdateLayer) or hasattr(layer, "scaling")
         if not scales or any(getattr(layer, "use_dora", {}).values()):
             return f"the effect of {type(layer).__name__} is not a multiple of its scaling"
-    for config in getattr(model, "peft_config", {}).values():
-        start = str(getattr(config, "init_lora_weights", True)).lower()
-        if start.startswith(MOVING):
-            return f"an adapter that starts with {start} has moved the base weights"
-    return None
+    return moved(model)
 
 
 @contextmanager

@@ -1,0 +1,60 @@
+"""The runs of the studies are runs that the configs take."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import yaml
+from peft import LoraConfig
+
+from lorasculpt import METHODS
+from lorasculpt.config import RunConfig
+from lorasculpt.demo import run, study
+
+
+@pytest.fixture(autouse=True)
+def folder(tmp_path, monkeypatch):
+    monkeypatch.setattr(run.base, "folder", lambda: tmp_path)
+    return tmp_path
+
+
+def built(made: dict, folder) -> RunConfig:
+    """The YAML of a run read back, its method's config made."""
+    path = folder / "run.yaml"
+    path.write_text(yaml.safe_dump(made))
+    config = RunConfig.load(path)
+    method = dict(config.method)
+    kind = {"lora": LoraConfig, **METHODS}[method.pop("name")]
+    kind(**method | ({"tasks": ["one"]} if getattr(kind, "multitask", False) else {}))
+    return config
+
+
+@pytest.mark.parametrize("label", study.CHANGES)
+def test_a_change_changes_what_it_says(label, folder):
+    name, changes = study.CHANGES[label]
+    config = built(run.settings(name, split="validation", **dict(changes)), folder)
+    for key, value in changes.get("method", {}).items():
+        assert config.method[key] == value
+    assert config.training.steps == changes.get("steps", run.STEPS)
+    assert config.training.lr == changes.get("lr", run.METHODS[name]["lr"])
+
+
+@pytest.mark.parametrize("name", study.TOGETHER)
+def test_three_tasks_at_once(name, folder):
+    config = built(study._several(name, study.TOGETHER[name]), folder)
+    assert [path.name for path in config.evaluate.target] == [f"{task}_held_out.jsonl" for task in study.TASKS]
+    assert (config.evaluate.as_task is not None) == (name == "mtl_lora")
+
+
+def test_a_finished_run_is_not_done_again(folder, monkeypatch):
+    numbers = dict.fromkeys(("method", "seed", "steps", "settings", "source", "target", "summary", "seconds"), 0)
+    numbers |= {"adapter_bytes": 1, "trainable": 2, "gallery": "left out"}
+    made = run.settings("lora", output="done")
+    (folder / "done").mkdir()
+    (folder / "done" / "results.json").write_text(json.dumps({"runs": [numbers]}))
+    monkeypatch.setattr(study, "train", lambda config: pytest.fail("trained again"))
+    entry, before = study._measured(folder / "run.yaml", made, None)
+    assert "gallery" not in entry
+    assert entry["trainable"] == 2
+    assert before is None

@@ -1,4 +1,4 @@
-"""``lorasculpt posthoc scale | prune | dare | ties | average``: the edits of a finished LoRA on the command line."""
+"""``lorasculpt posthoc scale | prune | dare | tailor | ties | average``: edits of a finished LoRA."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ app = typer.Typer(
     add_completion=False,
     rich_markup_mode="markdown",
     help="Edit a finished LoRA without training: turn it down, thin it out, or merge several into one.\n\n"
-    "`scale`, `prune` and `average` leave an ordinary LoRA. What `dare` and `ties` leave has no low rank: it becomes a "
-    "merged model (`--to merged --base MODEL`), or the nearest LoRA of a rank (`--to lora --rank 64`), and what that "
-    "loses is printed. Every folder gets a posthoc.json that says how it was made.",
+    "`scale`, `prune` and `average` leave an ordinary LoRA. What `dare`, `tailor` and `ties` leave has no low "
+    "rank: it becomes a merged model (`--to merged --base MODEL`), or the nearest LoRA of a rank (`--to lora --rank "
+    "64`), and what that loses is printed. Every folder gets a posthoc.json that says how it was made.",
 )
 
 
@@ -107,6 +107,40 @@ def dare(
     edited = edit(read(adapter), p, seed=seed, by=by.value, rescale=rescale)
     made = _made("dare", [adapter], p=p, seed=seed, by=by.value, rescale=rescale)
     _say(write(edited, out, base=base, rank=rank, dtype=dtype, made=made))
+
+
+@app.command()
+def tailor(
+    adapter: One,
+    base: Annotated[str, typer.Option(help="The adapter's base model.", show_default=False)],
+    data: Annotated[Path, typer.Option(help="Records that the tuned model is run on.", show_default=False)],
+    out: Out,
+    keep: Annotated[float, typer.Option(help="Share of the weights that do not return to the base.")] = 0.1,
+    limit: Annotated[int, typer.Option(help="How many records of --data at most.", min=1)] = 128,
+    released: Annotated[bool, typer.Option(help="Compensate with the sign of the authors' code.")] = False,
+    to: To = Form.merged,
+    rank: Rank = None,
+    dtype: Dtype = None,
+) -> None:
+    """Model Tailor: keep the weights that changed and matter most, return the others, and let the kept ones make up.
+
+        lorasculpt posthoc tailor runs/a/adapter --base path/to/base --data data/train.jsonl --out a-tailored
+
+    Records of the task that was learned tell which weights matter. The authors' code adds the compensation where
+    optimal brain surgery subtracts it; `--released` does as it does.
+    """
+    from .posthoc import calibrate, model_tailor, read, write
+    from .posthoc.files import check_out
+    from .posthoc.tailor import check_keep
+
+    merge = base if to is Form.merged else None
+    _check_form(to, merge, rank, dtype)
+    check_keep(keep)  # calibrating takes its time, so that mistakes are told before
+    check_out(out)
+    found = read(adapter)
+    edited = model_tailor(found, *calibrate(found, base, data, limit), keep, released=released)
+    made = _made("tailor", [adapter], data=str(data), limit=limit, keep=keep, released=released)
+    _say(write(edited, out, base=merge, rank=rank, dtype=dtype, made=made))
 
 
 @app.command()

@@ -210,6 +210,12 @@ def test_every_verb(make, tmp_path, pico_folder, capsys, monkeypatch):
     assert f"merged: {tmp_path / 'ties'}" in out
     assert record["made"]["weights"] == [1, 0.5]
     assert made("average", a, b)[1]["rank"] == 8
+    data = pico.write_data(tmp_path / "data", n=3)
+    out, record = made("tailor", a, "--base", base, "--data", data, "--limit", 2, "--keep", 0.2)
+    assert (record["to"], record["made"]["limit"], record["made"]["released"]) == ("merged", 2, False)
+    found = deltas(base, AutoModelForImageTextToText.from_pretrained(tmp_path / "tailor"))
+    assert found.keys() == by_peft(base, a).keys()
+    assert all(int((delta != 0).sum()) <= 0.2 * delta.numel() for delta in found.values())
 
 
 @pytest.mark.parametrize(
@@ -219,6 +225,9 @@ def test_every_verb(make, tmp_path, pico_folder, capsys, monkeypatch):
         (("dare", "nowhere", "--p", 0.5, "--to", "lora"), "A LoRA takes --rank R"),
         (("dare", "nowhere", "--p", 0.5, "--base", "x"), "nowhere holds no adapter"),
         (("average", "a", "b", "--weights", "1;2"), "--weights is '1;2'"),
+        (("tailor", "nowhere", "--base", "x", "--data", "y", "--rank", 2), "A merged model takes --base MODEL"),
+        (("tailor", "a", "--base", "x", "--data", "y.jsonl"), "y.jsonl"),
+        (("tailor", "a", "--base", "x", "--data", "y.jsonl", "--keep", 0), "not 0"),
     ],
 )
 def test_mistakes_are_one_sentence_and_exit_code_2(make, tmp_path, capsys, monkeypatch, arguments, message):

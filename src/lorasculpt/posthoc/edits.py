@@ -184,7 +184,7 @@ def dare(
     pairs = {pair.name: pair for pair in adapter.pairs}
 
     def of(name: str) -> Tensor:
-        return drop(_delta(pairs[name]), p, generator=_generator(seed, name), by=by, rescale=rescale)
+        return drop(delta_of(pairs[name]), p, generator=_generator(seed, name), by=by, rescale=rescale)
 
     return Update(adapter, of)
 
@@ -215,7 +215,7 @@ def ties(adapters: Sequence[Adapter], density: float = 0.2, weights: Sequence[fl
     def of(name: str) -> Tensor:
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message="The density")  # that 1 trims nothing is what was asked for
-            return merge_utils.ties([_delta(pair) for pair in layers[name]], found, density)
+            return merge_utils.ties([delta_of(pair) for pair in layers[name]], found, density)
 
     return Update(adapters[0], of)
 
@@ -246,7 +246,7 @@ def truncate(update: Update, rank: int) -> tuple[Adapter, float]:
         root = S[:rank].sqrt()
         pair = _filled(name, root[:, None] * V[:rank], U[:, :rank] * root, rank, dtype)
         pairs.append(pair)
-        lost += float((delta - _delta(pair)).square().sum())
+        lost += float((delta - delta_of(pair)).square().sum())
         all_ += float(delta.square().sum())
     return _of_rank(update.adapter, rank, pairs), math.sqrt(lost / all_) if all_ else 0.0
 
@@ -278,7 +278,8 @@ def cosines(adapters: Sequence[Adapter]) -> list[list[float]]:
 # --- shared ---------------------------------------------------------------------------------------------------------
 
 
-def _delta(pair: Pair) -> Tensor:
+def delta_of(pair: Pair) -> Tensor:
+    """The update of one layer, scaling · BA, (out, in) in fp32."""
     return pair.scaling * (pair.B.float() @ pair.A.float())
 
 

@@ -87,8 +87,7 @@ def write(
             ``dtype`` where it has no meaning, or the update does not fit the base.
     """
     out = Path(out)
-    if out.exists() and not (out.is_dir() and not any(out.iterdir())):
-        raise UserError(f"{out} exists and is not an empty folder; name another one.")
+    check_out(out)
     if isinstance(edited, Adapter) and (base is not None or rank is not None):
         raise UserError("This edit leaves a LoRA as it is written; leave out base and rank.")
     if isinstance(edited, Update) and (base is None) == (rank is None):
@@ -117,6 +116,12 @@ def write(
         (folder / RECORD).write_text(content + "\n", encoding="utf-8")
         folder.rename(out)
     return written
+
+
+def check_out(out: Path) -> None:
+    """Raise :class:`UserError` unless ``out`` can be written: it must not exist or be an empty folder."""
+    if out.exists() and not (out.is_dir() and not any(out.iterdir())):
+        raise UserError(f"{out} exists and is not an empty folder; name another one.")
 
 
 def _write_lora(adapter: Adapter, out: Path) -> tuple[int, str]:

@@ -1,0 +1,52 @@
+"""What Model Tailor asks of a model: the base's weights, and the inputs that each layer sees on some records."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from ..adapters.load import load as load_adapter
+from ..data.batches import Collator, rows
+from ..data.records import Record
+from ..data.records import read as read_records
+from ..inspect import Adapter
+from ..models.load import load
+from .tailor import moments_of
+
+
+def calibrate(
+    adapter: Adapter, base: str | Path, data: str | Path, limit: int = 128
+) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """Run the tuned model over the first ``limit`` records of a file, one by one, on the CPU in fp32.
+
+    Args:
+        adapter: as :func:`~lorasculpt.posthoc.read` returns it.
+        base: the model it was trained on, a folder or a name on the Hub.
+        data: a file of records; of the task that was learned, in the authors' code.
+        limit: how many records at most.
+
+    Returns:
+        Of each layer of the adapter by its name: the base's weight, (out, in), and the second moment of the tuned
+        model's inputs, (in, in).
+
+    Raises:
+        UserError: the records or the base cannot be read, or the adapter is not the base's.
+    """
+    records = read_records(data, limit=limit)
+    model, processor = load(str(base))
+    tuned = load_adapter(model, adapter.folder).eval()
+    names = [pair.name for pair in adapter.pairs]
+    moments = moments_of(tuned, names, _batches(processor, records))
+    inner = tuned.get_base_model()
+    return {name: inner.get_submodule(name).get_base_layer().weight.detach() for name in names}, moments
+
+
+def _batches(processor: Any, records: Sequence[Record]) -> Iterator[Mapping[str, Any]]:
+    """Question and answer of each record; of the logits, which nobody needs, only the last."""
+    collate, table = Collator(processor), rows(records)
+    for i in range(len(records)):
+        batch = {key: value for key, value in collate([table[i]]).items() if key != "labels"}
+        yield {**batch, "use_cache": False, "logits_to_keep": 1}

@@ -1,4 +1,4 @@
-"""The command line: ``lorasculpt train | eval | compare | report | export | posthoc | inspect | methods | demo``.
+"""Command line: ``lorasculpt train | eval | dial | compare | report | export | posthoc | inspect | methods | demo``.
 
 Exit codes: 0 done, 1 something broke here, 2 the input has to be mended (one sentence says what).
 """
@@ -86,11 +86,46 @@ def train(run: Run, overrides: Overrides = None) -> None:
 def evaluate(run: Run, overrides: Overrides = None) -> None:
     """Measure RUN's base and adapter on its source and target tasks; writes results.json into the run's folder."""
     from .config import RunConfig
+    from .evaluation.budget import told
     from .measure import measure
 
     path, _ = measure(RunConfig.load(run, overrides or []))
     _summary([path])
+    for found in json.loads(path.read_text())["runs"]:
+        if "budget" in found:
+            print(told(found["budget"]))
     print(f"results: {path}")
+
+
+@app.command()
+def dial(
+    run: Run,
+    overrides: Overrides = None,
+    retain: Annotated[
+        float | None, typer.Option(help="Share of the base to keep. Default: evaluate.retain, or 0.97.")
+    ] = None,
+    write: Annotated[
+        Path | None, typer.Option(help="A new folder for the adapter at the chosen strength.", show_default=False)
+    ] = None,
+) -> None:
+    """Show what each strength of RUN's adapter learns and keeps, and choose one; works without source tasks.
+
+    Chosen is the strength with the largest target among those that keep enough: of the source where RUN names one, or
+    else of the probability that the base gives to texts of its own (exp(-drift)).
+    """
+    from .config import RunConfig
+    from .dial import dial as go
+    from .evaluation.budget import kept, told
+
+    path, found = go(RunConfig.load(run, overrides or []), retain=retain, write=write)
+    by, shares = kept(found["points"])
+    table = Table("strength", "target", "source", "drift", f"kept, by {by}")
+    for point, share in zip(found["points"], shares, strict=True):
+        cells = [f"{100 * point[side]:.1f} %" if side in point else "-" for side in ("target", "source")]
+        table.add_row(f"{point['strength']:g}", *cells, f"{point['drift']:.3f}", f"{100 * share:.1f} %")
+    Console().print(table)
+    print(told(found["budget"]))
+    print(f"dial: {path}" + (f"\nadapter: {write}" if write else ""))
 
 
 @app.command()

@@ -194,6 +194,8 @@ class Evaluate(_Section):
         drift: How many texts, sampled from the base, the drift is measured on (`lorasculpt.evaluation.drift`), half of
             them about pictures of ``source``, or else ``target``; during training on the first ``during`` of them. Not
             measured where the base's own weights move (``projector: full``, PiSSA and its like). Default: none.
+        retain: Share of the source to keep, in (0, 1]: it is told which strength of the adapter learns the most among
+            those that do. Default: none.
     """
 
     source: Paths = Field(default_factory=list)
@@ -209,6 +211,7 @@ class Evaluate(_Section):
     as_task: Annotated[str, Field(min_length=1)] | None = None
     metric: dict[str, Literal["exact", "contains", "vqa", "choice"]] = Field(default_factory=dict)
     drift: Positive | None = None
+    retain: Annotated[float, Field(gt=0, le=1)] | None = None
 
 
 @dataclass(frozen=True)

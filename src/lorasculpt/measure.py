@@ -17,6 +17,7 @@ from .adapters.update import UpdateConfig
 from .config import RunConfig
 from .errors import UserError
 from .evaluation import comparison, curve, drift, evaluate, gallery
+from .evaluation.budget import within
 from .evaluation.run import curve_point
 from .evaluation.strength import fixed
 from .models.load import load
@@ -96,6 +97,7 @@ def measure(
         "adapter_bytes": sum(path.stat().st_size for path in folder.glob("*.safetensors")),
         "trainable": training["trainable"],
         "curve": points,
+        **({"budget": within(points, config.evaluate.retain)} if config.evaluate.retain and points else {}),
         "training": training["history"],
         "gallery": [
             entry | {"image": os.path.relpath(entry["image"], config.output)}

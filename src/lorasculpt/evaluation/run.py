@@ -106,9 +106,14 @@ def curve(
 
 
 def curve_point(value: float, measured: dict) -> dict:
-    """A result of ``evaluate`` with the adapter at strength ``value`` as one point of a ``curve``."""
+    """A result of ``evaluate`` with the adapter at strength ``value`` as one point of a ``curve``.
+
+    A side without tasks is left out.
+    """
     point: dict = {"strength": value}
     for side in ("source", "target"):
+        if not measured[side]:
+            continue
         scores = _scores(measured, side)
         point[side] = task_average(scores)
         point[f"{side}_interval"] = average_interval(scores, paired_bootstrap(scores, scores)[0])

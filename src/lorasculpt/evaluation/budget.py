@@ -1,0 +1,57 @@
+"""A budget for forgetting: of an adapter's strengths, the one that learns the most and keeps enough. No torch."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+from .summary import retention
+
+
+def kept(points: Sequence[dict[str, Any]]) -> tuple[str, list[float]]:
+    """By what it is told, ``"source"`` or ``"drift"``, and the share that each point of a curve keeps of the base.
+
+    By source it is the retention, against the point of strength 0. Where no source is known it is exp(-drift): the
+    share of the base's probability, as a geometric mean over tokens, that the tuned model still gives to what the base
+    would have said. That is no accuracy: it falls before answers change.
+
+    Args:
+        points: ``{"strength": s, "target": t}`` with ``source``, or else ``drift`` in nats; strength 0 is among them.
+    """
+    if "source" in points[0]:
+        before = next(point["source"] for point in points if point["strength"] == 0)
+        return "source", [float(retention(before, point["source"])) for point in points]
+    return "drift", [math.exp(-point["drift"]) for point in points]
+
+
+def within(points: Sequence[dict[str, Any]], retain: float) -> dict[str, Any]:
+    """The point with the largest target among those above strength 0 that keep at least ``retain``.
+
+    Of equal targets the smaller strength is taken. Shares are compared as measured, without their intervals.
+
+    Returns:
+        ``retain``, ``by``, and ``strength``, ``kept`` and ``target`` of the point, which are None if none keeps enough.
+    """
+    by, shares = kept(points)
+    enough = [(p["target"], -p["strength"], s) for p, s in zip(points, shares, strict=True) if p["strength"] > 0]
+    enough = [found for found in enough if found[2] >= retain]
+    target, turned, share = max(enough) if enough else (None, None, None)
+    return {
+        "retain": retain,
+        "by": by,
+        "strength": None if turned is None else -turned,
+        "kept": share,
+        "target": target,
+    }
+
+
+def told(budget: dict[str, Any]) -> str:
+    """What ``within`` found, in a sentence."""
+    what = "the source" if budget["by"] == "source" else "the base's probability of its own texts"
+    if budget["strength"] is None:
+        return f"No strength of this adapter keeps {100 * budget['retain']:g} % of {what}."
+    return (
+        f"Strength {budget['strength']:g} learns the most (target {100 * budget['target']:.1f} %) of those that keep "
+        f"at least {100 * budget['retain']:g} % of {what}: it keeps {100 * budget['kept']:.1f} %."
+    )

@@ -1,0 +1,53 @@
+"""The strength that learns the most within a budget, and what is said of it."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+
+from lorasculpt.evaluation.budget import kept, told, within
+
+
+def points(targets, **sides):
+    strengths = (0, 0.25, 0.5, 1)
+    return [
+        {"strength": s, "target": t} | {side: values[i] for side, values in sides.items()}
+        for i, (s, t) in enumerate(zip(strengths, targets, strict=True))
+    ]
+
+
+def test_by_source_against_the_base():
+    found = points((0.1, 0.5, 0.7, 0.9), source=(0.8, 0.8, 0.76, 0.4), drift=(0, 9, 9, 9))
+    by, shares = kept(found)
+    assert by == "source"
+    assert shares == pytest.approx([1, 1, 0.95, 0.5])
+    budget = within(found, 0.95)
+    assert (budget["strength"], budget["target"], budget["by"]) == (0.5, 0.7, "source")
+    assert within(found, 0.97)["strength"] == 0.25
+    assert within(found, 0.4)["strength"] == 1
+    assert told(budget) == (
+        "Strength 0.5 learns the most (target 70.0 %) of those that keep at least 95 % of the source: it keeps 95.0 %."
+    )
+
+
+def test_by_drift_where_no_source_is_known():
+    found = points((0.1, 0.5, 0.7, 0.9), drift=(0, 0.01, 0.02, 0.1))
+    by, shares = kept(found)
+    assert by == "drift"
+    assert shares == pytest.approx([math.exp(-d) for d in (0, 0.01, 0.02, 0.1)])
+    budget = within(found, 0.97)
+    assert (budget["strength"], budget["by"]) == (0.5, "drift")
+    assert "the base's probability of its own texts" in told(budget)
+
+
+def test_the_base_itself_is_no_answer():
+    found = points((0.9, 0.5, 0.7, 0.9), source=(0.8, 0.1, 0.1, 0.1))
+    budget = within(found, 0.97)
+    assert (budget["strength"], budget["kept"], budget["target"]) == (None, None, None)
+    assert told(budget) == "No strength of this adapter keeps 97 % of the source."
+    assert within(points((0, 1, 1, 1), source=(0, 0, 0, 0)), 0.5)["strength"] is None  # there was nothing to keep
+
+
+def test_of_equal_targets_the_smaller_strength():
+    assert within(points((0, 0.7, 0.7, 0.7), source=(1, 1, 1, 1)), 0.97)["strength"] == 0.25

@@ -35,14 +35,13 @@ from .config import RunConfig
 from .errors import UserError
 from .evaluation.student import mean_interval, paired
 from .measure import RESULTS_FILE, measure, versions
-from .report.results import NUMBERS
+from .report.results import NUMBERS, REFERENCE, front
 from .report.words import duration, size
 from .train import KINDS, RUN_FILE, check_output, kind_of, settings_of, train
 
 COMPARISON_FILE = "compare.json"
 RATES = (2e-4, 5e-4, 1.5e-3)
 SHARE = 0.1  # of the training rows, to validate with where there is no file
-REFERENCE = "lora"  # what the others are tested against
 # What PEFT makes of a LoRA by one setting
 VARIANTS: dict[str, dict[str, Any]] = {
     "dora": {"use_dora": True},
@@ -371,12 +370,7 @@ def _row(label: str, runs: list[dict], reference: dict[int, dict]) -> dict[str, 
 
 def pareto(rows: Sequence[dict[str, Any]]) -> list[str]:
     """The labels of those rows of a :func:`table` that no other row equals or beats in both source and target."""
-    points = {row["label"]: (row["source_after"]["mean"], row["target_after"]["mean"]) for row in rows}
-    return [
-        label
-        for label, (source, target) in points.items()
-        if not any(s >= source and t >= target and (s, t) != (source, target) for s, t in points.values())
-    ]
+    return front({row["label"]: (row["source_after"]["mean"], row["target_after"]["mean"]) for row in rows})
 
 
 def equal_target(runs: Sequence[dict[str, Any]]) -> dict[str, Any]:

@@ -8,61 +8,15 @@ from html.parser import HTMLParser
 from pathlib import Path
 
 import numpy as np
-import pico
 import pytest
+from made_up import details, run, seeds, two, write
 
 from lorasculpt.errors import UserError
-from lorasculpt.evaluation import comparison, interval
 from lorasculpt.report import report
-from lorasculpt.report.results import Number, best, entries, over_seeds, read
-from lorasculpt.report.words import bracket, duration, headline, listed, percent, size, verdict
+from lorasculpt.report.results import Number, against, best, entries, front, over_seeds, read
+from lorasculpt.report.words import bracket, difference, duration, headline, listed, percent, size, verdict
 
 VOID = {"meta", "img", "br", "link", "input", "hr"}
-
-
-def measured(share: float, n: int = 200) -> dict:
-    scores = [1.0] * round(share * n) + [0.0] * (n - round(share * n))
-    low, high = interval(scores)
-    return {"value": float(np.mean(scores)), "low": low, "high": high, "n": n, "scores": scores}
-
-
-def run(method: str, source: tuple[float, float], target: float, seed: int = 0, **fields) -> dict:
-    """A made-up run: two source tasks from 80 % and 60 % to ``source``, one target task from 10 % to ``target``."""
-    before = {"source": {"a_b": measured(0.8), "c": measured(0.6)}, "target": {"digits": measured(0.1)}}
-    after = {"source": {"a_b": measured(source[0]), "c": measured(source[1])}, "target": {"digits": measured(target)}}
-    return {"method": method, "seed": seed, "settings": {"r": 8, "seed": seed}, **comparison(before, after), **fields}
-
-
-def details(i: int) -> dict:
-    """The parts of a run that it may lack."""
-    picture = {"image": "0.png", "question": "<b>Which</b> & why?", "answer": "7", "task": "digits"}
-    gone = {"image": "gone.png", "question": "Is it?", "answer": "yes", "task": "a_b", "base": "Yes.", "tuned": ""}
-    point = {"source": 0.6, "target": 0.4, "source_interval": [0.5, 0.7], "target_interval": [0.3, 0.5]}
-    return {
-        "steps": 20,
-        "seconds": 75.0,
-        "adapter_bytes": 1_234_567,
-        "trainable": 1000,
-        "curve": [{"strength": 0.5} | point],
-        "training": [{"step": s, "loss": 3 - s / 20 - i / 10} for s in range(1, 21)]
-        + [{"step": s, "source": 0.7 - s / 100, "target": s / 40} for s in (0, 10, 20)],
-        "gallery": [picture | {"base": "nine", "tuned": "7" if i == 0 else "1"}, gone],
-    }
-
-
-def write(folder: Path, *runs: dict, name: str = "results.json") -> Path:
-    folder.mkdir(parents=True, exist_ok=True)
-    pico.picture(0).save(folder / "0.png")
-    path = folder / name
-    path.write_text(json.dumps({"schema": 1, "versions": {"torch": "2.0"}, "runs": list(runs)}, allow_nan=False))
-    return path
-
-
-def two() -> list[dict]:
-    return [
-        run("lora", (0.3, 0.2), 0.6, label="LoRA", **details(0)),
-        run("sparse", (0.7, 0.5), 0.55, **details(1)),
-    ]
 
 
 class Page(HTMLParser):
@@ -75,7 +29,6 @@ class Page(HTMLParser):
         assert self.open == []
 
     def handle_starttag(self, tag, attributes):
-        assert tag != "script"
         self.addresses += [
             value for name, value in attributes if name in {"src", "href", "xlink:href", "srcset", "data"}
         ]
@@ -156,6 +109,19 @@ def test_gallery(tmp_path):
     shown = Page(text).text()
     assert "base model ✗ nine (wrong) LoRA ✓ 7 (right) sparse ✗ 1 (wrong)" in shown
     assert "base model ✓ Yes. (right) LoRA ✗ (nothing) (wrong)" in shown
+    assert re.findall(r'<li class="([^"]*)"', text) == ["learned", "forgotten"]
+    assert "all (2) forgotten (1) learned (1) both right (0)" in shown
+
+
+def test_only_the_source_is_forgotten(tmp_path):
+    one = run("A", (0.3, 0.2), 0.6)
+    answers = [("a_b", "1", "2"), ("digits", "1", "2"), ("digits", "1", "1"), ("a_b", "2", "1"), ("a_b", "2", "2")]
+    one["gallery"] = [
+        {"image": "0.png", "question": str(i), "answer": "1", "task": task, "base": base, "tuned": tuned}
+        for i, (task, base, tuned) in enumerate(answers)
+    ]
+    text = report(write(tmp_path, one), tmp_path / "out").read_text()
+    assert re.findall(r'<li class="([^"]*)"', text) == ["forgotten", "", "both", "learned", ""]
 
 
 def test_markdown(tmp_path):
@@ -243,6 +209,54 @@ def test_settings_set_entries_apart():
     assert [entry.label for entry in made(*runs)] == ["A r=8", "A r=16", "B"]
 
 
+def test_what_sets_entries_apart_is_named_alone():
+    runs = [run("A", (0.3, 0.2), 0.6), run("A", (0.3, 0.2), 0.6)]
+    for one, rate in zip(runs, (1e-4, 2e-4), strict=True):
+        one["settings"] = {"seed": 0, "training": {"lr": rate, "steps": 10}}
+    assert [entry.label for entry in made(*runs)] == ["A training.lr=0.0001", "A training.lr=0.0002"]
+
+
+def test_front():
+    assert front({"a": (0.1, 0.9), "b": (0.5, 0.5), "c": (0.5, 0.4), "d": (0.4, 0.4), "e": (0.9, 0.1)}) == [
+        "a",
+        "b",
+        "e",
+    ]
+    assert front({"a": (0.5, 0.5), "b": (0.5, 0.5)}) == ["a", "b"]  # equals: neither beats the other
+
+
+def test_tested_against_lora(tmp_path):
+    runs = seeds("x", [0.5, 0.6, 0.7], [0.5, 0.5, 0.5]) + seeds("LoRA", [0.4, 0.45, 0.5], [0.6, 0.6, 0.6])
+    tests = against(made(*runs, run("once", (0.7, 0.5), 0.5)))
+    assert list(tests) == ["x"]  # not LoRA against itself, nor one seed
+    found = tests["x"]["source_after"]
+    differences = np.array([0.1, 0.15, 0.2])
+    t = differences.mean() / (differences.std(ddof=1) / 3**0.5)
+    # the distribution of t for two degrees of freedom has a closed form
+    assert found["p"] == pytest.approx(1 - t / (2 + t**2) ** 0.5)
+    assert found["difference"] == pytest.approx(0.15)
+    assert difference(found) == "+15.0, p 0.035"
+    assert difference(tests["x"]["target_after"]).startswith("−10.0, p ")
+    assert difference({"difference": -0.1, "p": None}) == "−10.0, p –"
+    assert difference({"difference": 0.1, "p": 1e-5}) == "+10.0, p < 0.001"
+    path = report(write(tmp_path, *runs), tmp_path / "out")
+    assert "+15.0, p 0.035" in Page(path.read_text()).text()
+    assert "(+15.0, p 0.035)" in path.with_suffix(".md").read_text()
+    assert "paired t-test" in path.with_suffix(".md").read_text()
+    content = json.loads(path.with_suffix(".json").read_text())
+    assert content["methods"][0]["against"]["source_after"]["p"] == pytest.approx(found["p"])
+    assert content["pareto"] == ["x", "LoRA"]
+    assert against(made(*seeds("x", [0.5, 0.6], [0.5, 0.6]))) == {}
+
+
+def test_no_tie_where_the_seeds_differ():
+    """Wide intervals overlap, though every seed says the same: neither a win nor 'within the noise'."""
+    words = verdict(*made(*seeds("A", [0.3, 0.3], [0.4, 0.6]), *seeds("B", [0.3, 0.3], [0.3, 0.495])))
+    assert "in what they kept is within the noise" in words
+    assert "in what they learned it is unclear" in words
+    assert "B has 10.2 points less (p 0.016)" in words
+
+
 def test_best():
     assert best([Number(0.2, 0.1, 0.3), Number(0.5, 0.4, 0.6)]) == 1
     assert best([Number(0.2, 0.1, 0.45), Number(0.5, 0.4, 0.6)]) is None
@@ -285,6 +299,7 @@ def test_words():
     assert percent(0.8414) == "84.1"
     assert percent(-0.032) == "−3.2"
     assert percent(float("nan")) == "–"
+    assert percent(-0.0001) == "0.0"
     assert bracket(Number(0.5, 0.4, 0.6)) == "[40.0, 60.0]"
     assert [duration(s) for s in (9.6, 75, 3700, None)] == ["10 s", "1 min 15 s", "1 h 01 min", "–"]
     assert [size(n) for n in (12, 1234, 2.5e6, 3e9, None)] == ["12 B", "1.2 kB", "2.5 MB", "3.0 GB", "–"]

@@ -16,8 +16,20 @@ from ..data.images import open_image
 from ..errors import UserError
 from ..evaluation.score import normalise
 from . import plots
-from .results import NUMBERS, Entry, Number, best, entries, measured, read
-from .words import NONE, SPACE, about_intervals, bracket, duration, headline, listed, percent, size
+from .results import NUMBERS, REFERENCE, Entry, Number, against, best, ends, entries, front, measured, read
+from .words import (
+    NONE,
+    SPACE,
+    about_intervals,
+    about_tests,
+    bracket,
+    difference,
+    duration,
+    headline,
+    listed,
+    percent,
+    size,
+)
 
 COLUMNS = {
     "source_after": "Source average (%)",
@@ -30,26 +42,34 @@ COLUMNS = {
 PICTURE = 240  # pixels of the longer side, at most
 
 
-def _cell(found: Number, bold: bool = False) -> dict:
-    return {"text": percent(found.value), "interval": bracket(found), "bold": bold}
+def _plain_cell(text: str, value: float | None) -> dict:
+    """``text``, sorted by ``value``."""
+    return {"text": text, "value": value, "interval": "", "test": "", "bold": False}
 
 
-def _columns(rows: list[list[Number]]) -> list[list[dict]]:
-    """Cells of ``rows``, the best of each column bold if there is a best."""
-    winners = [best(column) for column in zip(*rows, strict=True)]
-    return [[_cell(value, winners[j] == i) for j, value in enumerate(row)] for i, row in enumerate(rows)]
+def _cell(found: Number, bold: bool = False, test: dict | None = None) -> dict:
+    value = None if math.isnan(found.value) else found.value
+    marks = {"interval": bracket(found), "test": difference(test), "bold": bold}
+    return _plain_cell(percent(found.value), value) | marks
 
 
 def summary_table(found: list[Entry]) -> dict:
-    """One row for the base and one for each entry: the six numbers, wall time and size."""
-    plain = {"interval": "", "bold": False}
+    """One row for the base and one for each entry: the six numbers, wall time and size.
+
+    The best of each column is bold if there is a best; numbers that are tested against the reference say how.
+    """
     base = [_cell(found[0].numbers[name]) for name in ("source_before", "target_before")]
-    rows = [{"name": "base model", "cells": base + [plain | {"text": NONE}] * 6}]
-    for entry, cells in zip(found, _columns([[e.numbers[name] for name in COLUMNS] for e in found]), strict=True):
+    rows = [{"name": "base model", "cells": base + [_plain_cell(NONE, None)] * 6}]
+    winners = {name: best([entry.numbers[name] for entry in found]) for name in COLUMNS}
+    tests = against(found)
+    for i, entry in enumerate(found):
+        own = tests.get(entry.label, {})
+        cells = [_cell(entry.numbers[name], winners[name] == i, own.get(name)) for name in COLUMNS]
+        cells.append(_plain_cell(duration(entry.seconds), entry.seconds))
+        cells.append(_plain_cell(size(entry.adapter_bytes), entry.adapter_bytes))
         name = entry.label if len(entry.runs) == 1 else f"{entry.label} ({len(entry.runs)} seeds)"
-        rest = [plain | {"text": duration(entry.seconds)}, plain | {"text": size(entry.adapter_bytes)}]
-        rows.append({"name": name, "cells": cells + rest})
-    return {"head": ["", *COLUMNS.values(), "Training time", "Adapter"], "rows": rows}
+        rows.append({"name": name, "cells": cells})
+    return {"head": ["Method", *COLUMNS.values(), "Training time", "Adapter"], "rows": rows}
 
 
 def task_table(found: list[Entry]) -> dict:
@@ -60,7 +80,7 @@ def task_table(found: list[Entry]) -> dict:
             after = [getattr(entry, side)[task]["after"] for entry in found]
             winner = best(after)
             cells = [_cell(first["before"]), *(_cell(value, i == winner) for i, value in enumerate(after))]
-            cells.append({"text": str(first["n"]), "interval": "", "bold": False})
+            cells.append(_plain_cell(str(first["n"]), first["n"]))
             rows.append({"name": f"{task.replace('_', ' ')} ({side})", "cells": cells})
     return {"head": ["Task (%)", "base model", *(entry.label for entry in found), "Questions"], "rows": rows}
 
@@ -76,7 +96,7 @@ def seed_table(found: list[Entry]) -> dict | None:
         for run in entry.runs
         if len(entry.runs) > 1
     ]
-    return {"head": ["", *COLUMNS.values()], "rows": rows} if rows else None
+    return {"head": ["Run", *COLUMNS.values()], "rows": rows} if rows else None
 
 
 def markdown_table(table: dict) -> str:
@@ -89,7 +109,8 @@ def markdown_table(table: dict) -> str:
     for row in table["rows"]:
         texts = [f"**{c['text']}**" if c["bold"] else c["text"] for c in row["cells"]]
         intervals = [f" {c['interval']}" if c["interval"] else "" for c in row["cells"]]
-        lines.append([row["name"], *map("".join, zip(texts, intervals, strict=True))])
+        tests = [f" ({c['test']})" if c["test"] else "" for c in row["cells"]]
+        lines.append([row["name"], *map("".join, zip(texts, intervals, tests, strict=True))])
     return "".join(f"| {' | '.join(map(cell, line))} |\n" for line in lines)
 
 
@@ -107,7 +128,11 @@ def data_uri(path: Path) -> str | None:
 
 
 def gallery(found: list[Entry]) -> list[dict]:
-    """The pictures of the first entry's first run, with the answers of the base and of every entry that shows them."""
+    """The pictures of the first entry's first run, with the answers of the base and of every entry that shows them.
+
+    Each has the ``groups`` that it is in: ``forgotten`` (of the source: the base is right, an entry is wrong),
+    ``learned`` (the base is wrong, an entry is right) or ``both`` (the base and all entries are right).
+    """
     shown = [
         {(item["image"], item["question"]): item for item in entry.runs[0].get("gallery") or ()} for entry in found
     ]
@@ -120,11 +145,27 @@ def gallery(found: list[Entry]) -> list[dict]:
 
         answers = [said("base model", first, "base")]
         answers += [said(e.label, own[key], "tuned") for e, own in zip(found, shown, strict=True) if key in own]
+        base, *tuned = (answer["right"] for answer in answers)
+        groups = {
+            "forgotten": base and not all(tuned) and first.get("task") in found[0].source,
+            "learned": not base and any(tuned),
+            "both": base and all(tuned),
+        }
         picture = data_uri(found[0].runs[0]["folder"] / first["image"])
         items.append(
-            {"picture": picture, "answers": answers} | {k: first.get(k) for k in ("question", "answer", "task")}
+            {"picture": picture, "answers": answers, "groups": [name for name, within in groups.items() if within]}
+            | {key: first[key] for key in ("question", "answer")}
         )
     return items
+
+
+def filters(items: list[dict]) -> list[dict]:
+    """What the gallery can be narrowed to, with the number of pictures that are left."""
+    names = {"all": "all", "forgotten": "forgotten", "learned": "learned", "both": "both right"}
+    return [
+        {"name": name, "text": text, "count": sum(name in (*item["groups"], "all") for item in items)}
+        for name, text in names.items()
+    ]
 
 
 def _plain(found: Number) -> dict:
@@ -141,6 +182,7 @@ def as_json(found: list[Entry], sentences: list[str]) -> dict:
             for name, task in side.items()
         }
 
+    tests = against(found)
     methods = [
         {
             "label": entry.label,
@@ -157,12 +199,13 @@ def as_json(found: list[Entry], sentences: list[str]) -> dict:
                 {"seed": run["seed"]} | {name: _plain(measured(run["summary"], name)) for name in NUMBERS}
                 for run in entry.runs
             ],
+            "against": tests.get(entry.label, {}),
             "seconds": entry.seconds,
             "adapter_bytes": entry.adapter_bytes,
         }
         for entry in found
     ]
-    return {"schema": 1, "headline": sentences, "methods": methods}
+    return {"schema": 1, "headline": sentences, "methods": methods, "pareto": front(ends(found))}
 
 
 def _settings(found: list[Entry]) -> list[dict]:
@@ -204,7 +247,8 @@ def report(results: str | Path | Sequence[str | Path], out_dir: str | Path) -> P
         out_dir: folder to write to, made if need be. The same results give the same bytes.
 
     Returns:
-        the path of ``report.html``: one file that needs no network, no script, and nothing beside it.
+        the path of ``report.html``: one file that needs no network and nothing beside it. Its short script
+            sorts tables; without it everything is still there.
 
     Raises:
         UserError: a results file cannot be read, or the files are about different tasks.
@@ -212,6 +256,9 @@ def report(results: str | Path | Sequence[str | Path], out_dir: str | Path) -> P
     paths = [Path(results)] if isinstance(results, str | Path) else [Path(path) for path in results]
     found = entries(read(paths))
     sentences, notes, note = headline(found), _notes(found), about_intervals(found)
+    if against(found):
+        note += " " + about_tests(REFERENCE)
+    pictures = gallery(found)
     tables = [summary_table(found), task_table(found)]
     title = f"Learned and kept: {listed(list(found[0].target))}"
     out = Path(out_dir)
@@ -238,7 +285,9 @@ def report(results: str | Path | Sequence[str | Path], out_dir: str | Path) -> P
         seeds=seed_table(found),
         tradeoff=plots.tradeoff(found),
         training=plots.training(found),
-        gallery=gallery(found),
+        gallery=pictures,
+        filters=filters(pictures),
+        several=len(found) > 1,
         settings=_settings(found),
         versions=found[0].runs[0]["versions"],
     )

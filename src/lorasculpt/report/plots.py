@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import io
 import re
-from itertools import pairwise
+from itertools import pairwise, product
 from typing import Any
 
 import matplotlib as mpl
@@ -18,7 +18,7 @@ from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
-from .results import Entry
+from .results import Entry, ends, front
 
 Point = tuple[float, float]
 
@@ -45,6 +45,7 @@ STYLE = {
     "lines.linewidth": 1.8,
     "lines.markersize": 6,
 }
+SIDES: dict[str, Any] = {"source": "-", "target": (0, (3, 2))}  # and the dashes of its line
 WIDTH = 4.7  # inches: wide enough for a column of a page, and still readable when a phone shrinks it
 
 
@@ -133,8 +134,21 @@ def _limits(axes: Axes, points: np.ndarray) -> None:
         set_limits(low - margin, high + margin)
 
 
+def _stairs(points: list[Point], corner: Point) -> list[Point]:
+    """The edge of what the front ``points`` equal or beat, from the left (``corner[0]``) to below (``corner[1]``)."""
+    points = sorted(points)
+    steps = [(corner[0], points[0][1])]
+    for (x, y), (_, below) in pairwise([*points, (0.0, corner[1])]):
+        steps += [(x, y), (x, below)]
+    return steps
+
+
 def tradeoff(entries: list[Entry]) -> str:
-    """Source against target average as each adapter is turned from strength 0 to 1."""
+    """Source against target average as each adapter is turned from strength 0 to 1.
+
+    Every seed is a small hollow mark. Of several entries the Pareto front is drawn; only of up to three every point
+    has its interval and the strength beside it.
+    """
     with mpl.rc_context(STYLE):
         figure = Figure(figsize=(WIDTH, 4.1), layout="constrained")
         axes = figure.add_subplot(xlabel="target: what it was taught (%)", ylabel="source: what it knew (%)")
@@ -143,7 +157,8 @@ def tradeoff(entries: list[Entry]) -> str:
             [(100 * run["summary"]["target_after"], 100 * run["summary"]["source_after"]) for run in entry.runs]
             for entry in entries
         ]
-        bars = [_bars(entry.curve[1:]) for entry in entries]
+        few = len(entries) <= 3
+        bars = [_bars(entry.curve[1:] if few else entry.curve[-1:]) for entry in entries]
         _limits(axes, np.array([point for group in (*xy, *seeds) for point in group]))
         for i, (entry, line) in enumerate(zip(entries, xy, strict=True)):
             style: dict[str, Any] = {"color": colour(i), "marker": MARKERS[i % SERIES]}
@@ -152,14 +167,21 @@ def tradeoff(entries: list[Entry]) -> str:
             for bar in bars[i]:
                 axes.plot(*zip(*bar, strict=True), color=colour(i), linewidth=1, alpha=0.45)
             if len(entry.runs) > 1:
-                axes.plot(*zip(*seeds[i], strict=True), color=colour(i), marker=".", linestyle="none", alpha=0.7)
+                small = style | {"markersize": 5, "markerfacecolor": "none", "markeredgewidth": 1}
+                axes.plot(*zip(*seeds[i], strict=True), **small, linestyle="none")
+        if len(entries) > 1:
+            points = ends(entries)
+            edge = [(100 * x, 100 * y) for x, y in (points[label] for label in front(points))]
+            corner = (axes.get_xlim()[0], axes.get_ylim()[0])
+            stairs = _stairs(edge, corner)
+            axes.plot(*zip(*stairs, strict=True), color=MUTED, lw=1.2, ls=(0, (4, 3)), label="Pareto front", zorder=1)
         base = xy[0][0]
         axes.plot(*base, marker="*", markersize=15, color=INK, linestyle="none", label="base model")
-        figure.legend(loc="outside upper left", ncols=min(3, len(entries) + 1))
+        figure.legend(loc="outside upper left", ncols=3)
         figure.draw_without_rendering()  # places the axes: labels are put in points
         labels = _Labels(axes, xy, [bar for group in bars for bar in group])
         labels.put("base", base, INK, gap=9)
-        for i, (entry, line) in enumerate(zip(entries, xy, strict=True)):
+        for i, (entry, line) in enumerate(zip(entries, xy, strict=True) if few else ()):
             for point, place in zip(entry.curve[1:], line[1:], strict=True):
                 labels.put(f"{point['strength']:g}", place, colour(i), gap=9 if place is line[-1] else 6)
         return svg(figure, "tradeoff", "Source average against target average over adapter strength")
@@ -178,21 +200,24 @@ def _series(run: dict, key: str) -> tuple[list[float], list[float]]:
 
 
 def training(entries: list[Entry]) -> str | None:
-    """Loss, and source and target average, over the steps of training; None if no run recorded any."""
+    """Loss, and source and target average if they were measured, over the steps of training; None without either."""
     if not any(run.get("training") for entry in entries for run in entry.runs):
         return None
     with mpl.rc_context(STYLE):
-        figure = Figure(figsize=(WIDTH, 4.8), layout="constrained")
-        loss, scores = figure.subplots(2, 1, sharex=True)
+        scored = any(_series(run, side)[0] for entry in entries for run in entry.runs for side in SIDES)
+        figure = Figure(figsize=(WIDTH, 4.8 if scored else 3.2), layout="constrained")
+        loss, *below = figure.subplots(1 + scored, 1, sharex=True, squeeze=False)[:, 0]
         loss.set(ylabel="training loss")
-        scores.set(xlabel="optimizer step", ylabel="average (%)")
+        for scores in below:
+            scores.set(ylabel="average (%)")
+        (below or [loss])[0].set(xlabel="optimizer step")
         for i, entry in enumerate(entries):
             style: dict[str, Any] = {"color": colour(i), "alpha": 1 if len(entry.runs) == 1 else 0.6}
             for run in entry.runs:
                 steps, values = _series(run, "loss")
                 if steps:
                     loss.plot(*_means(steps, values), **style)
-                for side, dashes in (("source", "-"), ("target", (0, (3, 2)))):
+                for scores, (side, dashes) in product(below, SIDES.items()):
                     steps, values = _series(run, side)
                     small = {"marker": MARKERS[i % SERIES], "markersize": 4, "linestyle": dashes}
                     scores.plot(steps, [100 * value for value in values], **style, **small)
@@ -200,7 +225,7 @@ def training(entries: list[Entry]) -> str | None:
             Line2D([], [], color=colour(i), marker=MARKERS[i % SERIES], markersize=4, label=entry.label)
             for i, entry in enumerate(entries)
         ]
-        lines += [Line2D([], [], color=MUTED, label="source"), Line2D([], [], color=MUTED, ls="--", label="target")]
-        figure.legend(handles=lines, loc="outside upper left", ncols=min(4, len(lines)))
+        lines += [Line2D([], [], color=MUTED, ls=dashes, label=side) for side, dashes in SIDES.items() if scored]
+        figure.legend(handles=lines, loc="outside upper left", ncols=3)
         loss.set_ylim(bottom=0)
         return svg(figure, "training", "Training loss, source average and target average over steps")

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import mean, stdev
 
 from ..errors import UserError
-from ..evaluation.student import quantile
+from ..evaluation.student import paired, quantile
 
 NUMBERS = (
     "source_before",
@@ -22,6 +22,8 @@ NUMBERS = (
     "h_mean",
     "average",
 )
+REFERENCE = "lora"  # what the others are tested against
+TESTED = ("source_after", "target_after", "h_mean", "average")  # retention and gain only repeat source and target
 REQUIRED = ("method", "seed", "source", "target", "summary")
 
 
@@ -171,6 +173,14 @@ def _without_seed(run: dict) -> dict:
     return {key: value for key, value in run.get("settings", {}).items() if key != "seed"}
 
 
+def _leaves(settings: dict, prefix: str = "") -> dict:
+    """``{"training": {"lr": 1e-4}}`` as ``{"training.lr": 1e-4}``."""
+    found: dict = {}
+    for key, value in settings.items():
+        found |= _leaves(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
+    return found
+
+
 def entries(runs: list[dict]) -> list[Entry]:
     """``runs`` by method and settings, in the order of first appearance.
 
@@ -183,8 +193,10 @@ def entries(runs: list[dict]) -> list[Entry]:
     names = [group[0].get("label") or group[0]["method"] for group in groups.values()]
     found = []
     for name, group in zip(names, groups.values(), strict=True):
-        others = [_without_seed(other[0]) for twin, other in zip(names, groups.values(), strict=True) if twin == name]
-        own = _without_seed(group[0])
+        others = [
+            _leaves(_without_seed(other[0])) for twin, other in zip(names, groups.values(), strict=True) if twin == name
+        ]
+        own = _leaves(_without_seed(group[0]))
         apart = [key for key in own if any(other.get(key) != own[key] for other in others)]
         found.append(_entry(" ".join([name, *(f"{key}={own[key]}" for key in apart)]), group))
     return found
@@ -196,3 +208,40 @@ def best(numbers: Sequence[Number]) -> int | None:
         return None
     top = max(range(len(numbers)), key=lambda i: numbers[i].value)
     return top if all(numbers[top].separate(other) for i, other in enumerate(numbers) if i != top) else None
+
+
+def front(points: Mapping[str, tuple[float, float]]) -> list[str]:
+    """The Pareto front: the names of ``points`` (more is better) that no other equals or beats in both numbers."""
+    return [
+        name
+        for name, (x, y) in points.items()
+        if not any(a >= x and b >= y and (a, b) != (x, y) for a, b in points.values())
+    ]
+
+
+def ends(found: Sequence[Entry]) -> dict[str, tuple[float, float]]:
+    """Target and source average after training, by label."""
+    return {entry.label: (entry.numbers["target_after"].value, entry.numbers["source_after"].value) for entry in found}
+
+
+def compared(one: Entry, other: Entry, name: str) -> dict | None:
+    """Paired t-test of the number ``name`` of ``one`` against ``other``'s over the seeds that both have.
+
+    As :func:`~lorasculpt.evaluation.student.paired` gives it; None where they share fewer than two seeds.
+    """
+    others = {run["seed"]: run["summary"][name] for run in other.runs}
+    pairs = [(run["summary"][name], others[run["seed"]]) for run in one.runs if run["seed"] in others]
+    return paired([a for a, _ in pairs], [b for _, b in pairs])
+
+
+def against(found: Sequence[Entry]) -> dict[str, dict[str, dict]]:
+    """The tests of :func:`compared` against the entry called ``REFERENCE``, in capitals or not, by label and number."""
+    known = next((entry for entry in found if entry.label.casefold() == REFERENCE), None)
+    if known is None:
+        return {}
+    tests = {
+        entry.label: {name: test for name in TESTED if (test := compared(entry, known, name)) is not None}
+        for entry in found
+        if entry is not known
+    }
+    return {label: own for label, own in tests.items() if own}

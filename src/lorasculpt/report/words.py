@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 
-from .results import Entry, Number
+from .results import Entry, Number, compared
 
 NONE = "–"
 SPACE = "\u00a0"  # keeps a number and its unit on one line
@@ -14,12 +14,27 @@ def percent(value: float, digits: int = 1) -> str:
     """0.8414 -> '84.1', with a true minus sign; a dash for nan."""
     if math.isnan(value):
         return NONE
-    return f"{100 * value:.{digits}f}".replace("-", "−")
+    return f"{100 * value:z.{digits}f}".replace("-", "−")
 
 
 def bracket(number: Number) -> str:
     """The interval of ``number``: '[81.2, 86.5]', or nothing."""
     return "" if number.low is None or number.high is None else f"[{percent(number.low)}, {percent(number.high)}]"
+
+
+def chance(p: float | None) -> str:
+    """0.0123 -> 'p 0.012'."""
+    if p is None:
+        return f"p {NONE}"
+    return "p < 0.001" if p < 0.001 else f"p {p:.3f}"
+
+
+def difference(test: dict | None) -> str:
+    """A paired test: '+3.1, p 0.012'; nothing for none, and a dash for the p of differences that are all equal."""
+    if test is None:
+        return ""
+    points = percent(test["difference"])
+    return f"{'' if points[0] == '−' else '+'}{points}, {chance(test['p'])}"
 
 
 def duration(seconds: float | None) -> str:
@@ -63,19 +78,39 @@ def _way(a: Number, b: Number) -> str:
     return "more" if b.value > a.value else "less"
 
 
+def _doubt(a: Entry, b: Entry, name: str) -> str:
+    """What to call a difference in ``name`` between entries whose intervals overlap.
+
+    Where both were trained with the same seeds these may tell them apart all the same: then it is no tie.
+    """
+    test = compared(b, a, name)
+    if test is None or test["p"] is None or test["p"] >= 0.05:
+        return "within the noise"
+    return (
+        f"unclear: their intervals overlap, but seed by seed {b.label} has {percent(abs(test['difference']))} points "
+        f"{'more' if test['difference'] > 0 else 'less'} ({chance(test['p'])})"
+    )
+
+
 def verdict(a: Entry, b: Entry) -> str:
     """What the difference between two entries is worth: a win, a loss, a trade-off, or noise."""
     if any(entry.numbers[name].low is None for entry in (a, b) for name in ("retention", "target_after")):
         return f"Whether {a.label} and {b.label} differ by more than noise is not known: intervals are missing."
     kept, learned = (_way(a.numbers[name], b.numbers[name]) for name in ("retention", "target_after"))
+    doubts = [_doubt(a, b, name) for name in ("source_after", "target_after")]
+    if kept == learned == "noise" and doubts != ["within the noise"] * 2:
+        return (
+            f"The difference between {a.label} and {b.label} in what they kept is {doubts[0]}; "
+            f"in what they learned it is {doubts[1]}."
+        )
     if kept == learned == "noise":
         return f"The differences between {a.label} and {b.label} are within the noise: their intervals overlap."
     if kept == learned:
         return f"{b.label} is {'ahead of' if kept == 'more' else 'behind'} {a.label} on both counts."
     if learned == "noise":
-        return f"{b.label} kept {kept} than {a.label}; the difference in what they learned is within the noise."
+        return f"{b.label} kept {kept} than {a.label}; the difference in what they learned is {doubts[1]}."
     if kept == "noise":
-        return f"{b.label} learned {learned} than {a.label}; the difference in what they kept is within the noise."
+        return f"{b.label} learned {learned} than {a.label}; the difference in what they kept is {doubts[0]}."
     ranks = {"more": "ahead", "less": "behind", "noise": "level, within the noise"}
     rank = ranks[_way(a.numbers["h_mean"], b.numbers["h_mean"])]
     return (
@@ -114,3 +149,12 @@ def about_intervals(entries: list[Entry]) -> str:
             "Those with one seed don't show how another seed of training would differ."
         )
     return text + " Bold: the best method, where its interval is clear of all others."
+
+
+def about_tests(reference: str) -> str:
+    """What the tests in the tables are."""
+    return (
+        f"Beneath, as \u201c+3.1, p{SPACE}0.012\u201d: the mean difference from {reference} over the seeds that both "
+        "have, and the p of a paired t-test of it, not corrected for the number of tests. With few seeds only large "
+        "differences can be told from none."
+    )

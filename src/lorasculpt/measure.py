@@ -56,7 +56,11 @@ def measure(
         raise UserError(f"{config.output} holds no trained adapter yet; run lorasculpt train first.")
     source, target = held_out(config)
     if not source or not target:
-        raise config.error("evaluate", "must name what to measure: source (to be kept) and target (to be learned).")
+        raise config.error(
+            "evaluate",
+            "must name what to measure: source (to be kept) and target (to be learned); without source "
+            "lorasculpt dial goes by drift.",
+        )
     saved = PeftConfig.from_pretrained(str(folder))
     if isinstance(saved, UpdateConfig) and saved.multitask:
         check_tasks(config, saved.tasks, [*source, *target])  # before the base is measured, which may take long

@@ -20,6 +20,7 @@ from torch import distributed as dist
 from lorasculpt import Clock, method_logs
 from lorasculpt.adapters.method import methods_of
 
+pytestmark = pytest.mark.timeout(900)
 STEPS = 4
 SETTINGS = {"lorasculpt": {"prune_step": 2, "cmr_weight": 0.3}}
 LOSSES = ("cmr", "balance_loss")  # what a process must not count for itself
@@ -111,7 +112,7 @@ def folder(tmp_path_factory) -> Path:
         for rank in (0, 1)
     ]
     try:
-        ended = [(process.communicate(timeout=200)[1], process.returncode) for process in started]
+        ended = [(process.communicate(timeout=850)[1], process.returncode) for process in started]
     finally:
         for process in started:
             process.kill()  # where one fails, the other waits for it

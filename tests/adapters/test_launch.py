@@ -17,6 +17,7 @@ from launched import STRATEGIES, trainer
 
 from lorasculpt import method_logs
 
+pytestmark = pytest.mark.timeout(900)  # sixty trainings in turn, on a machine that may be busy
 RUNS = [(strategy, method) for strategy in STRATEGIES for method in CASES]
 
 
@@ -29,7 +30,7 @@ def folder(tmp_path_factory) -> Path:
     path = os.pathsep.join([str(here), str(here.parent), os.environ.get("PYTHONPATH", "")])
     environment = {**os.environ, "PYTHONPATH": path, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
     command = [*launch, str(here / "launched.py"), str(made)]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=280)
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=850)
     assert done.returncode == 0, done.stderr[-6000:]
     return made
 

@@ -67,6 +67,12 @@ def test_the_page_stands_alone(tmp_path):
         assert text.count(f"{variable}: ") == 2, f"{variable} is not defined for light and dark"
 
 
+def test_a_remark_stands_beside_the_headline_everywhere(tmp_path):
+    path = report(write(tmp_path, *two()), tmp_path / "out", "A slower one forgets less.")
+    for name in ("report.html", "report.md", "report.json"):
+        assert "A slower one forgets less." in path.with_name(name).read_text()
+
+
 def test_the_same_results_give_the_same_bytes(tmp_path):
     results = write(tmp_path, *two())
     one, other = report(results, tmp_path / "one"), report(tmp_path, tmp_path / "other")

@@ -238,13 +238,14 @@ def _notes(found: list[Entry]) -> list[str]:
     return notes
 
 
-def report(results: str | Path | Sequence[str | Path], out_dir: str | Path) -> Path:
+def report(results: str | Path | Sequence[str | Path], out_dir: str | Path, remark: str | None = None) -> Path:
     """Write ``report.html``, ``report.md`` and ``report.json`` about one or more results files.
 
     Args:
         results: a ``results.json``, a folder that holds one, or several of either. The first run is what the others
             are compared with; runs that differ in nothing but the seed are put together.
         out_dir: folder to write to, made if need be. The same results give the same bytes.
+        remark: a sentence that a reader should have beside the headline.
 
     Returns:
         the path of ``report.html``: one file that needs no network and nothing beside it. Its short script
@@ -256,6 +257,7 @@ def report(results: str | Path | Sequence[str | Path], out_dir: str | Path) -> P
     paths = [Path(results)] if isinstance(results, str | Path) else [Path(path) for path in results]
     found = entries(read(paths))
     sentences, notes, note = headline(found), _notes(found), about_intervals(found)
+    notes += [remark] if remark else []
     if against(found):
         note += " " + about_tests(REFERENCE)
     pictures = gallery(found)

@@ -114,8 +114,9 @@ class Clock:
             return
         scale = getattr(optimizer, "grad_scale", None)
         if self.methods and scale is not None:  # a fused optimizer would unscale within its step
-            for gradient in (p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None):
-                gradient.div_(float(scale))
+            for parameter in _stepped(optimizer):
+                if parameter.grad is not None:
+                    parameter.grad.div_(float(scale))
             optimizer.grad_scale = torch.ones_like(scale)
         for method in self.methods.values():
             method.before_step()

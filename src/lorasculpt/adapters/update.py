@@ -329,8 +329,7 @@ class UpdateLayer(nn.Module, BaseTunerLayer):
             base = self.get_base_layer()
             if get_quantization_config(base, "quantization_config") or not base.weight.is_floating_point():
                 raise ValueError(f"{update.place.name} is quantised: load the base model unquantised to merge into it.")
-            delta = transpose(full(update.weight()), type(base).__name__ == "Conv1D")
-            merged = base.weight + delta.to(base.weight.dtype)
+            merged = base.weight + _delta(update, base)
             if safe_merge and not torch.isfinite(merged).all():
                 raise ValueError(f"merging {adapter} into {update.place.name} gives values that are not finite.")
             base.weight.copy_(merged)
@@ -341,8 +340,12 @@ class UpdateLayer(nn.Module, BaseTunerLayer):
         while self.merged_adapters:
             update = self.lora_update[self.merged_adapters.pop()]
             base = self.get_base_layer()
-            delta = transpose(full(update.weight()), type(base).__name__ == "Conv1D")
-            base.weight.sub_(delta.to(base.weight.dtype))
+            base.weight.sub_(_delta(update, base))
+
+
+def _delta(update: Update, base: nn.Module) -> Tensor:
+    """What ``update`` amounts to, laid out and in the dtype of the weight of ``base``."""
+    return transpose(full(update.weight()), type(base).__name__ == "Conv1D").to(base.weight.dtype)
 
 
 def _check_mergeable(config: UpdateConfig) -> None:

@@ -226,6 +226,9 @@ def test_a_single_run_of_several_methods_keeps_the_lines_of_its_own(tmp_path: Pa
         (GOOD + "methods: {lora: 3}\n", "run.yaml:5: methods.lora must be a section of keys; got 3"),
         (GOOD + "  validation: 1\n", "run.yaml:5: data.validation must be less than 1; got 1"),
         (SEQUENCE + "  validation: 0.1\n", "data has validation, which a sequence does not know; remove it"),
+        (SEQUENCE + "  replay: 0.1\n", "data has replay, which a sequence does not know; remove it"),
+        (GOOD + "  general: g.jsonl\n  replay: 1\n", "run.yaml:6: data.replay must be less than 1; got 1"),
+        (GOOD + "  replay: 0.1\n", "run.yaml:3: data has replay, but no general to take it from; name the data file"),
     ],
 )
 def test_mistakes_about_comparing(tmp_path: Path, text: str, part: str) -> None:

@@ -21,7 +21,7 @@ from lorasculpt.export import export
 from lorasculpt.measure import measure
 from lorasculpt.models.load import load
 from lorasculpt.overview import meanings
-from lorasculpt.train import train
+from lorasculpt.train import train, trained_on
 
 
 @pytest.fixture
@@ -463,3 +463,51 @@ def test_what_is_no_low_rank_is_exported_merged(several, tmp_path):
     torch.testing.assert_close(
         logits(load(str(tmp_path / "whole"))[0].eval()), logits(live(config, adapter)), atol=1e-5, rtol=1e-4
     )
+
+
+# --- general data, replayed -----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("method", ["mtl_lora", "lora"])
+def test_general_rows_are_trained_on_beside_all_others(several, tmp_path, monkeypatch, method):
+    seen = []
+
+    def call(self, found):
+        seen.extend((row["prompt"][0]["content"], row["images"][0]) for row in found)
+        return collate(self, found)
+
+    collate = Collator.__call__
+    monkeypatch.setattr(Collator, "__call__", call)
+    extra = pico.write_data(tmp_path / "general", n=4, tasks=["side"])
+    settings = ("training.steps=5", f"data.general={extra}", "data.replay=0.2")
+    config = several(*settings, f"method={{name: {method}, r: 4}}", "evaluate.source=[]")
+    adapter = train(config, progress=False)
+    assert len(seen) == 10  # one pass: all 8 rows and 2 of 4
+    assert len(set(seen)) == 10
+    general = {image for question, image in seen if question == pico.QUESTIONS["side"]}
+    assert len(general) == 2
+    assert {image for image in general if str(tmp_path / "general") in image} == general
+    if method == "mtl_lora":
+        assert json.loads((adapter / "adapter_config.json").read_text())["tasks"] == [*TASKS, "side"]
+    drawn = [record.images[0] for record in trained_on(config)[8:]]
+    assert general == set(map(str, drawn))  # the same ones, whatever the method
+    assert trained_on(config)[8:] != trained_on(config.model_copy(update={"seed": 3}))[8:]
+
+
+@pytest.mark.parametrize("measured", ["source", "target", "validation"])
+def test_what_is_measured_is_never_replayed(several, tmp_path, measured):
+    extra = pico.write_data(tmp_path / "general", n=4, tasks=["side"])
+    settings = (f"data.general={extra}", "data.replay=0.2", "evaluate.source=[]", "evaluate.target=[]")
+    kept = tmp_path / "kept" / "train.jsonl"  # the same questions about copies of the pictures
+    config = several(*settings, f"evaluate.{measured}={kept}")
+    with pytest.raises(UserError, match=rf"^{extra}:1: asks what {kept}:1 asks, which is measured"):
+        train(config, progress=False)
+    assert not config.output.exists()
+
+
+def test_what_is_set_aside_is_never_replayed(several, tmp_path):
+    extra = pico.write_data(tmp_path / "general", n=4, tasks=["shape"])
+    settings = (f"data.general={extra}", "data.replay=0.2", "evaluate.source=[]", "evaluate.target=[]")
+    assert len(trained_on(several(*settings))) == 10  # the train rows themselves may be general
+    with pytest.raises(UserError, match=r"general/train.jsonl:\d: asks what .*two/train.jsonl:\d asks"):
+        trained_on(several(*settings, "data.validation=0.1"))

@@ -91,14 +91,22 @@ class Data(_Section):
     Args:
         train: Data file (`lorasculpt.data.records`).
         sequence: Tasks to learn in turn (`lorasculpt.sequence`).
-        images: Folder of the pictures. Default: the data file's.
-        limit: Use the first so many rows. Default: all.
+        general: Data file of what the model is to keep; none of its questions may be one of ``evaluate``.
+        replay: Share of the rows of a pass over the data, in (0, 1), that comes from ``general``. All rows of ``train``
+            stay; so many are added that the share is met to the nearest row, at least one. Which ones the seed draws,
+            none twice before each was taken once; they are the same in every pass and for every method, and their
+            tasks are tasks like those of ``train``. In a comparison ``methods.<label>.replay`` takes its place (null:
+            none). Default: none.
+        images: Folder of the pictures. Default: each data file's.
+        limit: Use the first so many rows of ``train``. Default: all.
         validation: Share of these rows, in (0, 1), that is not trained on but measured in place of
             ``evaluate.target``, to choose settings by (`lorasculpt.data.records.set_aside`). Default: none.
     """
 
     train: RelativePath | None = None
     sequence: list[Stage] = Field(default_factory=list)
+    general: RelativePath | None = None
+    replay: Annotated[float, Field(gt=0, lt=1)] | None = None
     images: RelativePath | None = None
     limit: Positive | None = None
     validation: Annotated[float, Field(gt=0, lt=1)] | None = None
@@ -109,8 +117,11 @@ class Data(_Section):
             raise ValueError("needs train, or a sequence of tasks; add it")
         if self.train is not None and self.sequence:
             raise ValueError("has both train and sequence; remove one")
-        if self.sequence and self.validation is not None:
-            raise ValueError("has validation, which a sequence does not know; remove it")
+        for name in ("validation", "replay"):
+            if self.sequence and getattr(self, name) is not None:
+                raise ValueError(f"has {name}, which a sequence does not know; remove it")
+        if self.replay is not None and self.general is None:
+            raise ValueError("has replay, but no general to take it from; name the data file")
         names = [stage.name for stage in self.sequence]
         twice = next((name for name in names if names.count(name) > 1), None)
         if twice:

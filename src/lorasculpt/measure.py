@@ -94,7 +94,8 @@ def measure(
         "steps": training["steps"],
         # what shaped the run: not where it lies, nor its seed, which has a key of its own
         "settings": config.model_dump(mode="json", include={"method", "scope", "projector", "training"})
-        | ({"evaluate": {"as_task": config.evaluate.as_task}} if config.evaluate.as_task else {}),
+        | ({"evaluate": {"as_task": config.evaluate.as_task}} if config.evaluate.as_task else {})
+        | ({"data": {"replay": config.data.replay}} if config.data.replay else {}),
         **comparison(before, after),
         **({"drift": drifted} if drifted else {}),
         "seconds": training["seconds"],

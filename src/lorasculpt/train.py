@@ -30,7 +30,7 @@ from .adapters.load import PROJECTOR_FILE
 from .adapters.update import UpdateConfig, known_tasks
 from .config import RunConfig
 from .data.batches import Collator, rows
-from .data.records import Record, read, set_aside
+from .data.records import Record, read, replayed, set_aside, shared
 from .errors import UserError
 from .evaluation import Task, drift, evaluate, self_prompts, tasks
 from .evaluation.drift import Prompt, question
@@ -69,7 +69,7 @@ def train(
     if (adapter / "adapter_config.json").is_file():
         return adapter
     set_seed(config.seed)
-    records, _ = _split(config)
+    records = trained_on(config)
     named = _with_tasks(config, records)
     model, processor = load(config.base)
     model = (start or attach)(model, named)
@@ -114,6 +114,37 @@ def _split(config: RunConfig) -> tuple[list[Record], list[Record]]:
     assert data.train is not None
     records = read(data.train, images=data.images, limit=data.limit)
     return set_aside(records, data.validation, data.images or data.train.parent) if data.validation else (records, [])
+
+
+def trained_on(config: RunConfig) -> list[Record]:
+    """The rows of one pass: those of ``data.train`` that are not set aside, and what is replayed of ``data.general``.
+
+    Raises:
+        UserError: as of :func:`general`.
+    """
+    records, _ = _split(config)
+    share = config.data.replay
+    return records if share is None else records + replayed(general(config), len(records), share, config.seed)
+
+
+def general(config: RunConfig) -> list[Record]:
+    """The rows of ``data.general``.
+
+    Raises:
+        UserError: for one that asks what is to be measured.
+    """
+    assert config.data.general is not None
+    records = read(config.data.general, images=config.data.images)
+    files = [*config.evaluate.source, *config.evaluate.target, *config.evaluate.validation]
+    measured = [record for file in files for record in read(file, images=config.evaluate.images)]
+    if config.data.validation:
+        measured += _split(config)[1]
+    if (same := shared(records, measured)) is not None:
+        raise UserError(
+            f"{same[0].where}: asks what {same[1].where} asks, which is measured and may not be trained on; remove the "
+            "row from data.general."
+        )
+    return records
 
 
 def _with_tasks(config: RunConfig, records: Sequence[Record]) -> RunConfig:

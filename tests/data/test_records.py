@@ -10,7 +10,7 @@ from typing import Any
 import pico
 import pytest
 
-from lorasculpt.data.records import Record, read, set_aside
+from lorasculpt.data.records import Record, read, replayed, set_aside, shared
 from lorasculpt.errors import UserError
 
 
@@ -278,3 +278,43 @@ def test_too_few_pictures_are_not_split():
         set_aside(shown("a", "a"), 0.1, "/d")
     with pytest.raises(UserError, match="nothing would be left"):
         set_aside(shown("a", "b"), 0.9, "/d")
+
+
+# --- rows that are replayed -----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("count", "share", "wanted"), [(90, 0.1, 10), (8, 0.2, 2), (3, 0.9, 27), (4, 0.01, 1)])
+def test_so_many_rows_are_replayed_that_they_are_the_share(count, share, wanted):
+    drawn = replayed(shown(*"abcdefghij"), count, share, seed=1)
+    assert len(drawn) == wanted
+    assert wanted == 1 or wanted / (count + wanted) == pytest.approx(share, abs=0.005)
+
+
+def test_no_row_is_replayed_twice_before_each_was_once_and_the_seed_draws():
+    general = shown(*"abcdefghij")
+    drawn = replayed(general, 100, 0.2, seed=1)  # 25 of 10
+    for times in (drawn[:10], drawn[10:20]):
+        assert sorted(times, key=general.index) == general
+    assert drawn[:10] != general
+    assert len({record.where + record.question for record in drawn[20:]}) == 5
+    assert replayed(general, 100, 0.2, seed=1) == drawn
+    assert replayed(general, 100, 0.2, seed=2) != drawn
+
+
+def test_a_question_that_is_measured_is_found_by_its_words_and_the_bytes_of_its_pictures(tmp_path):
+    for name, content in {"a": b"1", "copy": b"1", "b": b"2"}.items():
+        (tmp_path / f"{name}.png").write_bytes(content)
+
+    def asked(*names, question="what?", system=""):
+        system_message = ({"role": "system", "content": system},) if system else ()
+        images = tuple(tmp_path / f"{name}.png" for name in names)
+        return Record((*system_message, {"role": "user", "content": question}), "yes", images)
+
+    tests = [asked("b", question="who?"), asked("a"), asked(question="how?")]
+    for other in (asked("b"), asked("a", question="who?"), asked(), asked("a", "b"), asked("a", question="how?")):
+        assert shared([other], tests) is None
+    for same, test in ((asked("a"), 1), (asked("copy", system="Be kind."), 1), (asked(question="how?"), 2)):
+        found = shared([asked("b"), same], tests)
+        assert found is not None
+        assert found[0] is same
+        assert found[1] is tests[test]

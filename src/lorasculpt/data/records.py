@@ -21,6 +21,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import accumulate, islice
 from pathlib import Path
+from random import Random
 from typing import Any
 
 from ..errors import UserError
@@ -130,6 +131,46 @@ def set_aside(records: Sequence[Record], share: float, folder: str | Path) -> tu
     for record, key in zip(records, keys, strict=True):
         split[key in aside].append(record)
     return split
+
+
+def replayed(general: Sequence[Record], count: int, share: float, seed: int) -> list[Record]:
+    """What of ``general`` is trained on beside ``count`` other records, so that it is about ``share`` of all.
+
+    Args:
+        general: What may be taken; none is taken twice before each was taken once.
+        count: Number of the others.
+        share: In (0, 1); at least one record is taken.
+        seed: Of the draw.
+    """
+    wanted, order, random = max(1, round(count * share / (1 - share))), list(general), Random(seed)
+    drawn: list[Record] = []
+    while len(drawn) < wanted:
+        random.shuffle(order)
+        drawn += order[: wanted - len(drawn)]
+    return drawn
+
+
+def shared(records: Sequence[Record], others: Sequence[Record]) -> tuple[Record, Record] | None:
+    """The first of ``records`` that asks what one of ``others`` asks, and that other one; None if there is none.
+
+    The same are questions with the same words (whatever the system message) about pictures whose files hold the same
+    bytes. A picture that was stored anew, in another size or format, is not recognised.
+    """
+    words: dict[int, str] = {}
+    for record in (*records, *others):
+        words[id(record)] = json.dumps([message for message in record.prompt if message["role"] != "system"])
+    both = {words[id(record)] for record in records} & {words[id(record)] for record in others}
+    contents: dict[Path, str] = {}
+
+    def asked(record: Record) -> tuple[str, ...]:
+        for image in record.images:
+            if image not in contents:
+                contents[image] = hashlib.sha256(image.read_bytes()).hexdigest()
+        return (words[id(record)], *(contents[image] for image in record.images))
+
+    known = {asked(other): other for other in others if words[id(other)] in both}
+    found = ((record, known.get(asked(record))) for record in records if words[id(record)] in both)
+    return next(((record, other) for record, other in found if other is not None), None)
 
 
 # --- files to rows ------------------------------------------------------------------------------------------------

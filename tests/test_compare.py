@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import re
+import shlex
+import shutil
 import sys
 
 import numpy as np
@@ -12,13 +15,17 @@ import torch
 import yaml
 from peft import PeftModel
 
-from lorasculpt import UserError, cli, compare
+from lorasculpt import UserError, cli, compare, posthoc
 from lorasculpt.adapters.load import load as load_adapter
-from lorasculpt.compare import Comparison, commands, equal_target, pareto, table
+from lorasculpt.compare import Comparison, commands
+from lorasculpt.comparison import edits
+from lorasculpt.comparison.labels import VARIANTS
+from lorasculpt.comparison.table import equal_target, pareto, show, table
 from lorasculpt.config import RunConfig
 from lorasculpt.data.batches import Collator
 from lorasculpt.evaluation.strength import fixed
 from lorasculpt.models.load import load
+from lorasculpt.posthoc.edits import delta_of
 from lorasculpt.report import report
 from lorasculpt.train import attach, train
 
@@ -196,7 +203,7 @@ def test_each_method_gets_its_settings_and_what_it_can_take_over(run):
     labels = ["lora", "lorasculpt", "sparser", "dora", "rslora", "pissa", "olora"]
     shared = {"r": 4, "lora_alpha": 8}
     own = {"name": "lorasculpt", **shared, "density": 0.2, "prune_step": 1}
-    assert Comparison(run(), labels).methods == {
+    assert {label: what.method for label, what in Comparison(run(), labels).labels.items()} == {
         "lora": {"name": "lora", **shared},
         "lorasculpt": own,
         "sparser": own | {"density": 0.1},
@@ -207,7 +214,7 @@ def test_each_method_gets_its_settings_and_what_it_can_take_over(run):
     }
 
 
-@pytest.mark.parametrize("name", compare.VARIANTS)
+@pytest.mark.parametrize("name", VARIANTS)
 def test_variants_come_back_as_they_were_saved(run, tmp_path, name):
     config = Comparison(run(), [name], 1, [0.1]).tests()[0].config
     model = attach(load(config.base)[0], config).eval()
@@ -250,6 +257,8 @@ def test_a_setting_that_is_refused_later_is_placed_where_it_was_written(run):
         (("--methods", "lora", "--rates", "1,2,3,4"), (), "--rates must be one to three"),
         (("--methods", "lora", "--rates", "-1"), (), "--rates must be numbers above 0"),
         (("--methods", "lora", "--seeds", "0"), (), "--seeds must be at least 1"),
+        (("--methods", "../lora"), (), "'../lora' cannot be compared: it names folders"),
+        ((), ("methods={}",), "--methods must name each method once, such as lora,lorasculpt, or the file list"),
         (("--methods", "sparser"), ("methods.sparser.densty=1",), "'methods.sparser.densty=1': method.densty is no"),
         (("--methods", "other"), ("methods.other.name=x",), "'methods.other.name=x': methods.other.name is 'x'"),
         (("--methods", "lora"), ("evaluate.source=[]",), "evaluate must name what to measure"),
@@ -267,6 +276,182 @@ def test_a_mistake_is_told_before_anything_is_trained(run, tmp_path, capsys, mon
     assert part in err
     assert err.count("\n") == 1
     assert not (tmp_path / "out").exists()
+
+
+# --- what a label can say -------------------------------------------------------------------------------------------
+
+EDITED = """
+methods:
+  milder: {of: lora, edit: scale, by: 0.5}
+  lora: {seeds: 2}
+  dare: {of: lora, edit: dare, p: 0.5, seeds: 1}
+  rank: {of: lora, edit: dare, p: 0.5, by: magnitude, rescale: false, rank: 3, seeds: 1}
+  tailor: {of: sparser, edit: tailor, limit: 2}
+  pruned: {of: sparser, edit: prune, density: 0.05}
+  sparser: {name: lorasculpt, density: 0.1, lr: lora, seeds: 1}
+  fast: {name: lora, lr: 0.5, seeds: 3}
+"""
+
+
+@pytest.fixture
+def labelled(run, tmp_path):
+    """The same run with other ``methods``, from the text of a YAML file in which they come last."""
+
+    def load(text: str, *overrides: str) -> RunConfig:
+        settings = yaml.safe_load((tmp_path / "run.yaml").read_text())
+        del settings["methods"]
+        path = tmp_path / "labels.yaml"
+        path.write_text(yaml.safe_dump(settings, sort_keys=False) + text)
+        return RunConfig.load(path, overrides)
+
+    return load
+
+
+def test_labels_without_methods_are_all_and_every_seed_of_all_comes_before_the_next(labelled):
+    comparison = Comparison(labelled(EDITED, "seed=7"), seeds=4, rates=[0.1])
+    assert list(comparison.labels) == ["milder", "lora", "dare", "rank", "tailor", "pruned", "sparser", "fast"]
+    assert [(test.label, test.config.seed) for test in comparison.tests()] == [
+        *(("lora", 7), ("sparser", 7), ("fast", 7)),
+        *(("milder", 7), ("dare", 7), ("rank", 7), ("tailor", 7), ("pruned", 7)),
+        *(("lora", 8), ("fast", 8), ("milder", 8), ("fast", 9)),
+    ]
+    assert len(comparison.missing()) == 12
+    assert {what.seeds for what in Comparison(labelled("methods: {lora: {}}"), seeds=4).labels.values()} == {4}
+
+
+def test_a_rate_that_is_given_or_taken_from_another_label_costs_no_trials(labelled, monkeypatch):
+    monkeypatch.setattr(compare, "train", lambda config, **options: None)
+    monkeypatch.setattr(compare, "measure", measured_at(0.3))
+    text = "methods: {curve: {name: lorasculpt, density: 0.5, lr: lora}, lora: {}, fast: {name: lora, lr: 0.5}}"
+    comparison = Comparison(labelled(text), seeds=1, rates=[0.01, 0.02])
+    assert [(trial.label, trial.rate) for trial in comparison.trials()] == [("lora", 0.01), ("lora", 0.02)]
+    assert [test.label for test in comparison.tests()] == ["fast"]
+    assert list(commands(comparison))[-1].startswith("# 2 more runs, of curve, lora, when these have chosen")
+    path = compare.compare(labelled(text), seeds=1, rates=[0.01, 0.02], progress=False)
+    record = json.loads(path.read_text())
+    assert {made["label"]: made["settings"]["training"]["lr"] for made in record["runs"]} == {
+        "curve": 0.02,
+        "lora": 0.02,
+        "fast": 0.5,
+    }
+    assert record["rates"]["curve"] == {"validation": {}, "chosen": 0.02, "like": "lora"}
+    assert record["rates"]["fast"] == {"validation": {}, "chosen": 0.5}
+    assert [row["label"] for row in record["table"]] == ["curve", "lora", "fast"]
+    assert len(record["runs"]) == len(list((path.parent / "test").glob("*.yaml"))) == 3
+
+
+def test_a_label_has_a_share_of_general_data_of_its_own(labelled, tmp_path):
+    text = "methods: {none: {name: lora, replay: null}, some: {name: lora, replay: 0.5}, lora: {}, milder: {of: some, "
+    config = labelled(text + "edit: scale, by: 0.5}}", f"data.general={tmp_path / 'test' / 'train.jsonl'}")
+    assert [test.config.data.replay for test in Comparison(config, None, 1, [0.1]).tests()] == [None, 0.5, None, 0.5]
+    config = labelled(text + "edit: scale, by: 0.5}}", "data.general=a.jsonl", "data.replay=0.2")
+    assert [test.config.data.replay for test in Comparison(config, None, 1, [0.1]).tests()] == [None, 0.5, 0.2, 0.5]
+
+
+def test_edits_are_runs_of_what_was_trained(labelled, tmp_path, capsys, monkeypatch):
+    chosen = ["lora", "sparser", "milder", "dare", "rank", "tailor", "pruned"]
+    config = labelled(EDITED, "methods.lora.seeds=1")
+    path = compare.compare(config, chosen, rates=[0.05], progress=False)
+    record = json.loads(path.read_text())
+    assert (record["complete"], [row["label"] for row in record["table"]]) == (True, chosen)
+    runs = {made["label"]: made for made in record["runs"]}
+    assert runs["dare"]["edit"] == {"edit": "dare", "p": 0.5, "by": "random", "rescale": True, "seed": 0}
+    assert "edit" not in runs["lora"]
+    folders = {test.label: test.config.output for test in Comparison(config, chosen, 3, [0.05]).tests()}
+    adapters = {label: posthoc.read(folder / "adapter") for label, folder in folders.items()}
+    expected = {
+        "milder": posthoc.scale(adapters["lora"], 0.5),
+        "dare": posthoc.dare(adapters["lora"], 0.5, seed=0),
+        "rank": posthoc.truncate(posthoc.dare(adapters["lora"], 0.5, by="magnitude", rescale=False), 3)[0],
+        "pruned": posthoc.prune(adapters["sparser"], 0.05),
+    }
+    for label, edited in expected.items():
+        found = {pair.name: delta_of(pair) for pair in adapters[label].pairs}
+        for name, delta in edited.items() if isinstance(edited, posthoc.Update) else deltas(edited):
+            torch.testing.assert_close(found[name], delta, rtol=1e-4, atol=1e-6)
+    for label, parent in {"milder": "lora", "tailor": "sparser"}.items():
+        assert (folders[label] / "training.json").read_bytes() == (folders[parent] / "training.json").read_bytes()
+        assert runs[label]["seconds"] == runs[parent]["seconds"]
+    # at half of its strength lora is what milder is
+    assert runs["lora"]["curve"][1]["source"] == runs["milder"]["summary"]["source_after"]
+
+    # the commands of the edits make the same
+    for label in ("milder", "dare", "rank", "tailor", "pruned"):
+        shutil.rmtree(folders[label])
+    lines = list(commands(Comparison(config, chosen, 3, [0.05])))
+    assert len(lines) == 5
+    for line in lines:
+        for command in line.split(" && "):
+            code, _, err = words(*shlex.split(command)[1:], capsys=capsys, monkeypatch=monkeypatch)
+            assert code == 0, err
+    monkeypatch.setattr(compare, "train", lambda *args, **options: pytest.fail("trained again"))
+    monkeypatch.setattr(edits.posthoc, "write", lambda *args, **options: pytest.fail("edited again"))
+    again = json.loads(compare.compare(config, chosen, rates=[0.05], out=tmp_path / "again.json").read_text())
+    assert again == record
+    with pytest.raises(UserError, match=r"holds another edit \(see .*posthoc.json\)"):
+        Comparison(labelled(EDITED, "methods.milder.by=0.4", "methods.lora.seeds=1"), chosen, 3, [0.05]).record()
+    # what is there and not measured is not taken for another edit's
+    (folders["milder"] / "results.json").unlink()
+    with pytest.raises(UserError, match="holds another edit"):
+        compare.compare(labelled(EDITED, "methods.milder.by=0.4", "methods.lora.seeds=1"), chosen, rates=[0.05])
+
+
+def deltas(adapter) -> list[tuple[str, torch.Tensor]]:
+    return [(pair.name, delta_of(pair)) for pair in adapter.pairs]
+
+
+def test_edits_wait_for_what_they_edit(labelled):
+    lines = list(commands(Comparison(labelled(EDITED), ["milder", "lora", "dare"], 1, [0.1])))
+    assert [line.split(" && ")[0].rsplit("/", 1)[-1] for line in lines[:2]] == [
+        "lora-lr0.1-seed0.yaml",
+        "lora-lr0.1-seed1.yaml",
+    ]
+    assert lines[2:] == ["# 3 more runs, of milder, dare, when what they are edits of is there: ask again then."]
+
+
+@pytest.mark.parametrize(
+    ("label", "part"),
+    [
+        ("{name: lora, lr: fast}", "methods.x.lr is 'fast', which is not compared; add it to --methods"),
+        ("{name: lora, lr: x}", "methods.x.lr is 'x', which is not compared; name another label"),
+        ("{name: lora, lr: y}", "methods.x.lr is 'y', which takes its own from another"),
+        ("{name: lora, lr: 0}", "methods.x.lr must be a number above 0 or another label; got 0"),
+        ("{name: lora, lr: true}", "methods.x.lr must be a number above 0 or another label; got True"),
+        ("{name: lora, seeds: 0}", "methods.x.seeds must be a whole number of at least 1; got 0"),
+        ("{name: lora, replay: 1}", "methods.x.replay must be a share between 0 and 1, or null; got 1"),
+        ("{name: lora, replay: 0.1}", "methods.x.replay needs general data to take rows from"),
+        ("{r: 4}", "methods.x needs the name of a method"),
+        ("{of: lora}", "methods.x needs edit: one of scale, prune, dare, tailor"),
+        ("{edit: scale, by: 1}", "methods.x needs of: the label whose adapters are edited"),
+        ("{of: z, edit: scale, by: 1}", "methods.x.of is 'z', which is not compared"),
+        ("{of: [lora], edit: scale, by: 1}", "methods.x.of is ['lora'], which is not compared"),
+        ("{of: lora, edit: [scale]}", "methods.x.edit is ['scale'], which is no edit"),
+        ("{name: [lora]}", "methods.x.name is ['lora'], which is no method"),
+        ("{of: milder, edit: scale, by: 1}", "methods.x.of is 'milder', which is an edit itself"),
+        ("{of: dora, edit: scale, by: 1}", "methods.x.of is 'dora', which leaves no plain LoRA"),
+        ("{of: mosld, edit: scale, by: 1}", "methods.x.of is 'mosld', which leaves no plain LoRA"),
+        ("{of: lora, edit: shrink}", "methods.x.edit is 'shrink', which is no edit; use one of scale, prune"),
+        ("{of: lora, edit: scale}", "methods.x needs by, which scale takes"),
+        ("{of: lora, edit: scale, by: -1}", "methods.x.by must be greater than or equal to 0; got -1"),
+        ("{of: lora, edit: dare, p: 0.5, by: size}", "methods.x.by must be 'random' or 'magnitude'; got 'size'"),
+        ("{of: lora, edit: prune, density: 0.5, lr: 1e-3}", "methods.x.lr is no argument of prune; it takes seeds,"),
+        ("{of: lora, edit: prune, density: 0.5, seeds: 9}", "methods.x.seeds is 9, but lora, which it edits, has 3"),
+    ],
+)
+def test_a_mistake_in_a_label_is_told_with_its_line(labelled, tmp_path, label, part):
+    text = f"""methods:
+  lora: {{}}
+  dora: {{}}
+  mosld: {{}}
+  y: {{name: lora, lr: lora}}
+  milder: {{of: lora, edit: scale, by: 0.5}}
+  x: {label}
+"""
+    config = labelled(text)
+    number = next(n for n, line in enumerate((tmp_path / "labels.yaml").read_text().splitlines(), 1) if "  x: " in line)
+    with pytest.raises(UserError, match=re.escape(part)) as told:
+        Comparison(config)
+    assert str(told.value).startswith(f"{tmp_path / 'labels.yaml'}:{number}: ")
 
 
 # --- what they say --------------------------------------------------------------------------------------------------
@@ -359,7 +544,7 @@ def test_the_screen_shows_tests_and_rates_at_the_edge(run, capsys, monkeypatch):
     record["complete"], record["missing"] = False, ["test/lora-seed2"]
     record["table"][1]["retention"]["mean"] = None
     compare.write(path, record)
-    compare.show(path)
+    show(path)
     out = capsys.readouterr().out
     assert "against lora" in out
     assert "lora: of the learning rates the largest did best; a larger one may do better." in out

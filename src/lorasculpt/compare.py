@@ -27,7 +27,9 @@ from statistics import mean
 from typing import Any
 
 from .comparison import edits, labels
+from .comparison.drift import drift_and_loss
 from .comparison.edits import Edit
+from .comparison.labels import CHOICES
 from .comparison.table import equal_target, pareto, table
 from .config import RunConfig
 from .errors import UserError
@@ -37,6 +39,7 @@ from .train import RUN_FILE, check_output, train
 
 COMPARISON_FILE = "compare.json"
 RATES = (2e-4, 5e-4, 1.5e-3)
+TESTED: dict[str, Any] = {"validation": [], "validation_source": []}  # once a rate is chosen
 SHARE = 0.1  # of the training rows, to validate with where there is no file
 
 
@@ -120,8 +123,13 @@ class Comparison:
             return []
         config = self.config
         share = None if config.evaluate.validation else config.data.validation or SHARE
-        changes: dict[str, Any] = {"strengths": [], "every": None, "validation": []}
-        changes["target"] = config.evaluate.validation or config.evaluate.target
+        changes = TESTED | {
+            "strengths": [],
+            "every": None,
+            "drift": None,
+            "target": config.evaluate.validation or config.evaluate.target,
+            "source": config.evaluate.validation_source or config.evaluate.source,
+        }
         return [
             self._run("validation", label, rate, config.seed, share, changes)
             for rate in self.rates
@@ -167,9 +175,10 @@ class Comparison:
     def rates_of(self) -> dict[str, dict[str, Any]]:
         """By label what each rate did on the validation set, and the rate that is ``chosen`` (None: not yet known).
 
-        A label that takes the rate of another says of which: ``like``.
+        It is the one that is best ``by`` the target, or by the number that the label names. A label that takes the rate
+        of another, or chooses among its trials, says of which: ``like``.
         """
-        shown = ("source_before", "source_after", "target_after")
+        shown = ("source_before", "source_after", "target_after", "h_mean")
         scores: dict[str, dict[float, dict]] = {label: {} for label in self.labels}
         for run in self.trials():
             if (result := self.result(run)) is not None:
@@ -180,11 +189,16 @@ class Comparison:
             if rate is None and len(self.rates) == 1:
                 rate = self.rates[0]
             elif len(tried) == len(self.rates):
-                rate = max(tried, key=lambda rate: tried[rate]["target_after"])
+                rate = _best(tried, what.by or "target")
             found[label] = {"validation": {f"{rate:g}": score for rate, score in tried.items()}, "chosen": rate}
         for label, what in self.labels.items():
             if what.like:
-                found[label] |= {"chosen": found[what.like]["chosen"], "like": what.like}
+                tried, chosen = scores[what.like], found[what.like]["chosen"]
+                if what.by and len(tried) == len(self.rates):
+                    chosen = _best(tried, what.by)
+                found[label] |= {"chosen": chosen, "like": what.like}
+            if what.by:
+                found[label] |= {"by": what.by}
         return found
 
     def tests(self) -> list[Run]:
@@ -194,7 +208,7 @@ class Comparison:
         """
         chosen = {label: found["chosen"] for label, found in self.rates_of().items()}
         return [
-            self._run("test", label, chosen[label], seed, None, {"validation": []})
+            self._run("test", label, chosen[label], seed, None, TESTED)
             for label, seed in self._wanted()
             if chosen[label] is not None
         ]
@@ -223,7 +237,7 @@ class Comparison:
         """Everything that is known by now, as a results file: the runs one by one, and what they say together.
 
         ``table`` is :func:`~lorasculpt.comparison.table.table`, ``pareto`` and ``equal_target`` are made by those
-        beside it; ``missing`` is empty where ``complete``.
+        beside it, ``drift`` by `lorasculpt.comparison.drift`; ``missing`` is empty where ``complete``.
         """
         runs = [result for run in self.tests() if (result := self.result(run)) is not None]
         missing, order = self.missing(), list(self.labels)
@@ -240,7 +254,13 @@ class Comparison:
             "table": rows,
             "pareto": pareto(rows),
             "equal_target": equal_target(runs),
+            "drift": drift_and_loss(runs),
         }
+
+
+def _best(tried: dict[float, dict[str, float]], by: str) -> float:
+    """The rate with the highest score, the lowest of equals."""
+    return max(tried, key=lambda rate: tried[rate][CHOICES[by]])
 
 
 # --- doing it -------------------------------------------------------------------------------------------------------

@@ -192,6 +192,8 @@ class Evaluate(_Section):
         target: Data files of what it is taught.
         validation: Data files like ``target``, with other questions: by these ``lorasculpt compare`` chooses learning
             rates. Default: a tenth of the training rows, set aside.
+        validation_source: Data files like ``source``, with other questions, that are measured with these. Default:
+            those of ``source``.
         images: Folder of their pictures. Default: each data file's.
         limit: Questions per task. Default: all.
         every: Steps between measurements during training. Default: none.
@@ -212,6 +214,7 @@ class Evaluate(_Section):
     source: Paths = Field(default_factory=list)
     target: Paths = Field(default_factory=list)
     validation: Paths = Field(default_factory=list)
+    validation_source: Paths = Field(default_factory=list)
     images: RelativePath | None = None
     limit: Positive | None = None
     every: Positive | None = None

@@ -6,6 +6,7 @@ methods:
   sparser: {name: lorasculpt, density: 0.05}
   sparsest: {name: lorasculpt, density: 0.02, lr: sparser}   # at the rate that sparser chose
   gentle: {name: lora, lr: 2e-4}                             # at this rate
+  both: {name: lora, lr: lora, by: h_mean}                   # of the rates that lora tried, by source and target
   replay: {name: lora, replay: 0.1}                          # with a tenth of general data (data.general)
   dare: {of: lora, edit: dare, p: 0.5}                       # no training: the adapters of lora, edited
 ```
@@ -29,7 +30,9 @@ from ..report.results import REFERENCE
 from ..train import KINDS, kind_of, settings_of
 from .edits import EDITS, Edit, edit_of
 
-SAID = ("lr", "seeds", "replay")  # what a label may say beside the settings of its method
+SAID = ("lr", "by", "seeds", "replay")  # what a label may say beside the settings of its method
+# What a learning rate is chosen by: the name of each in the summary of a trial
+CHOICES = {"target": "target_after", "h_mean": "h_mean"}
 # What PEFT makes of a LoRA by one setting
 VARIANTS: dict[str, dict[str, Any]] = {
     "dora": {"use_dora": True},
@@ -48,6 +51,8 @@ class Label:
         seeds: How many, from the run's upwards.
         rate: Its learning rate. None: chosen on the validation set, or that of ``like``.
         like: The label whose learning rate it takes; of an edit, whose adapters.
+        by: What its learning rate is chosen by, one of ``CHOICES``; with ``like`` among the trials of that label.
+            Default: the target, or with ``like`` whatever that label chose.
         edit: What is done to these adapters in place of training.
         replay: Its ``data.replay``.
     """
@@ -58,6 +63,7 @@ class Label:
     like: str | None = None
     edit: Edit | None = None
     replay: float | None = None
+    by: str | None = None
 
 
 def read(config: RunConfig, names: Sequence[str], seeds: int) -> dict[str, Label]:
@@ -87,7 +93,14 @@ def _label(config: RunConfig, label: str, names: Sequence[str], seeds: int, foun
     method = _method(config, label, settings)
     kind_of(config.single(label, method))
     rate, like = _rate(config, label, said, names)
-    return Label(method, _seeds(config, label, said, seeds), rate, like, replay=_replay(config, label, said))
+    by = said.get("by")
+    if by is not None and (by not in CHOICES or rate is not None):
+        mend = (
+            f"must be one of {', '.join(CHOICES)}; got {by!r}" if by not in CHOICES else "chooses nothing: lr is given"
+        )
+        raise config.error(f"methods.{label}.by", f"{mend}.")
+    replay = _replay(config, label, said)
+    return Label(method, _seeds(config, label, said, seeds), rate, like, replay=replay, by=by)
 
 
 def _method(config: RunConfig, label: str, given: dict[str, Any]) -> dict[str, Any]:

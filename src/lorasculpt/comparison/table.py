@@ -26,7 +26,9 @@ def table(runs: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     ``lr``, ``seeds``, and the ``n`` of each task say what is behind it.
 
     ``against`` are paired t-tests against the rows of ``REFERENCE`` over the seeds that both have; p is not corrected
-    for the number of tests. ``time`` is the training time in units of the reference's.
+    for the number of tests. ``time`` and ``memory`` are the training time and its peak of memory in units of the
+    reference's, where they are known and of the same kind. ``drift`` is a mean over seeds, with None for each of its
+    parts where it was not measured.
     """
     groups: dict[str, list[dict]] = {}
     for run in runs:
@@ -39,7 +41,11 @@ def _row(label: str, runs: list[dict], reference: dict[int, dict]) -> dict[str, 
     first = runs[0]
     pairs = [(run, reference[run["seed"]]) for run in runs if run["seed"] in reference]
     seconds = mean(run["seconds"] for run in runs)
-    base = mean(run["seconds"] for run in reference.values()) if reference else seconds
+    others = list(reference.values()) if reference else runs
+    known = bool(reference) or label == REFERENCE
+    base = mean(run["seconds"] for run in others)
+    peak, least = _peak(runs), _peak(others)
+    alike = known and len({run.get("memory_of") for run in (*runs, *others)}) == 1
     return {
         "label": label,
         "method": first["method"],
@@ -55,8 +61,11 @@ def _row(label: str, runs: list[dict], reference: dict[int, dict]) -> dict[str, 
             }
             for side in ("source", "target")
         },
+        "drift": mean_interval([(run.get("drift") or {}).get("value") for run in runs]),
         "seconds": seconds,
-        "time": seconds / base if base and (reference or label == REFERENCE) else None,
+        "time": seconds / base if base and known else None,
+        "memory_bytes": peak,
+        "memory": peak / least if peak and least and alike else None,
         "trainable": first["trainable"],
         "adapter_bytes": round(mean(run["adapter_bytes"] for run in runs)),
         "against": {
@@ -65,6 +74,12 @@ def _row(label: str, runs: list[dict], reference: dict[int, dict]) -> dict[str, 
             if pairs and not name.endswith("_before")
         },
     }
+
+
+def _peak(runs: Sequence[dict]) -> int | None:
+    """The smallest peak of memory among ``runs``, since what else a process holds adds to it; None: unknown."""
+    known = [run["memory_bytes"] for run in runs if run.get("memory_bytes") is not None]
+    return min(known) if len(known) == len(runs) else None
 
 
 def pareto(rows: Sequence[dict[str, Any]]) -> list[str]:
@@ -101,12 +116,17 @@ def show(path: Path) -> None:
     """Print the table of a comparison, the tests against the reference, and what a reader has to know."""
     record = json.loads(path.read_text())
     columns = ("source_after", "target_after", "retention", "gain", "h_mean", "average")
-    shown = Table("method", "seeds", "lr", "source", "target", "retention", "gain", "H-mean", "average", "time", "size")
+    drifts, memories = (
+        any(known(row) is not None for row in record["table"])
+        for known in (lambda row: row["drift"]["mean"], lambda row: row["memory"])
+    )
+    heads = ["source", "target", "retention", "gain", "H-mean", "average", *["drift"] * drifts, "time"]
+    shown = Table("method", "seeds", "lr", *heads, *["memory"] * memories, "size")
     tests = Table(f"against {REFERENCE}", "source", "p", "target", "p", "H-mean", "p")
     for row in record["table"]:
-        ratio = "-" if row["time"] is None else f"{row['time']:.2f}"
         cells = [row["label"], str(len(row["seeds"])), f"{row['lr']:g}", *(_cell(row[name]) for name in columns)]
-        shown.add_row(*cells, ratio, size(row["adapter_bytes"]))
+        cells += [_cell(row["drift"], 1, 3)] * drifts + [_ratio(row["time"])] + [_ratio(row["memory"])] * memories
+        shown.add_row(*cells, size(row["adapter_bytes"]))
         found = [row["against"].get(name) for name in ("source_after", "target_after", "h_mean")]
         if any(found):
             tests.add_row(row["label"], *(text for test in found for text in _tested(test)))
@@ -115,12 +135,17 @@ def show(path: Path) -> None:
     if tests.row_count:
         console.print(tests)
     steps = ", ".join(str(steps) for steps in sorted({row["steps"] for row in record["table"]}))
-    print(f"Points of 100, ± the half of a 95 % interval over seeds; {steps} steps; time in that of {REFERENCE}.")
+    of = f"time{' and memory' if memories else ''} in that of {REFERENCE}"
+    print(f"Points of 100, ± the half of a 95 % interval over seeds; {steps} steps; {of}.")
     equal = record["equal_target"]
     if equal["source"]:
         kept = ", ".join(f"{label} {100 * source:.1f}" for label, source in equal["source"].items())
         print(f"Source where all reach the target {100 * equal['target']:.1f}: {kept}.")
     print(f"Pareto front of source and target: {', '.join(record['pareto'])}.")
+    if record["drift"]:
+        words = {"runs": "runs", "curve": "points of curves"}
+        told = ", ".join(_ranked(record["drift"][key], words[key]) for key in words if record["drift"][key])
+        print(f"Drift and the source lost, Spearman's rank correlation (95 % interval): {told}.")
     for label, rates in record["rates"].items():
         tried = [float(rate) for rate in rates["validation"]]
         for end, best, beyond in ((min, "smallest", "smaller"), (max, "largest", "larger")):
@@ -130,12 +155,24 @@ def show(path: Path) -> None:
         print(f"{len(record['missing'])} runs are still missing.")
 
 
-def _cell(found: dict[str, float | None]) -> str:
+def _cell(found: dict[str, float | None], unit: int = 100, digits: int = 1) -> str:
     """``71.3 ±2.0``"""
     value, high = found["mean"], found["high"]
     if value is None:
         return "-"
-    return f"{100 * value:.1f}" + (f" ±{100 * (high - value):.1f}" if high is not None else "")
+    spread = "" if high is None else f" ±{unit * (high - value):.{digits}f}"
+    return f"{unit * value:.{digits}f}{spread}"
+
+
+def _ranked(found: dict[str, Any], words: str) -> str:
+    """``0.83 (0.41 to 0.97) over 12 runs``"""
+    rho = "none" if found["rho"] is None else f"{found['rho']:.2f}"
+    spread = "" if found["low"] is None else f" ({found['low']:.2f} to {found['high']:.2f})"
+    return f"{rho}{spread} over {found['n']} {words}"
+
+
+def _ratio(value: float | None) -> str:
+    return "-" if value is None else f"{value:.2f}"
 
 
 def _tested(found: dict[str, float | None] | None) -> tuple[str, str]:

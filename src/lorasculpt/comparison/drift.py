@@ -1,0 +1,73 @@
+"""How well the drift, which needs no source data, tells the loss of source accuracy: a rank correlation over runs."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from ..evaluation.summary import bounds
+
+Points = list[tuple[float, float]]  # of one run: drift, and source accuracy lost
+
+
+def drift_and_loss(runs: Sequence[dict[str, Any]]) -> dict[str, Any] | None:
+    """Rank correlation of the drift with the loss of source accuracy, of the entries of a results file.
+
+    Returns:
+        ``runs``: :func:`rank_correlation` over the runs that have a drift. ``curve``: the same over all points of the
+        strength curves that carry one; not over strength 0, which is the base, with neither drift nor loss. None for
+        what no run has, and altogether if none has a drift.
+    """
+    drifted: list[Points] = []
+    curves: list[Points] = []
+    for run in runs:
+        before = run["summary"]["source_before"]
+        if run.get("drift"):
+            drifted.append([(run["drift"]["value"], before - run["summary"]["source_after"])])
+        if points := [(p["drift"], before - p["source"]) for p in run["curve"] if "drift" in p and p["strength"] > 0]:
+            curves.append(points)
+    if not drifted:
+        return None
+    return {"runs": rank_correlation(drifted), "curve": rank_correlation(curves) if curves else None}
+
+
+def rank_correlation(groups: Sequence[Points], resamples: int = 2000, seed: int = 0) -> dict[str, Any]:
+    """:func:`spearman` over the points of all ``groups`` together.
+
+    The interval is the percentile bootstrap's: groups are drawn anew with replacement, whole. It takes them for
+    independent; runs of one method that differ in the seed alone are closer than that.
+
+    Returns:
+        ``rho``, the 95 % interval ``low`` and ``high`` (None for fewer than three groups, or without ``rho``), and the
+        number of points ``n``. ``rho`` is None where one of the two is the same everywhere.
+    """
+    points = np.asarray([point for group in groups for point in group], float)
+    rho = spearman(*points.T)
+    low, high = float("nan"), float("nan")
+    if len(groups) > 2:
+        owner = np.repeat(np.arange(len(groups)), [len(group) for group in groups])
+        of = [np.flatnonzero(owner == i) for i in range(len(groups))]
+        rng, draws = np.random.default_rng(seed), np.empty(resamples)
+        for i in range(resamples):
+            drawn = np.concatenate([of[j] for j in rng.integers(len(groups), size=len(groups))])
+            draws[i] = spearman(*points[drawn].T)
+        low, high = bounds(draws)
+    known = [None if np.isnan([rho, number]).any() else float(number) for number in (rho, low, high)]
+    return dict(zip(("rho", "low", "high"), known, strict=True)) | {"n": len(points)}
+
+
+def spearman(x: np.ndarray, y: np.ndarray) -> float:
+    """Spearman's rank correlation of two (n,) arrays, in [-1, 1]; equals share the mean of their ranks.
+
+    nan where all values of one of them are equal, as of a single point.
+    """
+    a, b = (ranks - ranks.mean() for ranks in (_ranks(x), _ranks(y)))
+    size = np.sqrt((a * a).sum() * (b * b).sum())
+    return float((a * b).sum() / size) if size else float("nan")
+
+
+def _ranks(x: np.ndarray) -> np.ndarray:
+    _, inverse, counts = np.unique(x, return_inverse=True, return_counts=True)
+    return (np.cumsum(counts) - (counts - 1) / 2)[inverse]

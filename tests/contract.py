@@ -23,6 +23,7 @@ from lorasculpt import (
     AMLoRAConfig,
     Clock,
     ClockCallback,
+    FullConfig,
     LoRAMoEConfig,
     LoRASculptConfig,
     MALoRAConfig,
@@ -108,6 +109,7 @@ CASES: dict[str, Row] = {
     ),
     "spider": Row(SpiderConfig),
     "regularized": Row(RegularizedConfig, {"r": 4, "lora_alpha": 8, "penalty": "orth", "weight": 0.3}),
+    "full": Row(FullConfig, {"select": "half", "round_steps": 2}),
 }
 FAMILIES = ("llava", "llava_next", "idefics3", "gemma3")
 

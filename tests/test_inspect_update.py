@@ -167,7 +167,7 @@ def test_a_method_with_one_matrix_for_all(tmp_path, pico_folder, data):
 
 # --- what is shown --------------------------------------------------------------------------------------------------
 
-ROUTED = [name for name, row in CASES.items() if issubclass(row.config, UpdateConfig) and name != "spider"]
+ROUTED = [name for name, row in CASES.items() if issubclass(row.config, UpdateConfig) and row.config.merges != "always"]
 
 
 @pytest.mark.parametrize("method", ROUTED)

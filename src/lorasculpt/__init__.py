@@ -9,6 +9,7 @@ from .adapters.method import method_logs as method_logs
 from .errors import UserError as UserError
 from .methods import METHODS as METHODS
 from .methods import AMLoRAConfig as AMLoRAConfig
+from .methods import FullConfig as FullConfig
 from .methods import LoRAMoEConfig as LoRAMoEConfig
 from .methods import LoRASculptConfig as LoRASculptConfig
 from .methods import MALoRAConfig as MALoRAConfig

@@ -6,20 +6,19 @@ import numpy as np
 import pico
 import pytest
 import torch
-from contract import adapt, close, equal, logits, sgd, start, texts, train, trained, weights
+from contract import adapt, equal, logits, sgd, start, texts, train, trained, weights
+from dense import LINEARS, by_hand, check, check_plain
 from peft import get_peft_model
 from torch import nn
 
 import lorasculpt
 from lorasculpt import Clock, SpiderConfig, method_logs
 from lorasculpt.adapters.context import Context
+from lorasculpt.adapters.dense import DenseUpdate
 from lorasculpt.adapters.method import methods_of
 from lorasculpt.adapters.update import Place, updates
 from lorasculpt.methods import spider
-from lorasculpt.methods.spider import Spider, SpiderUpdate, blend, importance
-
-STEPS, LR, MOMENTUM, CLIP = 5, 0.1, 0.9, 0.5
-
+from lorasculpt.methods.spider import Spider, blend, importance
 
 # --- the reference --------------------------------------------------------------------------------------------------
 
@@ -42,76 +41,21 @@ def mask(pre, grad):
     return np.minimum(1, M / (sum(chosen) / len(chosen))) if chosen else M
 
 
-def gradients(W1, W2, x, y):
-    """Of sum (W2 tanh(W1 x) - y)^2 / 2 over the rows."""
-    g1, g2 = np.zeros_like(W1), np.zeros_like(W2)
-    for row in range(len(x)):
-        h = np.tanh(W1 @ x[row])
-        error = W2 @ h - y[row]
-        g2 += np.outer(error, h)
-        g1 += np.outer((W2.T @ error) * (1 - h**2), x[row])
-    return g1, g2
-
-
 def reference(W0, windows):
     """The two weights after every window, trained as dense weights."""
-    W, G, velocity = [w.copy() for w in W0], [0 * w for w in W0], [0 * w for w in W0]
-    for window in windows:
-        g = [sum(parts) for parts in zip(*(gradients(*W, x, y) for x, y in window), strict=True)]
-        norm = np.sqrt(sum((each**2).sum() for each in g))
-        for i in range(2):
-            g[i] = g[i] * min(1, CLIP / (norm + 1e-6))
-            velocity[i] = MOMENTUM * velocity[i] + g[i]
-            proposed = W[i] - LR * velocity[i]
-            G[i] = G[i] + g[i]
-            M = mask(rank(W0[i]), rank(G[i]))
-            W[i] = (1 - M) * W0[i] + M * proposed
-    return W
+    G = [0 * w for w in W0]
 
+    def kept(i, step, before, proposed, g):
+        G[i] = G[i] + g
+        M = mask(rank(W0[i]), rank(G[i]))
+        return (1 - M) * W0[i] + M * proposed
 
-class Net(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.first, self.second = nn.Linear(5, 6, bias=False), nn.Linear(6, 4, bias=False)
-
-    def forward(self, x):
-        return self.second(torch.tanh(self.first(x)))
-
-
-def net(**settings):
-    torch.manual_seed(3)
-    return get_peft_model(Net().double(), SpiderConfig(target_modules=["first", "second"], **settings))
-
-
-def data():
-    """``STEPS`` windows of two micro-batches of three rows."""
-    draw = np.random.default_rng(4).normal
-    return [[(draw(size=(3, 5)), draw(size=(3, 4))) for _ in range(2)] for _ in range(STEPS)]
-
-
-def fit(model, windows):
-    optimizer = sgd(model, LR, momentum=MOMENTUM)
-    clock = Clock(model, optimizer)
-    for window in windows:
-        clock.begin_step()
-        optimizer.zero_grad()
-        for x, y in window:
-            (0.5 * (model(torch.tensor(x)) - torch.tensor(y)).square().sum()).backward()
-        nn.utils.clip_grad_norm_(trained(model), CLIP)
-        optimizer.step()
-        clock.end_step()
-    return clock
+    return by_hand(W0, windows, kept)
 
 
 def compare() -> None:
     """Fails unless our training and the reference's give the same weights."""
-    model = net()
-    W0 = [update.base_weight().numpy().copy() for update in updates(model).values()]
-    fit(model, data())
-    for update, w0, expected in zip(updates(model).values(), W0, reference(W0, data()), strict=True):
-        found = update.weight().detach().numpy()
-        assert np.abs(found).max() > 1e-2
-        np.testing.assert_allclose(found, expected - w0, rtol=1e-5, atol=1e-8)
+    check(SpiderConfig(target_modules=LINEARS), reference)
 
 
 def test_training_is_that_of_dense_weights():
@@ -209,16 +153,7 @@ def test_entries_with_a_mask_of_0_are_the_bases_again():
 
 def test_without_a_mask_it_is_plain_fine_tuning(monkeypatch):
     monkeypatch.setattr(spider, "blend", lambda pre, grad: torch.ones_like(pre))
-    model, base = start("llama", "spider")[0], pico.build("llama")[0]
-    names = updates(model)
-    start_weights = {name: base.get_submodule(name).weight.detach().clone() for name in names}
-    for name, parameter in base.named_parameters():
-        parameter.requires_grad_(name.removesuffix(".weight") in names)
-    train(model, [texts()] * 5, sgd(model, momentum=0.9), clip=0.5)
-    train(base, [texts()] * 5, sgd(base, momentum=0.9), clip=0.5)
-    found = {name: update.base_weight() + update.weight() for name, update in names.items()}
-    close(found, {name: base.get_submodule(name).weight for name in names}, rtol=1e-4)
-    assert any(not torch.allclose(found[name], start_weights[name], atol=1e-3) for name in names)
+    check_plain(start("llama", "spider")[0])
 
 
 # --- the update -----------------------------------------------------------------------------------------------------
@@ -226,7 +161,7 @@ def test_without_a_mask_it_is_plain_fine_tuning(monkeypatch):
 
 @pytest.mark.parametrize("shape", [(3, 4, 5), (7, 5)])
 def test_output_and_gradients_are_those_of_a_linear(shape):
-    update = SpiderUpdate(SpiderConfig(), Place("here", 5, 4), Context(), nn.Linear(5, 4)).double()
+    update = DenseUpdate(SpiderConfig(), Place("here", 5, 4), Context(), nn.Linear(5, 4)).double()
     x = torch.randn(shape, dtype=torch.float64, generator=torch.Generator().manual_seed(7), requires_grad=True)
     assert not update(x).any()
     nn.init.normal_(update.D, generator=torch.Generator().manual_seed(8))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from .am_lora import AMLoRAConfig as AMLoRAConfig
+from .full import FullConfig as FullConfig
 from .loramoe import LoRAMoEConfig as LoRAMoEConfig
 from .lorasculpt import LoRASculptConfig as LoRASculptConfig
 from .malora import MALoRAConfig as MALoRAConfig
@@ -26,5 +27,6 @@ METHODS = {
         AMLoRAConfig,
         SpiderConfig,
         RegularizedConfig,
+        FullConfig,
     )
 }

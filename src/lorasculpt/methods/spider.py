@@ -43,16 +43,14 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
-from peft import LoraConfig
 from torch import Tensor, nn
-from torch.nn import functional as F
 
+from ..adapters.dense import DenseConfig, DenseUpdate
 from ..adapters.layers import full, sharded_like
 from ..adapters.method import Method
-from ..adapters.update import Update, UpdateConfig, UpdateMethod, register_update
+from ..adapters.update import Update, UpdateMethod, register_update
 from ..models.parts import linears, parts
 
-LOW_RANK = ("r", "lora_alpha", "lora_dropout", "use_rslora", "rank_pattern", "alpha_pattern")
 STACKS = ("layers", "h", "block", "blocks")  # what models call their list of decoder layers
 
 
@@ -68,22 +66,6 @@ def blend(pre: Tensor, grad: Tensor) -> Tensor:
     ratio = torch.where(pre < grad, grad / (pre + grad), 0.0)
     mean = ratio.sum() / ratio.count_nonzero()
     return (ratio / mean.nan_to_num(1.0)).clamp_max(1)
-
-
-class SpiderUpdate(Update):
-    """Equation (1) on one linear. D: (out, in)."""
-
-    config: SpiderConfig
-
-    def __init__(self, config, place, context, base):
-        super().__init__(config, place, context, base)
-        self.D = nn.Parameter(torch.zeros(place.out_features, place.in_features))
-
-    def forward(self, x: Tensor) -> Tensor:
-        return F.linear(x, self.D)  # (1)
-
-    def weight(self, task: int | None = None) -> Tensor:
-        return self.D
 
 
 class Spider(UpdateMethod):
@@ -148,7 +130,7 @@ def _to_bf16(values: Tensor, seed: int) -> Tensor:
 
 @register_update
 @dataclass
-class SpiderConfig(UpdateConfig):
+class SpiderConfig(DenseConfig):
     """Full fine-tuning of a few layers that spares what matters. Use it wherever PEFT takes a ``LoraConfig``.
 
     The paper trains the projector (learning rate 2e-5) and the last two decoder layers (2e-4) for 5 epochs of batches
@@ -166,9 +148,8 @@ class SpiderConfig(UpdateConfig):
     """
 
     method: ClassVar[str] = "spider"
-    update: ClassVar[type[Update]] = SpiderUpdate
+    update: ClassVar[type[Update]] = DenseUpdate  # (1)
     implementation: ClassVar[type[Method]] = Spider
-    merges: ClassVar[str] = "always"
     sure: ClassVar[str] = "equations from the official code; number of layers and rates from a third party"
 
     last_layers: int = 2
@@ -176,10 +157,6 @@ class SpiderConfig(UpdateConfig):
 
     def __post_init__(self):
         super().__post_init__()
-        stock = LoraConfig()
-        for name in LOW_RANK:
-            if getattr(self, name) != getattr(stock, name):
-                raise ValueError(f"SpiderConfig does not support {name}: it trains whole weights, no factors of them.")
         if self.last_layers < 1:
             raise ValueError(f"last_layers is at least 1; got {self.last_layers}.")
         if self.memory not in ("full", "low"):

@@ -19,6 +19,7 @@ from lorasculpt import UserError, cli, compare, posthoc
 from lorasculpt.adapters.load import load as load_adapter
 from lorasculpt.compare import Comparison, commands
 from lorasculpt.comparison import edits
+from lorasculpt.comparison.drift import drift_and_loss, rank_correlation, spearman
 from lorasculpt.comparison.labels import VARIANTS
 from lorasculpt.comparison.table import equal_target, pareto, show, table
 from lorasculpt.config import RunConfig
@@ -69,7 +70,7 @@ def test_a_stopped_comparison_goes_on(run, tmp_path, capsys, monkeypatch):
     config, done = run(), []
 
     def training(config, **options):
-        if len(done) == 4:
+        if len(done) == 5:
             raise KeyboardInterrupt
         done.append(config)
         return train(config, **options)
@@ -78,21 +79,17 @@ def test_a_stopped_comparison_goes_on(run, tmp_path, capsys, monkeypatch):
         patch.setattr(compare, "train", training)
         with pytest.raises(KeyboardInterrupt):
             compare.compare(config, METHODS, seeds=1, rates=[0.01, 0.001], progress=False)
-    trials, path = list(done), config.output / "compare.json"
+    path = config.output / "compare.json"
     record = json.loads(path.read_text())
-    assert (record["complete"], record["runs"], record["table"]) == (False, [], [])
-    assert record["missing"] == ["test/lora-seed0", "test/lorasculpt-seed0"]
-    assert [(made.method["name"], made.training.lr) for made in trials] == [
-        ("lora", 0.001),
-        ("lorasculpt", 0.001),
-        ("lora", 0.01),
-        ("lorasculpt", 0.01),
-    ]
-    assert all(made.data.validation == 0.1 for made in trials)
+    assert (record["complete"], len(record["runs"]), len(record["table"])) == (False, 1, 1)
+    assert record["missing"] == ["test/lorasculpt-seed0"]
+    trials = [(made.method["name"], made.training.lr) for made in done[:2] + done[3:]]
+    assert trials == [("lora", 0.001), ("lora", 0.01), ("lorasculpt", 0.001), ("lorasculpt", 0.01)]
+    assert [made.data.validation for made in done] == [0.1, 0.1, None, 0.1, 0.1]
 
     # what is left can be run from its own commands
     lines = list(commands(Comparison(config, METHODS, 1, [0.001, 0.01])))
-    assert len(lines) == 2
+    assert len(lines) == 1
     for line in lines:
         for command in line.split(" && "):
             code, _, err = words(*command.split()[1:], capsys=capsys, monkeypatch=monkeypatch)
@@ -152,9 +149,15 @@ def test_the_cost_is_told_as_soon_as_a_run_is_done(run, capsys, monkeypatch):
 def measured_at(target: float, **fields):
     """A stand-in for ``measure``: ``target`` at a rate of 0.01 and below, a tenth more above it."""
 
+    return measured_by(lambda rate: (0.5, target + (0.1 if rate > 0.01 else 0)), **fields)
+
+
+def measured_by(scores, **fields):
+    """A stand-in for ``measure``: source and target as ``scores`` has them at the run's rate."""
+
     def measure(config, before=None, **options):
-        after = target + (0.1 if config.training.lr > 0.01 else 0)
-        made = entry(config.method["name"], 0.5, after, config.seed, lr=config.training.lr, **fields)
+        rate = config.training.lr
+        made = entry(config.method["name"], *scores(rate), config.seed, lr=rate, **fields)
         config.output.mkdir(parents=True, exist_ok=True)
         (config.output / "run.yaml").write_text(config.to_yaml())
         content = {"schema": 1, "versions": compare.versions(), "runs": [made]}
@@ -188,6 +191,21 @@ def test_rates_are_chosen_on_the_validation_file_and_tests_are_made_on_all_rows(
     # a changed file is another comparison
     with pytest.raises(UserError, match="holds another run"):
         compare.compare(run("seed=5", "training.steps=3"), ["lora"], seeds=2, rates=[0.02], progress=False)
+
+
+def test_a_label_may_choose_by_both_numbers_among_the_trials_of_another(run, tmp_path, monkeypatch):
+    monkeypatch.setattr(compare, "train", lambda config, **options: None)
+    monkeypatch.setattr(compare, "measure", measured_by({0.001: (0.9, 0.5), 0.01: (0.5, 0.6), 0.02: (0.0, 0.7)}.get))
+    known = tmp_path / "known.jsonl"
+    known.write_text((tmp_path / "test" / "train.jsonl").read_text())
+    config = run(f"evaluate.validation_source={known}", "methods={both: {name: lora, lr: lora, by: h_mean}}")
+    rates = [0.001, 0.01, 0.02]
+    comparison = Comparison(config, ["both", "lora"], seeds=1, rates=rates)
+    assert {(trial.label, *trial.config.evaluate.source) for trial in comparison.trials()} == {("lora", known)}
+    record = json.loads(compare.compare(config, ["both", "lora"], seeds=1, rates=rates, progress=False).read_text())
+    assert record["rates"]["lora"]["chosen"] == 0.02
+    assert record["rates"]["both"] == {"validation": {}, "chosen": 0.001, "like": "lora", "by": "h_mean"}
+    assert {test.config.evaluate.source[0] for test in comparison.tests()} == {*config.evaluate.source}
 
 
 def test_one_rate_needs_no_validation(run):
@@ -322,22 +340,30 @@ def test_labels_without_methods_are_all_and_every_seed_of_all_comes_before_the_n
 def test_a_rate_that_is_given_or_taken_from_another_label_costs_no_trials(labelled, monkeypatch):
     monkeypatch.setattr(compare, "train", lambda config, **options: None)
     monkeypatch.setattr(compare, "measure", measured_at(0.3))
-    text = "methods: {curve: {name: lorasculpt, density: 0.5, lr: lora}, lora: {}, fast: {name: lora, lr: 0.5}}"
+    text = """
+methods:
+  milder: {of: curve, edit: scale, by: 0.5}
+  curve: {name: lorasculpt, density: 0.5, lr: lora}
+  lora: {}
+  fast: {name: lora, lr: 0.5}
+"""
+    monkeypatch.setattr(edits, "apply", lambda *arguments: None)
     comparison = Comparison(labelled(text), seeds=1, rates=[0.01, 0.02])
     assert [(trial.label, trial.rate) for trial in comparison.trials()] == [("lora", 0.01), ("lora", 0.02)]
     assert [test.label for test in comparison.tests()] == ["fast"]
-    assert list(commands(comparison))[-1].startswith("# 2 more runs, of curve, lora, when these have chosen")
+    assert list(commands(comparison))[-1].startswith("# 3 more runs, of milder, curve, lora, when these have chosen")
     path = compare.compare(labelled(text), seeds=1, rates=[0.01, 0.02], progress=False)
     record = json.loads(path.read_text())
     assert {made["label"]: made["settings"]["training"]["lr"] for made in record["runs"]} == {
+        "milder": 0.02,
         "curve": 0.02,
         "lora": 0.02,
         "fast": 0.5,
     }
     assert record["rates"]["curve"] == {"validation": {}, "chosen": 0.02, "like": "lora"}
     assert record["rates"]["fast"] == {"validation": {}, "chosen": 0.5}
-    assert [row["label"] for row in record["table"]] == ["curve", "lora", "fast"]
-    assert len(record["runs"]) == len(list((path.parent / "test").glob("*.yaml"))) == 3
+    assert [row["label"] for row in record["table"]] == ["milder", "curve", "lora", "fast"]
+    assert len(record["runs"]) == len(list((path.parent / "test").glob("*.yaml"))) == 4
 
 
 def test_a_label_has_a_share_of_general_data_of_its_own(labelled, tmp_path):
@@ -497,6 +523,92 @@ def test_the_table_is_made_of_means_over_seeds_and_of_pairs():
     assert second["against"]["target_after"] | {"t": None, "p": None} == second["against"]["target_after"]
 
 
+def test_memory_and_drift_are_in_the_table_where_they_are_known():
+    process = {"memory_of": "process"}
+    runs = [
+        entry("lora", 0.4, 0.8, 0, memory_bytes=2000, **process, drift={"value": 0.1, "interval": [0, 1], "n": 4}),
+        entry("lora", 0.4, 0.8, 1, memory_bytes=2500, **process, drift={"value": 0.3, "interval": [0, 1], "n": 4}),
+        entry("dora", 0.4, 0.8, 0, memory_bytes=3000, **process),
+        entry("on a GPU", 0.4, 0.8, 0, memory_bytes=500, memory_of="cuda"),
+        entry("unknown", 0.4, 0.8, 0, memory_bytes=None, **process),
+        entry("half known", 0.4, 0.8, 0, memory_bytes=1000, **process, drift={"value": 0.1}),
+        entry("half known", 0.4, 0.8, 1, memory_bytes=None, **process),
+        entry("older", 0.4, 0.8, 0),
+    ]
+    rows = {row["label"]: row for row in table(runs)}
+    assert {label: (row["memory_bytes"], row["memory"]) for label, row in rows.items()} == {
+        "lora": (2000, 1),
+        "dora": (3000, 1.5),
+        "on a GPU": (500, None),
+        "unknown": (None, None),
+        "half known": (None, None),
+        "older": (None, None),
+    }
+    drift = rows["lora"]["drift"]
+    assert drift["mean"] == pytest.approx(0.2)
+    assert drift["high"] == pytest.approx(0.2 + 12.7062 * 0.1)
+    assert {row["drift"]["mean"] for label, row in rows.items() if label != "lora"} == {None}
+    (alone,) = table([entry("dora", 0.4, 0.8, 0, memory_bytes=3000, **process)])
+    assert alone["memory"] is None
+
+
+def slow_spearman(x, y) -> float:
+    """Pearson's correlation of ranks, each counted by looking at all others."""
+
+    def ranks(values):
+        return [1 + sum(b < a for b in values) + (sum(b == a for b in values) - 1) / 2 for a in values]
+
+    a, b = ranks(x), ranks(y)
+    n, centre = len(a), (len(a) + 1) / 2
+    cov = sum((a[i] - centre) * (b[i] - centre) for i in range(n))
+    return cov / (sum((v - centre) ** 2 for v in a) * sum((v - centre) ** 2 for v in b)) ** 0.5
+
+
+def test_a_rank_correlation_is_that_of_ranks_counted_one_by_one():
+    rng = np.random.default_rng(0)
+    for n in (2, 5, 12):
+        x, y = rng.normal(size=n), rng.normal(size=n)
+        assert spearman(x, y) == pytest.approx(slow_spearman(x, y))
+        assert spearman(x, np.exp(3 * x)) == pytest.approx(1)
+        tied = rng.integers(3, size=12), rng.integers(4, size=12)
+        assert spearman(*tied) == pytest.approx(slow_spearman(*tied))
+    assert spearman(np.array([1, 2, 3, 4, 5]), np.array([5, 6, 7, 8, 7])) == pytest.approx(0.8207826817)  # textbooks'
+    assert np.isnan(spearman(np.ones(3), np.arange(3)))
+
+
+def test_the_drift_is_compared_with_the_source_lost_over_runs_and_points_of_curves():
+    def run(label, drift, lost, points=()):
+        curve = [{"strength": s, "drift": d, "source": 0.8 - gone, "target": 0} for s, d, gone in points]
+        return entry(label, 0.8 - lost, 0.5, curve=curve, drift={"value": drift})
+
+    plain = entry("dora", 0.1, 0.5)  # without drift
+    points = [(0.1, 0.0), (0.2, 0.05), (0.3, 0.2), (0.4, 0.1), (0.5, 0.5)]
+    found = drift_and_loss([plain, *(run("lora", *point) for point in points)])
+    assert found["curve"] is None
+    assert found["runs"]["rho"] == pytest.approx(0.9)
+    assert found["runs"]["n"] == 5
+    assert -1 <= found["runs"]["low"] < 0.9 <= found["runs"]["high"] <= 1
+    assert drift_and_loss([plain]) is None
+
+    # strength 0 has neither and proves nothing; whole runs are drawn, so that two of them have no interval
+    falling = [(0, 0.0, 0.0), (0.5, 0.1, 0.3), (1, 0.2, 0.2)], [(0, 0.0, 0.0), (0.5, 0.3, 0.1), (1, 0.4, 0.0)]
+    found = drift_and_loss([run("lora", 0.2, 0.2, falling[0]), run("lora", 0.4, 0.0, falling[1])])
+    assert found["curve"] == {"rho": pytest.approx(-1), "low": None, "high": None, "n": 4}
+    assert found["runs"] == {"rho": pytest.approx(-1), "low": None, "high": None, "n": 2}
+    assert drift_and_loss([run("lora", 0.2, 0.2)])["runs"] == {"rho": None, "low": None, "high": None, "n": 1}
+
+
+def test_whole_groups_are_drawn_for_the_interval():
+    """Ten equal points of each of three runs are three facts, not thirty."""
+    groups = [[(x, y)] * 10 for x, y in ((0, 0), (1, 2), (2, 1))]
+    found = rank_correlation(groups)
+    assert found["n"] == 30
+    assert (found["low"], found["high"]) == (-1, 1)
+    apart = rank_correlation([[point] for group in groups for point in group])
+    assert apart["rho"] == pytest.approx(found["rho"])
+    assert -0.5 < apart["low"] < apart["rho"] < apart["high"] < 1
+
+
 def test_without_lora_or_with_one_seed_nothing_is_tested():
     (row,) = table([entry("sparse", 0.5, 0.5)])
     assert (row["time"], row["against"]) == (None, {})
@@ -543,10 +655,17 @@ def test_the_screen_shows_tests_and_rates_at_the_edge(run, capsys, monkeypatch):
     record = json.loads(path.read_text())
     record["complete"], record["missing"] = False, ["test/lora-seed2"]
     record["table"][1]["retention"]["mean"] = None
+    record["table"][1]["drift"] = {"mean": 0.0123, "low": 0.0, "high": 0.0246}
+    record["table"][1] |= {"memory": 1.25, "memory_bytes": 10}
+    record["drift"] = {"runs": {"rho": 0.831, "low": 0.412, "high": 0.97, "n": 12}}
+    record["drift"]["curve"] = {"rho": None, "low": None, "high": None, "n": 36}
     compare.write(path, record)
     show(path)
     out = capsys.readouterr().out
     assert "against lora" in out
+    for words in ("0.012 ±0.012", "1.25", "0.83 (0.41 to 0.97) over 12 runs, none over 36 points of curves."):
+        assert words in out
+    assert "time and memory in that of lora" in out
     assert "lora: of the learning rates the largest did best; a larger one may do better." in out
     assert "1 runs are still missing." in out
     assert report(path, path.parent / "page").with_suffix(".md").read_text().count("still missing") == 1

@@ -17,7 +17,6 @@ not done again: a comparison that was stopped goes on, and runs may be made else
 from __future__ import annotations
 
 import json
-import math
 import shlex
 import time
 from collections.abc import Iterator, Sequence
@@ -82,8 +81,8 @@ class Comparison:
         methods: What is compared: methods, some of ``VARIANTS``, or names of your own that ``config.methods`` explains
             (`lorasculpt.comparison.labels`). Default: all that ``config.methods`` explains, in its order.
         seeds: How many, from ``config.seed`` upwards, of a label that does not say it itself.
-        rates: One to three learning rates. One is used as it is; of several each method takes the one that is best for
-            it on the validation set, the lowest of equals. Not for labels that say their rate.
+        rates: One to three learning rates, of a label that says nothing of them. One is used as it is; of several each
+            label takes the one that is best for it on the validation set, the lowest of equals.
 
     Raises:
         UserError: for what can be told about these before anything is trained.
@@ -107,20 +106,16 @@ class Comparison:
         methods = list(config.methods) if methods is None else methods
         if not methods or len(set(methods)) < len(methods):
             raise UserError("--methods must name each method once, such as lora,lorasculpt, or the file list methods.")
-        if not 1 <= len(rates) <= 3 or len(set(rates)) < len(rates):
-            raise UserError("--rates must be one to three different learning rates: every method gets the same tries.")
-        if not all(rate > 0 and math.isfinite(rate) for rate in rates):
-            raise UserError("--rates must be numbers above 0, such as 2e-4,5e-4,1.5e-3.")
+        if mistake := labels.mistaken(rates):
+            raise UserError(f"--rates {mistake}.")
         if seeds < 1:
             raise UserError("--seeds must be at least 1.")
-        self.config, self.rates = config, sorted(rates)
-        self.labels = labels.read(config, methods, seeds)
+        self.config = config
+        self.labels = labels.read(config, methods, seeds, rates)
         self._results: dict[Path, dict[str, Any]] = {}
 
     def trials(self) -> list[Run]:
         """The runs that choose the rates; none where there is one rate."""
-        if len(self.rates) == 1:
-            return []
         config = self.config
         share = None if config.evaluate.validation else config.data.validation or SHARE
         changes = TESTED | {
@@ -132,9 +127,9 @@ class Comparison:
         }
         return [
             self._run("validation", label, rate, config.seed, share, changes)
-            for rate in self.rates
             for label, what in self.labels.items()
-            if what.rate is None and what.like is None
+            if len(what.rates) > 1
+            for rate in what.rates
         ]
 
     def _run(self, group: str, label: str, rate: float, seed: int, share: float | None, changes: dict[str, Any]) -> Run:
@@ -185,16 +180,15 @@ class Comparison:
                 scores[run.label][run.rate] = {key: result["summary"][key] for key in shown}
         found: dict[str, dict[str, Any]] = {}
         for label, what in self.labels.items():
-            tried, rate = scores[label], what.rate
-            if rate is None and len(self.rates) == 1:
-                rate = self.rates[0]
-            elif len(tried) == len(self.rates):
+            tried, rate = scores[label], what.rates[0] if len(what.rates) == 1 else None
+            if tried and len(tried) == len(what.rates):
                 rate = _best(tried, what.by or "target")
             found[label] = {"validation": {f"{rate:g}": score for rate, score in tried.items()}, "chosen": rate}
-        for label, what in self.labels.items():
+        for label in self._order():
+            what = self.labels[label]
             if what.like:
                 tried, chosen = scores[what.like], found[what.like]["chosen"]
-                if what.by and len(tried) == len(self.rates):
+                if what.by and tried and len(tried) == len(self.labels[what.like].rates):
                     chosen = _best(tried, what.by)
                 found[label] |= {"chosen": chosen, "like": what.like}
             if what.by:
@@ -215,9 +209,28 @@ class Comparison:
 
     def _wanted(self) -> list[tuple[str, int]]:
         """Label and seed of every test, in the order in which they are made."""
-        order = sorted(self.labels, key=lambda label: self.labels[label].edit is not None)
+        order = self._order()
         most = max(what.seeds for what in self.labels.values())
         return [(label, self.config.seed + n) for n in range(most) for label in order if n < self.labels[label].seeds]
+
+    def _order(self) -> list[str]:
+        """The labels, edits last: what they are edits of, its rate above all, is known before."""
+        return sorted(self.labels, key=lambda label: self.labels[label].edit is not None)
+
+    def next(self) -> Run | None:
+        """The run to be made now; None where all are done.
+
+        A label's trials come right before its first test, so that what is done can be read at any time: some labels
+        whole with one seed, then all, then more seeds.
+        """
+        trials, tests = self.trials(), {(test.label, test.config.seed): test for test in self.tests()}
+        for label, seed in self._wanted():
+            own = [trial for trial in trials if trial.label == label and seed == self.config.seed]
+            own += [tests[label, seed]] if (label, seed) in tests else []
+            for run in own:
+                if self.result(run) is None:
+                    return run
+        return None
 
     def missing(self) -> list[str]:
         """What is still to be done: trials by their folders, tests by method and seed."""
@@ -294,21 +307,18 @@ def compare(
     path = out or config.output / COMPARISON_FILE
     costs: list[tuple[tuple[str, str], float]] = []
     before: dict[str, dict] = {}
-    for runs in (comparison.trials, comparison.tests):  # which tests there are is known after the trials
-        for run in runs():
-            if comparison.result(run) is not None:
-                continue
-            began, group = time.monotonic(), run.config.output.parent.name
-            run.write()
-            if run.edit and run.of:
-                edits.apply(run.edit, run.config, run.of)
-            else:
-                train(run.config, progress=progress)
-            _, before[group] = measure(run.config, before=before.get(group), progress=progress)
-            costs.append((run.kind, time.monotonic() - began))
-            write(path, comparison.record())
-            if progress:
-                print(cost(run.name, costs, [kind for _, kind in comparison.left()]))
+    while (run := comparison.next()) is not None:
+        began, group = time.monotonic(), run.config.output.parent.name
+        run.write()
+        if run.edit and run.of:
+            edits.apply(run.edit, run.config, run.of)
+        else:
+            train(run.config, progress=progress)
+        _, before[group] = measure(run.config, before=before.get(group), progress=progress)
+        costs.append((run.kind, time.monotonic() - began))
+        write(path, comparison.record())
+        if progress:
+            print(cost(run.name, costs, [kind for _, kind in comparison.left()]))
     return write(path, comparison.record())
 
 

@@ -6,6 +6,7 @@ methods:
   sparser: {name: lorasculpt, density: 0.05}
   sparsest: {name: lorasculpt, density: 0.02, lr: sparser}   # at the rate that sparser chose
   gentle: {name: lora, lr: 2e-4}                             # at this rate
+  whole: {name: spider, rates: [2e-5, 5e-5, 2e-4]}           # at the best of these
   both: {name: lora, lr: lora, by: h_mean}                   # of the rates that lora tried, by source and target
   replay: {name: lora, replay: 0.1}                          # with a tenth of general data (data.general)
   dare: {of: lora, edit: dare, p: 0.5}                       # no training: the adapters of lora, edited
@@ -30,7 +31,7 @@ from ..report.results import REFERENCE
 from ..train import KINDS, kind_of, settings_of
 from .edits import EDITS, Edit, edit_of
 
-SAID = ("lr", "by", "seeds", "replay")  # what a label may say beside the settings of its method
+SAID = ("lr", "rates", "by", "seeds", "replay")  # what a label may say beside the settings of its method
 # What a learning rate is chosen by: the name of each in the summary of a trial
 CHOICES = {"target": "target_after", "h_mean": "h_mean"}
 # What PEFT makes of a LoRA by one setting
@@ -49,7 +50,7 @@ class Label:
     Args:
         method: ``name`` and settings; of an edit, those of what it edits.
         seeds: How many, from the run's upwards.
-        rate: Its learning rate. None: chosen on the validation set, or that of ``like``.
+        rates: The learning rates that it chooses from, or the one that it has; none where there is ``like``.
         like: The label whose learning rate it takes; of an edit, whose adapters.
         by: What its learning rate is chosen by, one of ``CHOICES``; with ``like`` among the trials of that label.
             Default: the target, or with ``like`` whatever that label chose.
@@ -59,31 +60,39 @@ class Label:
 
     method: dict[str, Any]
     seeds: int
-    rate: float | None = None
+    rates: tuple[float, ...] = ()
     like: str | None = None
     edit: Edit | None = None
     replay: float | None = None
     by: str | None = None
 
 
-def read(config: RunConfig, names: Sequence[str], seeds: int) -> dict[str, Label]:
+def read(config: RunConfig, names: Sequence[str], seeds: int, rates: Sequence[float]) -> dict[str, Label]:
     """The labels called ``names``, in this order, each as ``config.methods`` explains it.
 
     Args:
         config: The run that all have in common.
         names: Of methods, of some of ``VARIANTS``, or of your own.
         seeds: How many a label has that says nothing of it; an edit has those of what it edits.
+        rates: The learning rates of a label that says nothing of them.
 
     Raises:
         UserError: for the first mistake, with its line.
     """
     found: dict[str, Label] = {}
     for name in sorted(names, key=lambda name: "of" in config.methods.get(name, {})):  # edits last
-        found[name] = _label(config, name, names, seeds, found)
+        found[name] = _label(config, name, names, seeds, rates, found)
     return {name: found[name] for name in names}
 
 
-def _label(config: RunConfig, label: str, names: Sequence[str], seeds: int, found: dict[str, Label]) -> Label:
+def _label(
+    config: RunConfig,
+    label: str,
+    names: Sequence[str],
+    seeds: int,
+    rates: Sequence[float],
+    found: dict[str, Label],
+) -> Label:
     if not re.fullmatch(r"[\w-]+", label):
         raise UserError(f"{label!r} cannot be compared: it names folders; use letters, digits, - and _.")
     said = config.methods.get(label, {})
@@ -92,15 +101,15 @@ def _label(config: RunConfig, label: str, names: Sequence[str], seeds: int, foun
     settings = {key: value for key, value in said.items() if key not in SAID}
     method = _method(config, label, settings)
     kind_of(config.single(label, method))
-    rate, like = _rate(config, label, said, names)
+    own, like = _rates(config, label, said, names, rates)
     by = said.get("by")
-    if by is not None and (by not in CHOICES or rate is not None):
+    if by is not None and (by not in CHOICES or len(own) == 1):
         mend = (
             f"must be one of {', '.join(CHOICES)}; got {by!r}" if by not in CHOICES else "chooses nothing: lr is given"
         )
         raise config.error(f"methods.{label}.by", f"{mend}.")
     replay = _replay(config, label, said)
-    return Label(method, _seeds(config, label, said, seeds), rate, like, replay=replay, by=by)
+    return Label(method, _seeds(config, label, said, seeds), own, like, replay=replay, by=by)
 
 
 def _method(config: RunConfig, label: str, given: dict[str, Any]) -> dict[str, Any]:
@@ -147,20 +156,37 @@ def _edited(
     return Label(parent.method, seeds, like=of, edit=edit, replay=parent.replay)
 
 
-def _rate(config: RunConfig, label: str, said: dict[str, Any], names: Sequence[str]) -> tuple[float | None, str | None]:
-    """The learning rate of ``label``, or the label that it takes it from; neither: it is chosen."""
+def mistaken(rates: Any) -> str | None:
+    """What is wrong with ``rates`` to choose from."""
+    if not isinstance(rates, Sequence) or not all(_number(rate) and rate > 0 for rate in rates):
+        return "must be numbers above 0, such as 2e-4,5e-4,1.5e-3"
+    if not 1 <= len(rates) <= 3 or len(set(rates)) < len(rates):
+        return "must be one to three different learning rates: every method gets the same tries"
+    return None
+
+
+def _rates(
+    config: RunConfig, label: str, said: dict[str, Any], names: Sequence[str], rates: Sequence[float]
+) -> tuple[tuple[float, ...], str | None]:
+    """The learning rates of ``label``, or the label that it takes its own from."""
+    if "rates" in said:
+        if "lr" in said:
+            raise config.error(f"methods.{label}", "has both lr and rates; remove one.")
+        if mistake := mistaken(said["rates"]):
+            raise config.error(f"methods.{label}.rates", f"{mistake}.")
+        rates = said["rates"]
     if "lr" not in said:
-        return None, None
+        return tuple(sorted(rates)), None
     rate = said["lr"]
     if isinstance(rate, str):
         like = _other(config, label, "lr", rate, names)
         other = config.methods.get(like, {})
         if "of" in other or isinstance(other.get("lr"), str):
             raise config.error(f"methods.{label}.lr", f"is {like!r}, which takes its own from another; name that one.")
-        return None, like
+        return (), like
     if not _number(rate) or rate <= 0:
         raise config.error(f"methods.{label}.lr", f"must be a number above 0 or another label; got {rate!r}.")
-    return rate, None
+    return (rate,), None
 
 
 def _other(config: RunConfig, label: str, key: str, other: Any, names: Sequence[str]) -> str:

@@ -26,6 +26,7 @@ from lorasculpt import (
     FullConfig,
     LoRAMoEConfig,
     LoRASculptConfig,
+    LwFConfig,
     MALoRAConfig,
     MixLoRAConfig,
     MoSLDConfig,
@@ -36,9 +37,11 @@ from lorasculpt import (
 )
 from lorasculpt.adapters.context import TASK_IDS
 from lorasculpt.adapters.layers import full, sites
+from lorasculpt.adapters.method import methods_of
 from lorasculpt.adapters.update import UpdateConfig, context_of, updates
 from lorasculpt.data.batches import Collator, rows
 from lorasculpt.data.records import Record, read
+from lorasculpt.methods.lwf import LwF
 from lorasculpt.models.parts import target_regex
 
 TASKS = ("even", "odd")  # of a sample, by the sum of its tokens: the same however batches are cut
@@ -109,6 +112,7 @@ CASES: dict[str, Row] = {
     ),
     "spider": Row(SpiderConfig),
     "regularized": Row(RegularizedConfig, {"r": 4, "lora_alpha": 8, "penalty": "orth", "weight": 0.3}),
+    "lwf": Row(LwFConfig, {"r": 4, "lora_alpha": 8, "weight": 3.0}, additive={"weight": 0.0}),
     "full": Row(FullConfig, {"select": "half", "round_steps": 2}),
 }
 FAMILIES = ("llava", "llava_next", "idefics3", "gemma3")
@@ -169,7 +173,9 @@ def collator(processor: Any, method: str) -> Callable[..., Batch]:
 
 def loss(model: nn.Module, batch: Batch) -> Tensor:
     """Cross-entropy per token of the answer times their number: batches add up, however they are cut."""
-    logits = model(**inputs(model, batch)).logits[:, :-1].float()
+    taught = any(isinstance(method, LwF) for method in methods_of(model).values())
+    told = {"labels": batch["labels"]} if taught else {}
+    logits = model(**inputs(model, batch), **told).logits[:, :-1].float()
     return F.cross_entropy(logits.flatten(0, 1), batch["labels"][:, 1:].flatten(), reduction="sum") / 10
 
 

@@ -12,6 +12,7 @@ from .methods import AMLoRAConfig as AMLoRAConfig
 from .methods import FullConfig as FullConfig
 from .methods import LoRAMoEConfig as LoRAMoEConfig
 from .methods import LoRASculptConfig as LoRASculptConfig
+from .methods import LwFConfig as LwFConfig
 from .methods import MALoRAConfig as MALoRAConfig
 from .methods import MixLoRAConfig as MixLoRAConfig
 from .methods import MoSLDConfig as MoSLDConfig

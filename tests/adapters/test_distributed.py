@@ -23,7 +23,7 @@ from lorasculpt.adapters.method import methods_of
 pytestmark = pytest.mark.timeout(900)
 STEPS = 4
 SETTINGS = {"lorasculpt": {"prune_step": 2, "cmr_weight": 0.3}}
-LOSSES = ("cmr", "balance_loss")  # what a process must not count for itself
+LOSSES = ("cmr", "balance_loss", "distillation")  # what a process must not count for itself
 
 
 def build(method: str):

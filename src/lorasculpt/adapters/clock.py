@@ -95,6 +95,8 @@ class Clock:
         """Close the window, after the optimizer step."""
         self._open = False
         self._due = {}
+        for method in self.methods.values():
+            method.close()
 
     def _accumulated(self, parameter: nn.Parameter) -> None:
         """A gradient has just been accumulated in ``parameter.grad``: add what is due, once, and take both norms."""
@@ -148,7 +150,8 @@ class Clock:
             self.methods[name].restore(values, tensors)
 
     def close(self) -> None:
-        """Let go of the optimizer and the parameters."""
+        """Let go of the optimizer, the parameters and the model."""
+        self.end_step()
         for handle in self._handles:
             handle.remove()
         self._handles = []

@@ -74,8 +74,8 @@ class Method:
     """One adapter's method at work: what happens at the start, after every backward, after every step, in the log.
 
     The clock calls ``begin`` once, ``open`` and ``penalties`` when a step begins, ``before_step`` and ``after_step``
-    around every optimizer step that is taken, and ``logs`` when something is about to be logged. ``state`` and
-    ``restore`` carry what must survive a restart. A method that needs less overrides less.
+    around every optimizer step that is taken, ``close`` when a step has ended, and ``logs`` when something is about to
+    be logged. ``state`` and ``restore`` carry what must survive a restart. A method that needs less overrides less.
     """
 
     def __init__(self, config: MethodConfig, model: nn.Module, adapter: str):
@@ -105,6 +105,9 @@ class Method:
     def after_step(self, step: int) -> None:
         """Optimizer step number ``step`` (from 1) has been taken."""
         self.step = step
+
+    def close(self) -> None:
+        """An optimizer step has ended, taken or not; also called when training ends in its middle."""
 
     def logs(self) -> dict[str, float]:
         """What to show beside the loss: here the penalties' gradient norm over the task's, where both act."""

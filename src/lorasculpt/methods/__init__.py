@@ -6,6 +6,7 @@ from .am_lora import AMLoRAConfig as AMLoRAConfig
 from .full import FullConfig as FullConfig
 from .loramoe import LoRAMoEConfig as LoRAMoEConfig
 from .lorasculpt import LoRASculptConfig as LoRASculptConfig
+from .lwf import LwFConfig as LwFConfig
 from .malora import MALoRAConfig as MALoRAConfig
 from .mixlora import MixLoRAConfig as MixLoRAConfig
 from .mosld import MoSLDConfig as MoSLDConfig
@@ -27,6 +28,7 @@ METHODS = {
         AMLoRAConfig,
         SpiderConfig,
         RegularizedConfig,
+        LwFConfig,
         FullConfig,
     )
 }

@@ -215,7 +215,8 @@ def kind_of(config: RunConfig) -> type[LoraConfig]:
 
 def settings_of(kind: type[LoraConfig]) -> list[str]:
     """The names of the settings of a method."""
-    return [field.name for field in dataclasses.fields(kind) if field.init]
+    unused = getattr(kind, "unused", ())
+    return [field.name for field in dataclasses.fields(kind) if field.init and field.name not in unused]
 
 
 def _own_targets(kind: type[LoraConfig], config: RunConfig) -> bool:

@@ -17,13 +17,16 @@ from peft import get_peft_model
 from torch import nn
 
 import lorasculpt
-from lorasculpt import Clock, FullConfig, cli
+from lorasculpt import Clock, FullConfig, UserError, cli
 from lorasculpt.adapters.method import methods_of
 from lorasculpt.adapters.update import updates
+from lorasculpt.compare import Comparison
+from lorasculpt.config import RunConfig
 from lorasculpt.methods import full
 from lorasculpt.methods.full import Full, half, small
 from lorasculpt.models.load import load
 from lorasculpt.models.parts import linears
+from lorasculpt.train import kind_of
 
 # --- the reference --------------------------------------------------------------------------------------------------
 
@@ -373,18 +376,25 @@ def words(*arguments, capsys, monkeypatch) -> str:
     return out
 
 
-def test_from_a_run_file_to_a_merged_model(tmp_path, pico_folder, capsys, monkeypatch):
-    data, base = pico.write_data(tmp_path / "data", n=4), pico_folder("llava")
+@pytest.fixture
+def run(tmp_path, pico_folder):
+    """A run file."""
+    data = str(pico.write_data(tmp_path / "data", n=4))
     settings = {
-        "base": str(base),
+        "base": str(pico_folder("llava")),
         "output": "out",
         "method": {"name": "full", "select": "half", "round_steps": 1},
-        "data": {"train": str(data)},
+        "data": {"train": data},
         "training": {"steps": 2, "batch": 2, "lr": 1e-2, "precision": "fp32", "report_to": []},
-        "evaluate": {"source": [str(data)], "target": [str(data)], "limit": 2, "max_new_tokens": 1, "strengths": [0.5]},
+        "evaluate": {"source": [data], "target": [data], "limit": 2, "max_new_tokens": 1, "strengths": [0.5]},
     }
-    run = tmp_path / "run.yaml"
-    run.write_text(yaml.safe_dump(settings))
+    path = tmp_path / "run.yaml"
+    path.write_text(yaml.safe_dump(settings))
+    return path
+
+
+def test_from_a_run_file_to_a_merged_model(run, tmp_path, pico_folder, capsys, monkeypatch):
+    base = pico_folder("llava")
 
     def call(*arguments):
         return words(*arguments, capsys=capsys, monkeypatch=monkeypatch)
@@ -404,3 +414,11 @@ def test_from_a_run_file_to_a_merged_model(tmp_path, pico_folder, capsys, monkey
     with torch.no_grad():
         merged = load(str(tmp_path / "merged"))[0].eval()(**ids).logits
         torch.testing.assert_close(merged, live(**ids).logits, rtol=1e-4, atol=1e-5)
+
+
+def test_compared_with_a_lora_it_takes_no_rank_from_it(run):
+    config = RunConfig.load(run, ["method={name: lora, r: 4, lora_dropout: 0.1}", "methods={part: {name: full}}"])
+    trials = Comparison(config, ["lora", "full", "part"], 1, [0.1, 0.2]).trials()
+    assert [trial.config.method for trial in trials if trial.label != "lora"] == [{"name": "full"}] * 4
+    with pytest.raises(UserError, match=r"method\.r is no setting of full"):
+        kind_of(RunConfig.load(run, ["method={name: full, r: 4}"]))

@@ -35,10 +35,11 @@ class DenseConfig(UpdateConfig):
 
     update: ClassVar[type[Update]] = DenseUpdate
     merges: ClassVar[str] = "always"
+    unused: ClassVar[tuple[str, ...]] = LOW_RANK
 
     def __post_init__(self):
         super().__post_init__()
         stock, name = LoraConfig(), type(self).__name__
-        for field in LOW_RANK:
+        for field in self.unused:
             if getattr(self, field) != getattr(stock, field):
                 raise ValueError(f"{name} does not support {field}: it trains whole weights, no factors of them.")

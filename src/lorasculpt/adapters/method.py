@@ -135,6 +135,7 @@ class MethodConfig(LoraConfig):
     implementation: ClassVar[type[Method]]
     clock: ClassVar[bool] = True  # whether a loop without the clock would train something else
     sure: ClassVar[str] = "equations from the official code"  # how sure the reproduction is
+    unused: ClassVar[tuple[str, ...]] = ()  # fields of LoraConfig that the method refuses, having no use for them
 
     def __post_init__(self):
         # before PEFT's own checks, which know other reasons or other packages

@@ -14,9 +14,11 @@ from safetensors.torch import load_file
 
 from lorasculpt import UserError, cli
 from lorasculpt.adapters.clock import ClockCallback
+from lorasculpt.adapters.load import load as load_adapter
 from lorasculpt.config import RunConfig
 from lorasculpt.measure import measure
-from lorasculpt.sequence import learn
+from lorasculpt.models.load import load
+from lorasculpt.sequence import continued, learn, stages_of, transfer
 from lorasculpt.train import train
 
 TASKS = ("color", "shape")
@@ -59,9 +61,8 @@ def test_each_task_goes_on_from_the_one_before_and_all_are_measured(run):
     assert [row["after"] for row in record["rows"]] == [None, *TASKS]
     assert [row["to"] for row in record["switches"]] == ["shape"]
     assert all(len(row["accuracy"]) == 2 and 0 <= row["source"] <= 1 for row in record["rows"])
-    last = record["rows"][-1]["accuracy"]
-    assert record["average"] == sum(last) / 2
-    assert record["backward"] == last[0] - record["rows"][1]["accuracy"][0]
+    accuracy = [row["accuracy"] for row in record["rows"]]
+    assert {key: record[key] for key in transfer(accuracy)} == transfer(accuracy)
     stamp = matrix.stat().st_mtime_ns
     assert learn(config, progress=False) == (adapter, matrix)
     assert matrix.stat().st_mtime_ns == stamp
@@ -97,6 +98,42 @@ def test_a_killed_sequence_goes_on_as_if_it_had_never_stopped(run, monkeypatch, 
     assert json.loads(matrix.read_text()) == json.loads(expected.read_text())
 
 
+def test_the_transfer_of_a_sequence_is_what_its_definitions_say():
+    """Lopez-Paz and Ranzato's sums, written out for three tasks: R[k][i] is task i after k tasks."""
+    R = [[0.1, 0.2, 0.3], [0.9, 0.25, 0.2], [0.6, 0.8, 0.5], [0.5, 0.7, 0.95]]
+    assert transfer(R) == {
+        "last": pytest.approx((0.5 + 0.7 + 0.95) / 3),
+        "average": pytest.approx((0.9 + (0.6 + 0.8) / 2 + (0.5 + 0.7 + 0.95) / 3) / 3),
+        "backward": pytest.approx(((R[3][0] - R[1][0]) + (R[3][1] - R[2][1])) / 2),
+        "forward": pytest.approx(((R[1][1] - R[0][1]) + (R[2][2] - R[0][2])) / 2),
+    }
+    assert transfer([[0.1], [0.4]]) == {"last": 0.4, "average": 0.4, "backward": None, "forward": None}
+
+
+@pytest.mark.parametrize("name", ["lorasculpt", "spider", "pissa"])
+def test_a_method_that_knows_no_tasks_goes_on_where_it_was(run, name):
+    settings = {
+        "lorasculpt": "{name: lorasculpt, r: 4, density: 0.2, prune_step: 1}",
+        "pissa": "{name: lora, r: 4, init_lora_weights: pissa}",
+    }
+    config = run(f"method={settings.get(name, f'{{name: {name}}}')}", "training.steps=2")
+    adapter, _ = learn(config, progress=False)
+    first, second = stages_of(config)
+    assert adapter == second.output / "adapter"
+    earlier = first.output / "adapter"
+    going_on = continued(earlier, None)(load(config.base)[0], second).eval()
+    loaded = load_adapter(load(config.base)[0], earlier).eval()
+    ids = torch.arange(4, 20)[None]
+    with torch.no_grad():
+        torch.testing.assert_close(going_on(input_ids=ids).logits, loaded(input_ids=ids).logits)
+    assert any(parameter.requires_grad for parameter in going_on.parameters())
+    before, after = weights(earlier), weights(adapter)
+    assert before.keys() == after.keys()
+    assert any(not torch.equal(after[key], value) for key, value in before.items())
+    if name == "lorasculpt":  # the masks of the first task are kept
+        assert all(not after[key][value == 0].any() for key, value in before.items())
+
+
 def test_plain_lora_goes_on_from_task_to_task(run):
     config = run("method={name: lora, r: 4}", "projector=full")
     adapter, matrix = learn(config, progress=False)
@@ -113,7 +150,7 @@ def test_plain_lora_goes_on_from_task_to_task(run):
 @pytest.mark.parametrize(
     ("override", "part"),
     [
-        ("method.name=lorasculpt", "method.name is lorasculpt, which learns no sequence"),
+        ("method.name=mtl_lora", "method.name is mtl_lora, which has to know all tasks at once"),
         ("method.name=am_lorra", "which is no method"),
         ("method.gate=all", "method.gate is refused"),
         ("method.tasks=[color]", "method.tasks is what data.sequence says"),
@@ -143,5 +180,6 @@ def test_the_command_line_shows_the_matrix(run, tmp_path, capsys, monkeypatch):
     assert not stop.value.code
     out = capsys.readouterr().out
     assert "after shape" in out
+    assert "backward transfer" in out
     assert "matrix.json" in out
     shutil.rmtree(tmp_path / "out")

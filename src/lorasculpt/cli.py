@@ -437,8 +437,10 @@ def _matrix(path: Path) -> None:
         cells = ["-" if value is None else f"{100 * value:.1f} %" for value in (*row["accuracy"], row["source"])]
         table.add_row(f"after {row['after']}" if row["after"] else "before", *cells)
     Console().print(table)
-    change = "" if record["backward"] is None else f", change since each was learned {100 * record['backward']:+.1f}"
-    print(f"average {100 * record['average']:.1f} %{change}")
+    points = {key: 100 * record[key] for key in ("last", "average", "backward", "forward") if record[key] is not None}
+    print(f"after the last {points['last']:.1f} %, mean over stages of those learned by then {points['average']:.1f} %")
+    if "backward" in points:
+        print(f"backward transfer {points['backward']:+.1f}, forward transfer {points['forward']:+.1f}")
 
 
 def main() -> None:

@@ -13,8 +13,9 @@ evaluate: {source: general/test.jsonl}
 ```
 
 Every task is a run of its own in ``output/<number>-<name>``, with the same settings, that goes on from the adapter of
-the task before. A method that learns sequences gets a new task each time (`lorasculpt.add_task`); with plain LoRA one
-adapter goes on from task to task, which is what it has to be better than.
+the task before. A method that learns sequences gets a new task each time (`lorasculpt.add_task`); of any other one
+adapter goes on from task to task, with what it has pruned or summed up, which is what such a method has to be better
+than.
 """
 
 from __future__ import annotations
@@ -23,8 +24,9 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from statistics import mean
 from typing import Any
 
 from peft import PeftModel
@@ -37,10 +39,9 @@ from .errors import UserError
 from .evaluation import Task, evaluate
 from .evaluation.summary import task_average
 from .measure import versions
-from .methods import METHODS
 from .models.load import load
 from .switch import add_task
-from .train import ADAPTER, RUN_FILE, attach, check_output, held_out, precision, thaw_projector, train
+from .train import ADAPTER, RUN_FILE, attach, check_output, held_out, kind_of, precision, thaw_projector, train
 
 MATRIX_FILE = "matrix.json"
 
@@ -51,8 +52,8 @@ def learn(config: RunConfig, *, progress: bool = True) -> tuple[Path, Path]:
     Goes on by itself where it was interrupted: with the task that it was at, from its last checkpoint.
 
     ``matrix.json`` holds the accuracy on every task before training (``after: null``) and after each, the same for
-    source, and ``switches``: what is left right after a new task was added, before it is trained. ``average`` is that
-    after the last task, ``backward`` the mean change of a task from when it was learned until then.
+    source, and ``switches``: what is left right after a new task was added, before it is trained; once all are learned
+    also what :func:`transfer` makes of them.
 
     Returns:
         The folder of the last adapter, and ``matrix.json``.
@@ -61,19 +62,19 @@ def learn(config: RunConfig, *, progress: bool = True) -> tuple[Path, Path]:
         UserError: for anything in the config, the data or the folders that the user can mend, and under a launcher of
             several processes.
     """
-    grows = _grows(config)
+    grows = grown(config)
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise config.error("data.sequence", "is learned by one process; start lorasculpt train without a launcher.")
     check_output(config.output, config)
     measured = _Matrix(config, progress)
     config.output.mkdir(parents=True, exist_ok=True)
     (config.output / RUN_FILE).write_text(config.to_yaml())
-    stages = [_stage(config, number, grows) for number in range(len(config.data.sequence))]
+    stages = stages_of(config)
     names = [stage.name for stage in config.data.sequence]
     try:
         for number, stage in enumerate(stages):
             earlier = stages[number - 1].output / ADAPTER if number else None
-            start = _continued(earlier, names[number] if grows else None) if earlier else attach
+            start = continued(earlier, names[number] if grows else None) if earlier else attach
             adapter = train(stage, progress=progress, start=start)
             measured.before()  # the base, once; only now, so that a mistake in the file is told first
             following = names[number + 1] if grows and stage is not stages[-1] else None
@@ -85,18 +86,50 @@ def learn(config: RunConfig, *, progress: bool = True) -> tuple[Path, Path]:
     return adapter, measured.path
 
 
-def _grows(config: RunConfig) -> bool:
-    """Whether the method takes a new task each time; it is plain LoRA otherwise."""
-    able = [name for name, known in METHODS.items() if getattr(known, "sequence", False)]
-    name = config.method["name"]
-    if name in METHODS and name not in able:
-        listed = ", ".join(able)
-        raise config.error(
-            "method.name", f"is {name}, which learns no sequence; use {listed}, or lora to compare with."
-        )
-    if name in able and "tasks" in config.method:
+def grown(config: RunConfig) -> bool:
+    """Whether the adapter of ``config.method`` gets a new task each time; otherwise one goes on from task to task.
+
+    Raises:
+        UserError: for a method that has to be told the task of every question, which a sequence does not.
+    """
+    kind = kind_of(config)
+    if getattr(kind, "multitask", False):
+        name = config.method["name"]
+        raise config.error("method.name", f"is {name}, which has to know all tasks at once: it learns no sequence.")
+    grows = getattr(kind, "sequence", False)
+    if grows and "tasks" in config.method:
         raise config.error("method.tasks", "is what data.sequence says; leave it out.")
-    return name in able
+    return grows
+
+
+def stages_of(config: RunConfig) -> list[RunConfig]:
+    """The runs of the tasks, one after the other."""
+    grows = grown(config)
+    return [_stage(config, number, grows) for number in range(len(config.data.sequence))]
+
+
+def transfer(accuracy: Sequence[Sequence[float]]) -> dict[str, float | None]:
+    """What a sequence of T tasks says, from the accuracy on each before it and after each task, (1 + T) x T.
+
+    With R[0] that of the base and R[k] that after k tasks, ``last`` is the mean of R[T]; ``average`` the mean over k of
+    the mean of R[k] over the k tasks learned by then; ``backward`` the mean of R[T, i] - R[i, i] over all tasks i but
+    the last, what later tasks did to one that was learned; ``forward`` the mean of R[i - 1, i] - R[0, i] over all but
+    the first, what earlier tasks did for one that was not yet learned. Both are None for a single task.
+
+    Source: Lopez-Paz and Ranzato, *Gradient Episodic Memory for Continual Learning*, NeurIPS 2017 (arXiv 1706.08840),
+    whose forward transfer is relative to an untrained network's guesses where this is to the base's; ``average`` is
+    the average incremental accuracy of Rebuffi et al., *iCaRL*, CVPR 2017 (arXiv 1611.07725).
+    """
+    base, *after = accuracy
+    tasks = range(len(base))
+    backward = [after[-1][i] - after[i][i] for i in tasks[:-1]]
+    forward = [after[i - 1][i] - base[i] for i in tasks[1:]]
+    return {
+        "last": mean(after[-1]),
+        "average": mean(mean(row[: k + 1]) for k, row in enumerate(after)),
+        "backward": mean(backward) if backward else None,
+        "forward": mean(forward) if forward else None,
+    }
 
 
 def _stage(config: RunConfig, number: int, grows: bool) -> RunConfig:
@@ -114,8 +147,8 @@ def _stage(config: RunConfig, number: int, grows: bool) -> RunConfig:
     return config.model_copy(update=changes)
 
 
-def _continued(earlier: Path, task: str | None) -> Callable[[nn.Module, RunConfig], PeftModel]:
-    """What gives a base the adapter of the task before, ready for ``task``."""
+def continued(earlier: Path, task: str | None) -> Callable[[nn.Module, RunConfig], PeftModel]:
+    """What gives a base the adapter of the task before, ready for a new ``task`` or, with None, to go on as it is."""
 
     def start(model: nn.Module, config: RunConfig) -> PeftModel:
         adapted = load_adapter(model, earlier, trainable=True)
@@ -182,12 +215,9 @@ class _Matrix:
         scores = {name: entry["scores"] for name, entry in found["source"].items()}
         row = {key: task, "accuracy": [found["target"][name]["value"] for name in self.record["tasks"]]}
         self.record[part].append(row | {"source": task_average(scores) if scores else None})
-        learned = [row["accuracy"] for row in self.record["rows"][1:]]
-        if len(learned) == len(self.tasks):
-            last, others = learned[-1], range(len(self.tasks) - 1)
-            changes = [last[i] - learned[i][i] for i in others]
-            self.record["average"] = sum(last) / len(last)
-            self.record["backward"] = sum(changes) / len(changes) if changes else None
+        measured = [row["accuracy"] for row in self.record["rows"]]
+        if len(measured) > len(self.tasks):
+            self.record |= transfer(measured)
         partial = self.path.with_suffix(".partial")
         partial.write_text(json.dumps(self.record, indent=1) + "\n")
         partial.rename(self.path)

@@ -93,8 +93,8 @@ def _label(
     rates: Sequence[float],
     found: dict[str, Label],
 ) -> Label:
-    if not re.fullmatch(r"[\w-]+", label):
-        raise UserError(f"{label!r} cannot be compared: it names folders; use letters, digits, - and _.")
+    if not re.fullmatch(r"[\w-][\w.-]*", label):
+        raise UserError(f"{label!r} cannot be compared: it names folders; use letters, digits, -, _ and dots within.")
     said = config.methods.get(label, {})
     if "edit" in said or "of" in said:
         return _edited(config, label, said, names, found)

@@ -17,6 +17,7 @@ from typing import Any
 import torch
 import yaml
 
+from ..compare import write
 from ..config import RunConfig
 from ..data.records import read
 from ..evaluation import evaluate
@@ -26,7 +27,6 @@ from ..models.load import autocast_dtype, load
 from ..sequence import learn
 from ..train import train
 from . import base, world
-from .results import LIMITS, write
 from .run import METHODS, STEPS, settings, write_data
 from .tower import remembering
 
@@ -93,7 +93,7 @@ def study(work: Path, path: Path) -> Path:
     with remembering():
         for number, (label, (name, changes)) in enumerate(CHANGES.items()):
             output = f"study-{number}"
-            made = settings(name, split="validation", output=output, limit=LIMITS["validation"], **dict(changes))
+            made = settings(name, split="validation", output=output, limit=200, **dict(changes))
             entry, before = _measured(work / f"{output}.yaml", made, before)
             found["runs"].append(entry | {"label": label})
             write(path, found)

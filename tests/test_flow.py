@@ -551,3 +551,78 @@ def test_what_is_set_aside_is_never_replayed(several, tmp_path):
     assert len(trained_on(several(*settings))) == 10  # the train rows themselves may be general
     with pytest.raises(UserError, match=r"general/train.jsonl:\d: asks what .*two/train.jsonl:\d asks"):
         trained_on(several(*settings, "data.validation=0.1"))
+
+
+EWC = "method={name: regularized, penalty: ewc, r: 4, weight: 0.5, fisher_texts: 5}"
+
+
+def test_ewc_makes_its_fisher_information_once_and_goes_on_with_it(run, monkeypatch):
+    whole = run(EWC, "output=whole", "training.steps=3")
+    adapter = train(whole, progress=False)
+    assert {path.name for path in whole.output.iterdir()} == {
+        "adapter",
+        "run.yaml",
+        "training.json",
+        "fisher.safetensors",
+    }
+    assert {name.split(".")[-2] for name in weights(adapter)} == {"lora_A", "lora_B"}
+    assert {path.name for path in adapter.iterdir()} >= {"adapter_config.json", "lorasculpt.json"}
+    assert not (adapter / "fisher.safetensors").exists()
+    history = json.loads((whole.output / "training.json").read_text())["history"]
+    assert [row["penalty"] > 0 for row in history[:3]] == [False, False, True]  # it warms up for a step
+
+    config, made = run(EWC, "output=broken", "training.steps=3", "training.save_every=1"), []
+    monkeypatch.setattr("lorasculpt.train.fisher", _counted(made))
+
+    class Killed(Exception):
+        pass
+
+    def kill(self, args, state, control, **kwargs):
+        if state.global_step == 2:
+            raise Killed
+
+    with monkeypatch.context() as patch:
+        patch.setattr("lorasculpt.adapters.clock.ClockCallback.on_step_begin", _also(kill))
+        with pytest.raises(Killed):
+            train(config, progress=False)
+    resumed = weights(train(config, progress=False))
+    assert len(made) == 1
+    assert all(torch.equal(resumed[name], value) for name, value in weights(adapter).items())
+
+
+def _counted(made):
+    from lorasculpt.evaluation import fisher
+
+    def counted(*args, **kwargs):
+        made.append(1)
+        fisher(*args, **kwargs)
+
+    return counted
+
+
+def test_ewc_takes_the_answers_of_general_data_or_a_file(run, tmp_path, monkeypatch):
+    general = pico.write_data(tmp_path / "general", n=8, tasks=("side",))
+    texts = []
+    monkeypatch.setattr("lorasculpt.train.fisher", lambda *args, **kwargs: (texts.extend(args[2]), _counted([])(*args)))
+    config = run(EWC, "training.steps=1", f"data.general={general}")
+    train(config, progress=False)
+    assert len(texts) == 5
+    assert {text.record.answer for text in texts} == {"left"}
+    file = config.output / "fisher.safetensors"
+    train(run(EWC, "training.steps=1", f"method.fisher={file}", "output=given"), progress=False)
+    assert len(texts) == 5
+    with pytest.raises(UserError, match=r"gone\.safetensors, which is no file"):
+        train(run(EWC, "method.fisher=gone.safetensors", "output=refused"), progress=False)
+    assert not (tmp_path / "refused").exists()
+
+
+def test_the_base_teaches_in_a_run_and_a_projector_that_moves_is_refused(run, tmp_path):
+    adapter = train(run("method={name: lwf, r: 4}", "training.checkpointing=true"), progress=False)
+    assert {name.split(".")[-2] for name in weights(adapter)} == {"lora_A", "lora_B"}
+    history = json.loads((adapter.parent / "training.json").read_text())["history"]
+    assert [row["distillation"] > 0 for row in history[:4]] == [False, False, True, True]  # it warms up for a step
+    with pytest.raises(
+        UserError, match=r"projector\S* of the base is being trained, .*freeze it \(projector: frozen\)"
+    ):
+        train(run("method={name: lwf, r: 4}", "projector=full", "output=whole"), progress=False)
+    assert not (tmp_path / "whole").exists()

@@ -13,6 +13,7 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import json
+import os
 import random
 import re
 import shutil
@@ -30,12 +31,13 @@ from trl import SFTConfig, SFTTrainer
 
 from .adapters.clock import ClockCallback
 from .adapters.load import PROJECTOR_FILE
+from .adapters.method import methods_of
 from .adapters.update import UpdateConfig, known_tasks
 from .config import RunConfig
 from .data.batches import Collator, rows
 from .data.records import Record, read, replayed, set_aside, shared
 from .errors import UserError
-from .evaluation import Task, drift, evaluate, self_prompts, tasks
+from .evaluation import Task, drift, evaluate, fisher, self_prompts, spoken, tasks
 from .evaluation.drift import Prompt, question
 from .evaluation.strength import moved
 from .evaluation.summary import task_average
@@ -47,6 +49,7 @@ from .models.parts import parts, target_regex
 
 RUN_FILE, LOG_FILE, DRIFT_FILE, ADAPTER = "run.yaml", "training.json", "drift.jsonl", "adapter"
 COST_FILE = "cost.json"  # of a checkpoint
+FISHER_FILE = "fisher.safetensors"
 KINDS: dict[str, type[LoraConfig]] = {"lora": LoraConfig, **METHODS}
 
 
@@ -97,6 +100,7 @@ def train(
     output.mkdir(parents=True, exist_ok=True)
     (output / RUN_FILE).write_text(config.to_yaml())
     try:
+        _inform(config, trainer.model, processor, records, autocast, progress)
         trainer.train(resume_from_checkpoint=str(resume) if resume else None)
     except (UserError, ValueError) as error:
         # some settings can only be judged once the steps are counted
@@ -149,6 +153,38 @@ def general(config: RunConfig) -> list[Record]:
             "row from data.general."
         )
     return records
+
+
+def _inform(
+    config: RunConfig,
+    model: nn.Module,
+    processor,
+    records: Sequence[Record],
+    autocast: torch.dtype | None,
+    progress: bool,
+) -> None:
+    """Give a method that asks for it the Fisher information of the base; it is kept in the run's folder.
+
+    It is made of the answers in ``data.general``, or without it of what the base writes, half of it about pictures of
+    ``records``.
+    """
+    for method in methods_of(model).values():
+        number, path = method.config.wants_fisher(), config.output / FISHER_FILE
+        if number is None:
+            continue
+        if not path.is_file():
+            draw = random.Random(config.seed)
+            if config.data.general:
+                given = general(config)
+                texts = spoken(processor, draw.sample(given, min(number, len(given))))
+            else:
+                images = list(dict.fromkeys(record.images[0] for record in records if record.images))
+                draw.shuffle(images)
+                options: dict[str, Any] = {"batch": config.evaluate.batch, "precision": autocast}
+                texts = self_prompts(model, processor, number, images=images, **options)
+            words = "Fisher information" if progress else None
+            fisher(model, processor, texts, path, precision=autocast, progress=words)
+        method.config.take_fisher(os.path.relpath(path))
 
 
 def _with_tasks(config: RunConfig, records: Sequence[Record]) -> RunConfig:

@@ -9,11 +9,13 @@ import pytest
 import torch
 from contract import adapt, equal, masks, start, texts, train, weights
 from peft import LoraConfig, PeftModel, get_peft_model
+from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import nn
 
 import lorasculpt
 from lorasculpt import Clock, RegularizedConfig, UserError, method_logs
+from lorasculpt.adapters.fisher import save_fisher
 from lorasculpt.adapters.layers import sites
 from lorasculpt.adapters.method import methods_of
 from lorasculpt.methods import regularized
@@ -59,14 +61,34 @@ def earlier(tmp_path):
     return [plain(tmp_path / "a"), plain(tmp_path / "b", 4, ["second"])]
 
 
-@pytest.fixture(params=["l2", "orth", "olora"])
+def fisher_of(model, path, seed=5) -> str:
+    """A file of numbers from 1e-12 to 1e-6 for every linear that ``model`` adapts."""
+    generator = torch.Generator().manual_seed(seed)
+    shapes = {name: site.weight().shape for name, site in sites(model).items()}
+    save_fisher(
+        path, {name: 10 ** (-12 + 6 * torch.rand(shape, generator=generator)) for name, shape in shapes.items()}
+    )
+    return str(path)
+
+
+@pytest.fixture
+def fisher(tmp_path):
+    return fisher_of(net(), tmp_path / "fisher.safetensors")
+
+
+@pytest.fixture(params=["l2", "orth", "olora", "ewc"])
 def penalty(request):
     return request.param
 
 
+def given(penalty, earlier, fisher):
+    """What a penalty needs to be given."""
+    return {"olora": {"earlier": earlier}, "ewc": {"fisher": fisher}}.get(penalty, {})
+
+
 @pytest.fixture
-def model(penalty, earlier):
-    return net(penalty, earlier=earlier if penalty == "olora" else [])
+def model(penalty, earlier, fisher):
+    return net(penalty, **given(penalty, earlier, fisher))
 
 
 # --- value and gradient, in numpy -----------------------------------------------------------------------------------
@@ -83,22 +105,33 @@ def read(folders, name):
     return [double(file[key]) for file in files if key in file]
 
 
+def read_F(file, scale="mean") -> dict[str, np.ndarray]:
+    """F of every linear in ``file``: with a mean of 1 over all, or as it was before it was written."""
+    with safe_open(file, "pt") as kept:
+        raw = json.loads(kept.metadata()["lorasculpt.fisher"])["mean"]
+        found = {name: double(kept.get_tensor(name)) for name in kept.keys()}  # noqa: SIM118
+    mean = np.concatenate([F.ravel() for F in found.values()]).mean()
+    return {name: F * raw if scale == "raw" else F / mean for name, F in found.items()}
+
+
 def value(penalty, W, B, A, scaling, olds) -> float:
-    """Equations (2) to (4) as they are written, with the whole D."""
+    """Equations (2) to (5) as they are written, with the whole D; ``olds`` is F for (5)."""
     if penalty == "olora":
         return sum(abs(row @ old) for A_i in olds for row in A for old in A_i)
     D = scaling * B @ A
     if penalty == "l2":
         return sum(d * d for d in D.ravel())
+    if penalty == "ewc":
+        return 0.5 * sum(f * d * d for f, d in zip(olds.ravel(), D.ravel(), strict=True))
     return W.shape[0] / (W**2).sum() * (np.einsum("mi,mj->ij", W, D) ** 2).sum()
 
 
-def expected(model, penalty, folders=()):
+def expected(model, penalty, folders=(), F=None):
     """(value, {parameter: gradient of lambda R}), by central differences over every entry."""
     total, found = 0.0, {}
     for name, site in sites(model).items():
         W, B, A = double(site.weight()), double(site.B), double(site.A)
-        fixed = site.scaling, read(folders, name)
+        fixed = site.scaling, F[name] if penalty == "ewc" else read(folders, name)
         total += value(penalty, W, B, A, *fixed)
         for leaf, matrix in ((site.b.weight, B), (site.a.weight, A)):
             gradient = np.zeros_like(matrix)
@@ -113,11 +146,11 @@ def expected(model, penalty, folders=()):
     return total, found
 
 
-def check(model, penalty, folders):
+def check(model, penalty, folders, F=None):
     method = methods_of(model)["default"]
     method.begin(None)
     found = method.penalties()
-    total, gradients = expected(model, penalty, folders)
+    total, gradients = expected(model, penalty, folders, F)
     assert method.logs()["penalty"] == pytest.approx(total, rel=1e-5)
     assert found.keys() == gradients.keys()
     for leaf, gradient in gradients.items():
@@ -125,9 +158,27 @@ def check(model, penalty, folders):
 
 
 @pytest.mark.parametrize("rows", [1024, 3])
-def test_value_and_gradient_are_those_of_the_equations(model, penalty, earlier, rows, monkeypatch):
+def test_value_and_gradient_are_those_of_the_equations(model, penalty, earlier, fisher, rows, monkeypatch):
     monkeypatch.setattr(regularized, "ROWS", rows)
-    check(model, penalty, earlier)
+    check(model, penalty, earlier, read_F(fisher))
+
+
+def test_fisher_information_is_divided_by_its_mean_or_not(fisher):
+    check(net("ewc", fisher=fisher, fisher_scale="raw"), "ewc", (), read_F(fisher, "raw"))
+    first = read_F(fisher)["first"]
+    assert abs(first.mean() - 1) > 0.01
+    check(net("ewc", fisher=fisher, target_modules=["first"]), "ewc", (), {"first": first / first.mean()})
+
+
+def test_where_all_weights_tell_as_much_ewc_is_half_of_l2(tmp_path):
+    save_fisher(tmp_path / "f", {name: torch.full(shape[::-1], 3e-9) for name, shape in FEATURES.items()})
+    found = []
+    for settings in ({"penalty": "ewc", "fisher": tmp_path / "f", "weight": 2 * WEIGHT}, {"penalty": "l2"}):
+        method = methods_of(net(**settings))["default"]
+        method.begin(None)
+        found.append([*method.penalties().values(), torch.tensor(method.logs()["penalty"])])
+    torch.testing.assert_close(found[0][:-1], found[1][:-1])
+    torch.testing.assert_close(2 * found[0][-1], found[1][-1])
 
 
 def unscaled(method, site, B, A):
@@ -166,7 +217,42 @@ def squares(method, site, B, A):
     return (A @ old.T).square().sum(), 0 * B, 2 * A @ old.T @ old
 
 
+def _of(F_of):
+    """EWC with another F."""
+
+    def fault(method, site, B, A):
+        right = method.fisher[site.name]
+        method.fisher[site.name] = F_of(right.float())
+        found = regularized.ewc(method, site, B, A)
+        method.fisher[site.name] = right
+        return found
+
+    return fault
+
+
+def not_halved(*parts):
+    size, grad_B, grad_A = regularized.ewc(*parts)
+    return 2 * size, 2 * grad_B, 2 * grad_A
+
+
+def scaled_once(method, site, B, A):
+    size, grad_B, grad_A = regularized.ewc(method, site, B, A)
+    return size, grad_B / site.scaling, grad_A / site.scaling
+
+
+def not_divided(method, site, B, A):
+    method.factor = 1.0
+    return regularized.ewc(method, site, B, A)
+
+
+root, flat = _of(torch.sqrt), _of(torch.ones_like)
+
 FAULTS = {
+    root: "ewc",
+    flat: "ewc",
+    not_halved: "ewc",
+    scaled_once: "ewc",
+    not_divided: "ewc",
     unscaled: "l2",
     not_squared: "l2",
     by_inputs: "orth",
@@ -178,19 +264,24 @@ FAULTS = {
 
 
 @pytest.mark.parametrize("fault", FAULTS)
-def test_a_fault_is_caught(fault, earlier, monkeypatch):
+def test_a_fault_is_caught(fault, earlier, fisher, monkeypatch):
     penalty = FAULTS[fault]
     monkeypatch.setitem(regularized.PENALTIES, penalty, fault)
+    targets = ["first"] if fault is not_divided else list(FEATURES)  # the file's own mean is 1 over both
+    F = read_F(fisher)
+    F |= {"first": F["first"] / F["first"].mean()} if fault is not_divided else {}
+    model = net(penalty, **given(penalty, earlier, fisher), target_modules=targets)
     with pytest.raises(AssertionError):
-        check(net(penalty, earlier=earlier if penalty == "olora" else []), penalty, earlier)
+        check(model, penalty, earlier, F)
 
 
-def test_at_the_start_l2_and_orth_have_nothing_to_say():
-    for penalty in ("l2", "orth"):
-        model = net(penalty)
+def test_at_the_start_l2_orth_and_ewc_have_nothing_to_say(fisher):
+    for penalty in ("l2", "orth", "ewc"):
+        model = net(penalty, **given(penalty, [], fisher))
         for site in sites(model).values():
             nn.init.zeros_(site.b.weight)
         method = methods_of(model)["default"]
+        method.begin(None)
         assert not any(grad.any() for grad in method.penalties().values())
         assert method.logs() == {"penalty": 0.0}
 
@@ -235,10 +326,10 @@ def backward(model, micro_batches):
 
 
 @pytest.mark.parametrize("micro_batches", [1, 3])
-def test_it_counts_once_in_an_optimizer_step_and_is_logged(model, penalty, earlier, micro_batches):
+def test_it_counts_once_in_an_optimizer_step_and_is_logged(model, penalty, earlier, fisher, micro_batches):
     with_it, logs = backward(model, micro_batches)
-    without, nothing = backward(net(penalty, weight=0.0, earlier=model.peft_config["default"].earlier), micro_batches)
-    total, gradients = expected(model, penalty, earlier)
+    without, nothing = backward(net(penalty, weight=0.0, **given(penalty, earlier, fisher)), micro_batches)
+    total, gradients = expected(model, penalty, earlier, read_F(fisher))
     names = {parameter: name for name, parameter in model.named_parameters()}
     for leaf, gradient in gradients.items():
         added = double(with_it[names[leaf]]) - double(without[names[leaf]])
@@ -249,13 +340,14 @@ def test_it_counts_once_in_an_optimizer_step_and_is_logged(model, penalty, earli
     assert nothing == {}
 
 
-@pytest.mark.parametrize("penalty", ["l2", "orth"])
-def test_with_weight_0_it_is_lora_bit_for_bit(penalty):
+@pytest.mark.parametrize("penalty", ["l2", "orth", "ewc"])
+def test_with_weight_0_it_is_lora_bit_for_bit(penalty, tmp_path):
     base = pico.build("llama")[0]
     torch.manual_seed(1)
     lora = get_peft_model(base, LoraConfig(r=4, lora_alpha=8, target_modules=target_regex(base, "language")))
-    model = adapt(pico.build("llama")[0], "regularized", penalty=penalty, weight=0.0)
-    other = adapt(pico.build("llama")[0], "regularized", penalty=penalty, weight=1.0)
+    settings = given(penalty, [], fisher_of(lora, tmp_path / "f"))
+    model = adapt(pico.build("llama")[0], "regularized", penalty=penalty, weight=0.0, **settings)
+    other = adapt(pico.build("llama")[0], "regularized", penalty=penalty, weight=1.0, **settings)
     for each in (lora, model, other):
         train(each, [texts()] * 3)
     assert equal(weights(model), weights(lora))
@@ -263,14 +355,16 @@ def test_with_weight_0_it_is_lora_bit_for_bit(penalty):
     assert all(mask.all() for mask in masks(other).values())
 
 
-@pytest.mark.parametrize("penalty", ["l2", "orth"])
-def test_a_larger_weight_leaves_a_smaller_update(penalty):
+@pytest.mark.parametrize("penalty", ["l2", "orth", "ewc"])
+def test_a_larger_weight_leaves_a_smaller_update(penalty, tmp_path):
     sizes = []
+    file = fisher_of(start("llama", "regularized")[0], tmp_path / "f")
+    F = read_F(file)
     for weight in (0.0, 0.1, 1.0):
-        model = start("llama", "regularized", penalty=penalty, weight=weight)[0]
+        model = start("llama", "regularized", penalty=penalty, weight=weight, **given(penalty, [], file))[0]
         train(model, [texts()] * 6)
         each = sites(model).values()
-        sizes.append(sum(value(penalty, *map(double, (s.weight(), s.B, s.A)), s.scaling, []) for s in each))
+        sizes.append(sum(value(penalty, *map(double, (s.weight(), s.B, s.A)), s.scaling, F[s.name]) for s in each))
     assert sizes[0] > 1.02 * sizes[1] > 1.02**2 * sizes[2] > 0
 
 
@@ -328,10 +422,26 @@ def test_an_earlier_lora_that_does_not_fit_is_refused(targets, tmp_path):
         Clock(model, torch.optim.SGD(model.parameters()))
 
 
+def test_the_fisher_information_is_needed_for_training_alone(fisher, tmp_path):
+    for settings, message in [
+        ({}, r"^penalty='ewc' needs fisher, a file that .* makes; only lorasculpt train makes it by itself\.$"),
+        ({"fisher": tmp_path / "gone"}, r"^fisher names \S+gone, which is no file; .*\.$"),
+    ]:
+        model = net("ewc", **settings)
+        model.save_pretrained(tmp_path / "out")
+        assert lorasculpt.load(Net(), tmp_path / "out")(torch.ones(1, 5)).isfinite().all()
+        with pytest.raises(UserError, match=message):
+            Clock(model, torch.optim.SGD(model.parameters()))
+
+
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"penalty": "ewc"}, "penalty is one of l2, orth, olora; got 'ewc'"),
+        ({"penalty": "l3"}, "penalty is one of l2, orth, olora, ewc; got 'l3'"),
+        ({"fisher": "a"}, "fisher is for penalty='ewc'; got penalty='l2' and fisher='a'"),
+        ({"penalty": "ewc", "fisher_texts": 0}, "fisher_texts is at least 1; got 0"),
+        ({"penalty": "ewc", "fisher_scale": "max"}, "fisher_scale is 'mean' or 'raw'; got 'max'"),
+        ({"penalty": "ewc", "init_lora_weights": "pissa"}, "does not support init_lora_weights='pissa'"),
         ({"weight": -1e-3}, "at least 0; got -0.001"),
         ({"weight": math.nan}, "got nan"),
         ({"weight": math.inf}, "got inf"),

@@ -159,6 +159,14 @@ class MethodConfig(LoraConfig):
         """What ``lorasculpt export`` can make of such an adapter: a plain LoRA, a merged model."""
         return "lora", "merged"
 
+    def wants_fisher(self) -> int | None:
+        """Of how many texts a run is to make the Fisher information of the base; None if none is needed, or given."""
+        return None
+
+    def take_fisher(self, path: str) -> None:
+        """Take the file that was made, where the method wanted one."""
+        raise NotImplementedError
+
     def settings(self) -> dict[str, Any]:
         """The fields that plain LoRA does not have."""
         stock = {f.name for f in dataclasses.fields(LoraConfig)}

@@ -2,6 +2,7 @@
 
 from .answer import answer
 from .drift import drift, self_prompts
+from .fisher import fisher, spoken
 from .run import comparison, curve, evaluate, gallery
 from .score import interval, score
 from .strength import strength
@@ -14,10 +15,12 @@ __all__ = [
     "curve",
     "drift",
     "evaluate",
+    "fisher",
     "gallery",
     "interval",
     "score",
     "self_prompts",
+    "spoken",
     "strength",
     "tasks",
 ]

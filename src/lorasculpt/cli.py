@@ -138,8 +138,13 @@ def compare(
     ] = None,
     seeds: Annotated[int, typer.Option(help="Seeds of each method that does not say it itself.")] = 3,
     rates: Annotated[
-        str, typer.Option(help="One to three learning rates; each method gets the one that is best for it.")
-    ] = "2e-4,5e-4,1.5e-3",
+        str | None,
+        typer.Option(
+            help="One to three learning rates; each method gets the one that is best for it. Default: "
+            "2e-4,5e-4,1.5e-3; of a sequence training.lr.",
+            show_default=False,
+        ),
+    ] = None,
     out: Annotated[
         Path | None, typer.Option(help="The file to write. Default: compare.json in RUN's output.", show_default=False)
     ] = None,
@@ -161,23 +166,24 @@ def compare(
           milder: {of: lora, edit: scale, by: 0.7}   # or prune, dare, tailor
 
     Learning rates are chosen on evaluate.validation (default: a tenth of the training rows), never on the test.
-    dora, rslora, pissa and olora are methods too.
+    PEFT's own (dora, pissa, osf, ...: see lorasculpt methods) are methods too. Where data is a sequence, tasks are learned in turn, at one rate.
     """
     from . import compare as comparing
-    from .comparison.table import show
+    from .comparison import sequences, table
     from .config import RunConfig
 
     config, names = RunConfig.load(run, overrides or []), methods.split(",") if methods else None
     try:
-        tried = [float(rate) for rate in rates.split(",")]
+        tried = [float(rate) for rate in rates.split(",")] if rates else None
     except ValueError:
         raise UserError(f"--rates is {rates!r}; it must be numbers, such as 2e-4,5e-4,1.5e-3.") from None
     if dry_run:
-        for line in comparing.commands(comparing.Comparison(config, names, seeds, tried)):
+        for line in comparing.commands(comparing.planned(config, names, seeds, tried)):
             print(line)
         return
     path = comparing.compare(config, names, seeds=seeds, rates=tried, out=out)
-    show(path)
+    record = json.loads(path.read_text())
+    (sequences if "sequences" in record else table).show(record)
     print(f"results: {path}")
 
 
@@ -286,10 +292,13 @@ def methods(
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
     """List the methods: what they need, cost and leave behind. Or one method's settings and their defaults."""
+    from .kinds import KINDS, OF_PEFT, words
     from .methods import METHODS
     from .overview import facts, meanings
 
     if name is not None and name not in METHODS:
+        if name in KINDS:
+            raise UserError(f"{name} is PEFT's; its settings are not listed here: {words(name)}.")
         raise UserError(f"no method is called {name!r}; there are {', '.join(METHODS)}.")
     chosen = [METHODS[name]] if name else list(METHODS.values())
     found = [facts(config) for config in chosen]
@@ -304,6 +313,7 @@ def methods(
         print("Besides these it takes what LoraConfig takes: r, lora_alpha, lora_dropout, target_modules, ...")
     else:
         _methods(found)
+        print(f"Also trained and compared, by PEFT: lora, {', '.join(OF_PEFT)}.")
 
 
 @demo_app.callback()

@@ -25,7 +25,7 @@ from pathlib import Path
 from statistics import mean
 from typing import Any
 
-from .comparison import edits, labels
+from .comparison import edits, labels, sequences
 from .comparison.drift import drift_and_loss
 from .comparison.edits import Edit
 from .comparison.labels import CHOICES
@@ -34,7 +34,8 @@ from .config import RunConfig
 from .errors import UserError
 from .measure import RESULTS_FILE, measure, versions
 from .report.words import duration
-from .train import RUN_FILE, check_output, train
+from .sequence import grown, learn
+from .train import RUN_FILE, check_output, general, train
 
 COMPARISON_FILE = "compare.json"
 RATES = (2e-4, 5e-4, 1.5e-3)
@@ -78,11 +79,11 @@ class Comparison:
 
     Args:
         config: The run that all have in common; their folders are made in its ``output``.
-        methods: What is compared: methods, some of ``VARIANTS``, or names of your own that ``config.methods`` explains
+        methods: What is compared: methods (`lorasculpt.kinds`), or names of your own that ``config.methods`` explains
             (`lorasculpt.comparison.labels`). Default: all that ``config.methods`` explains, in its order.
         seeds: How many, from ``config.seed`` upwards, of a label that does not say it itself.
         rates: One to three learning rates, of a label that says nothing of them. One is used as it is; of several each
-            label takes the one that is best for it on the validation set, the lowest of equals.
+            label takes the one that is best for it on the validation set, the lowest of equals. Default: ``RATES``.
 
     Raises:
         UserError: for what can be told about these before anything is trained.
@@ -93,26 +94,36 @@ class Comparison:
         config: RunConfig,
         methods: Sequence[str] | None = None,
         seeds: int = 3,
-        rates: Sequence[float] = RATES,
+        rates: Sequence[float] | None = None,
     ):
-        if config.data.sequence:
-            raise config.error("data.sequence", "is not compared: give data.train.")
-        if not config.evaluate.source or not config.evaluate.target:
-            raise config.error("evaluate", "must name what to measure: source (to be kept) and target (to be learned).")
-        if set(config.evaluate.validation) & set(config.evaluate.target):
-            raise config.error("evaluate.validation", "holds a file of evaluate.target; rates may not be chosen on it.")
+        self._check(config)
         if (config.output / RUN_FILE).is_file():
             raise config.error("output", f"is {config.output}, which holds a single run; choose another folder.")
         methods = list(config.methods) if methods is None else methods
         if not methods or len(set(methods)) < len(methods):
             raise UserError("--methods must name each method once, such as lora,lorasculpt, or the file list methods.")
+        rates = self._rates(config) if rates is None else rates
         if mistake := labels.mistaken(rates):
             raise UserError(f"--rates {mistake}.")
         if seeds < 1:
             raise UserError("--seeds must be at least 1.")
         self.config = config
         self.labels = labels.read(config, methods, seeds, rates)
+        if config.data.train and any(what.replay for what in self.labels.values()):
+            general(config)  # a row that is measured is told now, not after the trials
         self._results: dict[Path, dict[str, Any]] = {}
+        self._before: dict[str, dict] = {}  # what the base answers, to each group of questions
+
+    def _check(self, config: RunConfig) -> None:
+        """Raise :class:`UserError` unless ``config`` says what to train on and what to measure."""
+        if not config.evaluate.source or not config.evaluate.target:
+            raise config.error("evaluate", "must name what to measure: source (to be kept) and target (to be learned).")
+        if set(config.evaluate.validation) & set(config.evaluate.target):
+            raise config.error("evaluate.validation", "holds a file of evaluate.target; rates may not be chosen on it.")
+
+    def _rates(self, config: RunConfig) -> Sequence[float]:
+        """The learning rates where none are given."""
+        return RATES
 
     def trials(self) -> list[Run]:
         """The runs that choose the rates; none where there is one rate."""
@@ -155,17 +166,39 @@ class Comparison:
         Raises:
             UserError: if its folder holds another run.
         """
-        folder, edit = run.config.output, run.edit
-        if folder not in self._results and (folder / RESULTS_FILE).is_file():
-            check_output(folder, run.config)
-            if edit:
-                edits.check(edit, run.config)
-            content = json.loads((folder / RESULTS_FILE).read_text())
-            found = {key: value for key, value in content["runs"][0].items() if key != "gallery"}
-            found |= {"label": run.label} | ({"edit": edit.made(run.config)} if edit else {})
-            others = {} if content["versions"] == versions() else {"versions": content["versions"]}
-            self._results[folder] = found | others
+        folder = run.config.output
+        if folder not in self._results and (found := self._read(run)) is not None:
+            others = {} if found["versions"] == versions() else {"versions": found["versions"]}
+            kept = {key: value for key, value in found.items() if key not in ("gallery", "versions")}
+            self._results[folder] = kept | {"label": run.label} | others
         return self._results.get(folder)
+
+    def _read(self, run: Run) -> dict[str, Any] | None:
+        """What was measured in ``run``, with the versions that it was made with."""
+        path = run.config.output / RESULTS_FILE
+        if not path.is_file():
+            return None
+        check_output(path.parent, run.config)
+        content = json.loads(path.read_text())
+        if run.edit:
+            edits.check(run.edit, run.config)
+        edited = {"edit": run.edit.made(run.config)} if run.edit else {}
+        return content["runs"][0] | edited | {"versions": content["versions"]}
+
+    def make(self, run: Run, progress: bool = True) -> None:
+        """Train ``run`` and measure it, where that is still to be done; the base is measured once for all."""
+        if run.edit and run.of:
+            edits.apply(run.edit, run.config, run.of)
+        else:
+            train(run.config, progress=progress)
+        group = run.config.output.parent.name
+        _, self._before[group] = measure(run.config, before=self._before.get(group), progress=progress)
+
+    def command(self, run: Run) -> str:
+        """The shell line that does what :meth:`make` would."""
+        path = shlex.quote(str(run.write()))
+        first = edits.command(run.edit, run.config, run.of) if run.edit and run.of else f"lorasculpt train {path}"
+        return f"{first} && lorasculpt eval {path}"
 
     def rates_of(self) -> dict[str, dict[str, Any]]:
         """By label what each rate did on the validation set, and the rate that is ``chosen`` (None: not yet known).
@@ -246,14 +279,17 @@ class Comparison:
             if (label, seed) not in done
         ]
 
+    def _done(self) -> list[dict[str, Any]]:
+        """The results of the tests that are there."""
+        return [result for run in self.tests() if (result := self.result(run)) is not None]
+
     def record(self) -> dict[str, Any]:
         """Everything that is known by now, as a results file: the runs one by one, and what they say together.
 
         ``table`` is :func:`~lorasculpt.comparison.table.table`, ``pareto`` and ``equal_target`` are made by those
         beside it, ``drift`` by `lorasculpt.comparison.drift`; ``missing`` is empty where ``complete``.
         """
-        runs = [result for run in self.tests() if (result := self.result(run)) is not None]
-        missing, order = self.missing(), list(self.labels)
+        runs, missing, order = self._done(), self.missing(), list(self.labels)
         rows = table(sorted(runs, key=lambda run: order.index(run["label"])))
         share = self.config.data.validation or SHARE
         return {
@@ -271,6 +307,72 @@ class Comparison:
         }
 
 
+class Sequences(Comparison):
+    """The same of tasks learned in turn (`lorasculpt.sequence`), at one learning rate.
+
+    The source is measured, the target is that of each task. Nothing is chosen on a validation set, since a sequence has
+    none: a label has the rate that it says, or the one of ``rates`` (default: ``training.lr``).
+
+    Raises:
+        UserError: also for a label that learns no sequence, or that a sequence cannot be learned as it says.
+    """
+
+    def __init__(self, config, methods=None, seeds=3, rates=None):
+        super().__init__(config, methods, seeds, rates)
+        for label, what in self.labels.items():
+            if len(what.rates) > 1:
+                place = f"methods.{label}" if "rates" in config.methods.get(label, {}) else "data.sequence"
+                raise config.error(place, "has no validation set to choose a learning rate on; give one rate.")
+            if what.edit or what.replay:
+                key = "edit" if what.edit else "replay"
+                raise config.error(f"methods.{label}.{key}", "is not for a sequence; remove the label.")
+            grown(config.single(label, what.method))
+
+    def _check(self, config):
+        if not config.evaluate.source:
+            raise config.error("evaluate", "must name source, which is to be kept; the target is that of each task.")
+
+    def _rates(self, config):
+        return [config.training.lr]
+
+    def _read(self, run):
+        found = sequences.entry(run.config)
+        if found is not None:
+            check_output(run.config.output, run.config)
+        return found
+
+    def make(self, run, progress=True):
+        _, path = learn(run.config, before=self._before.get("test"), progress=progress)
+        self._before["test"] = json.loads(path.read_text())["rows"][0]
+
+    def command(self, run):
+        return f"lorasculpt train {shlex.quote(str(run.write()))}"
+
+    def record(self):
+        """As that of one task, with ``sequences`` in place of runs (`lorasculpt.comparison.sequences`)."""
+        runs, missing, order = self._done(), self.missing(), list(self.labels)
+        return {
+            "schema": 1,
+            "complete": not missing,
+            "missing": missing,
+            "versions": versions(),
+            "tasks": [stage.name for stage in self.config.data.sequence],
+            "rates": self.rates_of(),
+            "sequences": runs,
+            "table": sequences.table(sorted(runs, key=lambda run: order.index(run["label"]))),
+        }
+
+
+def planned(
+    config: RunConfig,
+    methods: Sequence[str] | None = None,
+    seeds: int = 3,
+    rates: Sequence[float] | None = None,
+) -> Comparison:
+    """The :class:`Comparison` or, where tasks are learned in turn, the :class:`Sequences` of a config."""
+    return (Sequences if config.data.sequence else Comparison)(config, methods, seeds, rates)
+
+
 def _best(tried: dict[float, dict[str, float]], by: str) -> float:
     """The rate with the highest score, the lowest of equals."""
     return max(tried, key=lambda rate: tried[rate][CHOICES[by]])
@@ -284,7 +386,7 @@ def compare(
     methods: Sequence[str] | None = None,
     *,
     seeds: int = 3,
-    rates: Sequence[float] = RATES,
+    rates: Sequence[float] | None = None,
     out: Path | None = None,
     progress: bool = True,
 ) -> Path:
@@ -303,18 +405,13 @@ def compare(
     Raises:
         UserError: for anything in the config, the data or the folders that the user can mend.
     """
-    comparison = Comparison(config, methods, seeds, rates)
+    comparison = planned(config, methods, seeds, rates)
     path = out or config.output / COMPARISON_FILE
     costs: list[tuple[tuple[str, str], float]] = []
-    before: dict[str, dict] = {}
     while (run := comparison.next()) is not None:
-        began, group = time.monotonic(), run.config.output.parent.name
+        began = time.monotonic()
         run.write()
-        if run.edit and run.of:
-            edits.apply(run.edit, run.config, run.of)
-        else:
-            train(run.config, progress=progress)
-        _, before[group] = measure(run.config, before=before.get(group), progress=progress)
+        comparison.make(run, progress)
         costs.append((run.kind, time.monotonic() - began))
         write(path, comparison.record())
         if progress:
@@ -350,14 +447,10 @@ def commands(comparison: Comparison) -> Iterator[str]:
     for run in (*comparison.trials(), *comparison.tests()):
         if comparison.result(run) is not None:
             continue
-        path = shlex.quote(str(run.write()))
-        first = f"lorasculpt train {path}"
-        if run.edit and run.of:
-            if not edits.ready(run.of):
-                waiting.append(run.label)
-                continue
-            first = edits.command(run.edit, run.config, run.of)
-        yield f"{first} && lorasculpt eval {path}"
+        if run.of and not edits.ready(run.of):
+            waiting.append(run.label)
+        else:
+            yield comparison.command(run)
     unknown = {label for label, found in comparison.rates_of().items() if found["chosen"] is None}
     runs = sum(comparison.labels[label].seeds for label in unknown)
     if unknown:

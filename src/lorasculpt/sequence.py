@@ -41,12 +41,12 @@ from .evaluation.summary import task_average
 from .measure import versions
 from .models.load import load
 from .switch import add_task
-from .train import ADAPTER, RUN_FILE, attach, check_output, held_out, kind_of, precision, thaw_projector, train
+from .train import ADAPTER, RUN_FILE, check_output, held_out, kind_of, precision, thaw_projector, train
 
 MATRIX_FILE = "matrix.json"
 
 
-def learn(config: RunConfig, *, progress: bool = True) -> tuple[Path, Path]:
+def learn(config: RunConfig, *, before: dict[str, Any] | None = None, progress: bool = True) -> tuple[Path, Path]:
     """Learn the tasks of ``config.data.sequence`` in turn, measuring all of them after each.
 
     Goes on by itself where it was interrupted: with the task that it was at, from its last checkpoint.
@@ -54,6 +54,11 @@ def learn(config: RunConfig, *, progress: bool = True) -> tuple[Path, Path]:
     ``matrix.json`` holds the accuracy on every task before training (``after: null``) and after each, the same for
     source, and ``switches``: what is left right after a new task was added, before it is trained; once all are learned
     also what :func:`transfer` makes of them.
+
+    Args:
+        config: the run.
+        before: the first of the ``rows`` of another run on the same base and tasks; saves measuring the base.
+        progress: whether to show progress bars.
 
     Returns:
         The folder of the last adapter, and ``matrix.json``.
@@ -74,9 +79,9 @@ def learn(config: RunConfig, *, progress: bool = True) -> tuple[Path, Path]:
     try:
         for number, stage in enumerate(stages):
             earlier = stages[number - 1].output / ADAPTER if number else None
-            start = continued(earlier, names[number] if grows else None) if earlier else attach
+            start = continued(earlier, names[number] if grows else None) if earlier else None
             adapter = train(stage, progress=progress, start=start)
-            measured.before()  # the base, once; only now, so that a mistake in the file is told first
+            measured.before(before)  # the base, once; only now, so that a mistake in the file is told first
             following = names[number + 1] if grows and stage is not stages[-1] else None
             measured.after(names[number], adapter, following)
     except UserError:
@@ -180,9 +185,11 @@ class _Matrix:
         if self.path.is_file():
             self.record = json.loads(self.path.read_text())
 
-    def before(self) -> None:
-        """Measure the base."""
-        if not self.record["rows"]:
+    def before(self, known: dict[str, Any] | None) -> None:
+        """Measure the base, unless that is ``known``."""
+        if not self.record["rows"] and known is not None:
+            self.record["rows"].append(known)
+        elif not self.record["rows"]:
             model, processor = load(self.config.base)
             self._add("rows", "after", None, model, processor)
 

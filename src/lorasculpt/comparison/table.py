@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from itertools import pairwise
-from pathlib import Path
 from statistics import mean
 from typing import Any
 
@@ -30,22 +28,39 @@ def table(runs: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     reference's, where they are known and of the same kind. ``drift`` is a mean over seeds, with None for each of its
     parts where it was not measured.
     """
+    return [_row(label, group, reference) for label, group, reference in grouped(runs)]
+
+
+def grouped(runs: Sequence[dict[str, Any]]) -> list[tuple[str, list[dict], dict[int, dict]]]:
+    """The runs of each label, and by seed the runs of the reference, none for itself."""
     groups: dict[str, list[dict]] = {}
     for run in runs:
         groups.setdefault(run["label"], []).append(run)
     reference = {run["seed"]: run for run in groups.get(REFERENCE, [])}
-    return [_row(label, group, {} if label == REFERENCE else reference) for label, group in groups.items()]
+    return [(label, group, {} if label == REFERENCE else reference) for label, group in groups.items()]
 
 
-def _row(label: str, runs: list[dict], reference: dict[int, dict]) -> dict[str, Any]:
-    first = runs[0]
-    pairs = [(run, reference[run["seed"]]) for run in runs if run["seed"] in reference]
+def costs(label: str, runs: list[dict], reference: dict[int, dict]) -> dict[str, Any]:
+    """Time, memory and size of the runs of a label, and the first two in units of the reference's."""
     seconds = mean(run["seconds"] for run in runs)
     others = list(reference.values()) if reference else runs
     known = bool(reference) or label == REFERENCE
     base = mean(run["seconds"] for run in others)
     peak, least = _peak(runs), _peak(others)
     alike = known and len({run.get("memory_of") for run in (*runs, *others)}) == 1
+    return {
+        "seconds": seconds,
+        "time": seconds / base if base and known else None,
+        "memory_bytes": peak,
+        "memory": peak / least if peak and least and alike else None,
+        "trainable": runs[0]["trainable"],
+        "adapter_bytes": round(mean(run["adapter_bytes"] for run in runs)),
+    }
+
+
+def _row(label: str, runs: list[dict], reference: dict[int, dict]) -> dict[str, Any]:
+    first = runs[0]
+    pairs = [(run, reference[run["seed"]]) for run in runs if run["seed"] in reference]
     return {
         "label": label,
         "method": first["method"],
@@ -62,12 +77,7 @@ def _row(label: str, runs: list[dict], reference: dict[int, dict]) -> dict[str, 
             for side in ("source", "target")
         },
         "drift": mean_interval([(run.get("drift") or {}).get("value") for run in runs]),
-        "seconds": seconds,
-        "time": seconds / base if base and known else None,
-        "memory_bytes": peak,
-        "memory": peak / least if peak and least and alike else None,
-        "trainable": first["trainable"],
-        "adapter_bytes": round(mean(run["adapter_bytes"] for run in runs)),
+        **costs(label, runs, reference),
         "against": {
             name: paired([one["summary"][name] for one, _ in pairs], [two["summary"][name] for _, two in pairs])
             for name in NUMBERS
@@ -112,9 +122,8 @@ def equal_target(runs: Sequence[dict[str, Any]]) -> dict[str, Any]:
 # --- on the screen --------------------------------------------------------------------------------------------------
 
 
-def show(path: Path) -> None:
+def show(record: dict[str, Any]) -> None:
     """Print the table of a comparison, the tests against the reference, and what a reader has to know."""
-    record = json.loads(path.read_text())
     columns = ("source_after", "target_after", "retention", "gain", "h_mean", "average")
     drifts, memories = (
         any(known(row) is not None for row in record["table"])
@@ -124,12 +133,12 @@ def show(path: Path) -> None:
     shown = Table("method", "seeds", "lr", *heads, *["memory"] * memories, "size")
     tests = Table(f"against {REFERENCE}", "source", "p", "target", "p", "H-mean", "p")
     for row in record["table"]:
-        cells = [row["label"], str(len(row["seeds"])), f"{row['lr']:g}", *(_cell(row[name]) for name in columns)]
-        cells += [_cell(row["drift"], 1, 3)] * drifts + [_ratio(row["time"])] + [_ratio(row["memory"])] * memories
+        cells = [row["label"], str(len(row["seeds"])), f"{row['lr']:g}", *(cell(row[name]) for name in columns)]
+        cells += [cell(row["drift"], 1, 3)] * drifts + [ratio(row["time"])] + [ratio(row["memory"])] * memories
         shown.add_row(*cells, size(row["adapter_bytes"]))
         found = [row["against"].get(name) for name in ("source_after", "target_after", "h_mean")]
         if any(found):
-            tests.add_row(row["label"], *(text for test in found for text in _tested(test)))
+            tests.add_row(row["label"], *(text for test in found for text in tested(test)))
     console = Console()
     console.print(shown)
     if tests.row_count:
@@ -155,7 +164,7 @@ def show(path: Path) -> None:
         print(f"{len(record['missing'])} runs are still missing.")
 
 
-def _cell(found: dict[str, float | None], unit: int = 100, digits: int = 1) -> str:
+def cell(found: dict[str, float | None], unit: int = 100, digits: int = 1) -> str:
     """``71.3 ±2.0``"""
     value, high = found["mean"], found["high"]
     if value is None:
@@ -171,11 +180,11 @@ def _ranked(found: dict[str, Any], words: str) -> str:
     return f"{rho}{spread} over {found['n']} {words}"
 
 
-def _ratio(value: float | None) -> str:
+def ratio(value: float | None) -> str:
     return "-" if value is None else f"{value:.2f}"
 
 
-def _tested(found: dict[str, float | None] | None) -> tuple[str, str]:
+def tested(found: dict[str, float | None] | None) -> tuple[str, str]:
     """``+3.1 ±2.0`` and ``0.012``"""
     if found is None:
         return "-", "-"

@@ -7,28 +7,25 @@ import re
 import shlex
 import shutil
 import sys
+from pathlib import Path
 
 import numpy as np
 import pico
 import pytest
 import torch
 import yaml
-from peft import PeftModel
 
-from lorasculpt import UserError, cli, compare, posthoc
-from lorasculpt.adapters.load import load as load_adapter
-from lorasculpt.compare import Comparison, commands
+from lorasculpt import UserError, cli, compare, posthoc, sequence
+from lorasculpt.compare import Comparison, commands, planned
 from lorasculpt.comparison import edits
 from lorasculpt.comparison.drift import drift_and_loss, rank_correlation, spearman
-from lorasculpt.comparison.labels import VARIANTS
 from lorasculpt.comparison.table import equal_target, pareto, show, table
 from lorasculpt.config import RunConfig
 from lorasculpt.data.batches import Collator
-from lorasculpt.evaluation.strength import fixed
-from lorasculpt.models.load import load
 from lorasculpt.posthoc.edits import delta_of
 from lorasculpt.report import report
-from lorasculpt.train import attach, train
+from lorasculpt.sequence import transfer
+from lorasculpt.train import train
 
 METHODS = ["lora", "lorasculpt"]
 
@@ -218,47 +215,102 @@ def test_one_rate_needs_no_validation(run):
 
 
 def test_each_method_gets_its_settings_and_what_it_can_take_over(run):
-    labels = ["lora", "lorasculpt", "sparser", "dora", "rslora", "pissa", "olora"]
+    labels = ["lora", "lorasculpt", "sparser", "dora", "rslora", "pissa", "osf"]
     shared = {"r": 4, "lora_alpha": 8}
     own = {"name": "lorasculpt", **shared, "density": 0.2, "prune_step": 1}
     assert {label: what.method for label, what in Comparison(run(), labels).labels.items()} == {
         "lora": {"name": "lora", **shared},
         "lorasculpt": own,
         "sparser": own | {"density": 0.1},
-        "dora": {"name": "lora", "r": 2, "lora_alpha": 8, "use_dora": True},
-        "rslora": {"name": "lora", **shared, "use_rslora": True},
-        "pissa": {"name": "lora", **shared, "init_lora_weights": "pissa"},
-        "olora": {"name": "lora", **shared, "init_lora_weights": "olora"},
+        "dora": {"name": "dora", "r": 2, "lora_alpha": 8},
+        "rslora": {"name": "rslora", **shared},
+        "pissa": {"name": "pissa", **shared},
+        "osf": {"name": "osf"},
     }
 
 
-@pytest.mark.parametrize("name", VARIANTS)
-def test_variants_come_back_as_they_were_saved(run, tmp_path, name):
-    config = Comparison(run(), [name], 1, [0.1]).tests()[0].config
-    model = attach(load(config.base)[0], config).eval()
-    with torch.no_grad():
-        for key, parameter in model.named_parameters():
-            if "lora_B" in key:
-                parameter.add_(0.1 * torch.randn(parameter.shape))
-        logits = model(input_ids=torch.arange(4, 20)[None]).logits
-    model.save_pretrained(tmp_path / "adapter")
-    back = load_adapter(load(config.base)[0], tmp_path / "adapter").eval()
-    assert isinstance(back, PeftModel)
-    with torch.no_grad():
-        found = back(input_ids=torch.arange(4, 20)[None]).logits
-        base = load(config.base)[0].eval()(input_ids=torch.arange(4, 20)[None]).logits
-    torch.testing.assert_close(found, logits, atol=1e-5, rtol=1e-4)
-    assert not torch.allclose(found, base, atol=1e-3)
-    assert (fixed(back) is None) == (name == "rslora")
-
-
-@pytest.mark.parametrize("name", ["dora", "pissa"])
+@pytest.mark.parametrize("name", ["dora", "osf"])
 def test_what_has_one_strength_is_measured_without_a_curve(run, name):
     path = compare.compare(run(), [name], seeds=1, rates=[0.01], progress=False)
     record = json.loads(path.read_text())
     assert record["runs"][0]["curve"] == []
     assert record["equal_target"] == {"target": None, "source": {}}
     assert name in report(path, path.parent / "page").with_suffix(".md").read_text()
+
+
+def test_sequences_are_compared_at_one_rate(run, tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "200")
+    files = {task: pico.write_data(tmp_path / task, n=4, tasks=[task]) for task in ("color", "shape")}
+    stages = ", ".join(f"{{name: {task}, train: {file}, test: {file}}}" for task, file in files.items())
+    overrides = (f"data={{sequence: [{stages}]}}", "evaluate.target=[]", "training.lr=0.01")
+    config = run(*overrides, "methods={am_lora: {seeds: 1}, lora: {}, slow: {name: lora, lr: 1e-3, seeds: 1}}")
+    comparison = planned(config, seeds=2)
+    assert [line.rsplit("/", 1)[-1] for line in commands(comparison)] == [
+        "am_lora-lr0.01-seed0.yaml",
+        "lora-lr0.01-seed0.yaml",
+        "slow-lr0.001-seed0.yaml",
+        "lora-lr0.01-seed1.yaml",
+    ]
+    first, second, *_ = (line.split()[2] for line in commands(comparison))
+    assert words("train", first, capsys=capsys, monkeypatch=monkeypatch)[0] == 0  # from its own command
+    measured, evaluate = [], sequence.evaluate
+
+    def counted(model, *arguments, **options):
+        measured.append(type(model).__name__)
+        return evaluate(model, *arguments, **options)
+
+    monkeypatch.setattr(sequence, "evaluate", counted)
+    record = json.loads(compare.compare(config, seeds=2, progress=False).read_text())
+    assert (record["complete"], record["tasks"]) == (True, ["color", "shape"])
+    assert measured == ["LlavaForConditionalGeneration", *["PeftModel"] * 6]  # the base once for all
+    entries = {(made["label"], made["seed"]): made for made in record["sequences"]}
+    assert list(entries) == [("am_lora", 0), ("lora", 0), ("slow", 0), ("lora", 1)]
+    lora = entries["lora", 0]
+    assert len(lora["matrix"]) == len(lora["source"]) == 3
+    assert (lora["last"], lora["forward"]) == (transfer(lora["matrix"])["last"], transfer(lora["matrix"])["forward"])
+    assert lora["source_after"] == lora["source"][-1]
+    assert (lora["steps"], lora["lr"], entries["slow", 0]["lr"]) == ([2, 2], 0.01, 0.001)
+    logs = [json.loads(path.read_text()) for path in sorted(Path(second[:-5]).glob("*/training.json"))]
+    assert lora["seconds"] == sum(log["seconds"] for log in logs)
+    rows = {row["label"]: row for row in record["table"]}
+    assert list(rows) == ["am_lora", "lora", "slow"]
+    assert rows["lora"]["matrix"][2][1] == np.mean([entries["lora", n]["matrix"][2][1] for n in (0, 1)])
+    assert rows["lora"]["last"]["mean"] == np.mean([entries["lora", n]["last"] for n in (0, 1)])
+    assert rows["slow"]["against"]["last"] is None
+    assert rows["am_lora"]["time"] == pytest.approx(
+        entries["am_lora", 0]["seconds"] / np.mean([entries["lora", n]["seconds"] for n in (0, 1)])
+    )
+    code, out, err = words(
+        "compare",
+        tmp_path / "run.yaml",
+        *overrides,
+        "methods={am_lora: {seeds: 1}, lora: {}, slow: {name: lora, lr: 1e-3, seeds: 1}}",
+        *("--seeds", "2"),
+        capsys=capsys,
+        monkeypatch=monkeypatch,
+    )
+    assert code == 0, err
+    assert "forward" in out
+    assert out.count("after shape") == 3
+
+
+@pytest.mark.parametrize(
+    ("methods", "part"),
+    [
+        ("{lora: {rates: [0.1, 0.2]}}", "methods.lora has no validation set to choose a learning rate on"),
+        ("{lora: {}, x: {of: lora, edit: scale, by: 0.5}}", "methods.x.edit is not for a sequence"),
+        ("{lora: {}, x: {name: mtl_lora}}", "is mtl_lora, which has to know all tasks at once"),
+    ],
+)
+def test_what_a_sequence_cannot_be_compared_by_is_told(run, methods, part):
+    files = "train: test/train.jsonl, test: test/train.jsonl"
+    data = f"data={{sequence: [{{name: a, {files}}}, {{name: b, {files}}}]}}"
+    with pytest.raises(UserError, match=re.escape(part)):
+        planned(run(data, f"methods={methods}"))
+    with pytest.raises(UserError, match=r"data\.sequence has no validation set to choose a learning rate on"):
+        planned(run(data), ["lora"], rates=[0.1, 0.2])
+    with pytest.raises(UserError, match="evaluate must name source"):
+        planned(run(data, "evaluate.source=[]"), ["lora"])
 
 
 def test_a_setting_that_is_refused_later_is_placed_where_it_was_written(run):
@@ -660,7 +712,7 @@ def test_the_screen_shows_tests_and_rates_at_the_edge(run, capsys, monkeypatch):
     record["drift"] = {"runs": {"rho": 0.831, "low": 0.412, "high": 0.97, "n": 12}}
     record["drift"]["curve"] = {"rho": None, "low": None, "high": None, "n": 36}
     compare.write(path, record)
-    show(path)
+    show(json.loads(path.read_text()))
     out = capsys.readouterr().out
     assert "against lora" in out
     for words in ("0.012 ±0.012", "1.25", "0.83 (0.41 to 0.97) over 12 runs, none over 36 points of curves."):

@@ -133,6 +133,7 @@ MISTAKES = {
     "scope: all\nprojector: full": "run.yaml:6: projector must not be full with scope: all, "
     "which gives the projector an adapter; change one",
     "method: spider": "run.yaml:5: method must be a section of keys; got 'spider'",
+    "method: {name: [lora]}": "run.yaml:5: method has the name ['lora'], which is no text; name a method",
     "projektor: full": "run.yaml:5: projektor is no setting; did you mean projector?",
     "xyz: 1": "run.yaml:5: xyz is no setting; use one of base, output, seed, method, methods, scope, projector, data, "
     "training, evaluate",

@@ -166,7 +166,8 @@ def compare(
           milder: {of: lora, edit: scale, by: 0.7}   # or prune, dare, tailor
 
     Learning rates are chosen on evaluate.validation (default: a tenth of the training rows), never on the test.
-    PEFT's own (dora, pissa, osf, ...: see lorasculpt methods) are methods too. Where data is a sequence, tasks are learned in turn, at one rate.
+    PEFT's own (dora, pissa, osf, ...: see lorasculpt methods) are methods too. Where data is a sequence, tasks are
+    learned in turn, at one rate.
     """
     from . import compare as comparing
     from .comparison import sequences, table

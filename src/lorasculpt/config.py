@@ -91,7 +91,8 @@ class Data(_Section):
     Args:
         train: Data file (`lorasculpt.data.records`).
         sequence: Tasks to learn in turn (`lorasculpt.sequence`).
-        general: Data file of what the model is to keep; none of its questions may be one of ``evaluate``.
+        general: Data file of what the model is to keep; none of its questions may be one of ``evaluate``. It is trained
+            on as ``replay`` says, and read by CorDA. Default: none.
         replay: Share of the rows of a pass over the data, in (0, 1), that comes from ``general``. All rows of ``train``
             stay; so many are added that the share is met to the nearest row, at least one. Which ones the seed draws,
             none twice before each was taken once; they are the same in every pass and for every method, and their
@@ -206,7 +207,8 @@ class Evaluate(_Section):
         metric: Metric of a task by its name. Default of a task: ``exact``.
         drift: How many texts, sampled from the base, the drift is measured on (`lorasculpt.evaluation.drift`), half of
             them about pictures of ``source``, or else ``target``; during training on the first ``during`` of them. Not
-            measured where the base's own weights move (``projector: full``, PiSSA and its like). Default: none.
+            measured where the base's own weights move (``projector: full``, and while PiSSA and its like are trained).
+            Default: none.
         retain: Share of the source to keep, in (0, 1]: it is told which strength of the adapter learns the most among
             those that do. Default: none.
     """
@@ -261,7 +263,7 @@ class RunConfig(_Section):
         base: Folder or Hub name of the base model.
         output: Folder for everything the run writes.
         seed: Of data order and initial adapter.
-        method: ``name`` of the method, and its settings.
+        method: ``name`` of the method (`lorasculpt.kinds`), and its settings.
         methods: Settings of each method that ``lorasculpt compare`` is to compare; a single run leaves them aside.
         scope: Which part of the model gets the adapter. Default: the layers that the method names, or else language.
         projector: Whether the projector is left alone, gets an adapter too, or is trained whole.
@@ -293,7 +295,10 @@ class RunConfig(_Section):
     @field_validator("method")
     @classmethod
     def _named(cls, method: dict[str, Any]) -> dict[str, Any]:
-        return {"name": "lorasculpt", **method}
+        named = {"name": "lorasculpt", **method}
+        if not isinstance(named["name"], str):
+            raise ValueError(f"has the name {named['name']!r}, which is no text; name a method")
+        return named
 
     @field_validator("projector")
     @classmethod

@@ -18,6 +18,7 @@ from typing import Any, Literal
 
 import torch
 from peft import LoraConfig, PeftModel
+from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
 from peft.utils import SAFETENSORS_WEIGHTS_NAME
 from PIL import Image, ImageDraw
 from safetensors import safe_open
@@ -32,6 +33,7 @@ from .adapters.update import UpdateConfig, updates
 from .errors import UserError
 from .inspect import Pair, read_adapter, read_config
 from .inspect_update import config_of as kind_of
+from .kinds import TUNERS
 from .models.load import load
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -125,7 +127,8 @@ def export(
     other: 4 bytes of memory for each of its parameters, and for each position of the prompts its logits.
 
     Args:
-        adapter_folder: an adapter that is a LoRA on disk, or of a method whose update is a matrix.
+        adapter_folder: an adapter that is a LoRA on disk, of a method whose update is a matrix, or to be merged and of
+            one of PEFT's own (`lorasculpt.kinds`).
         base: the model it belongs to, a folder or a name on the Hub.
         out: the folder to write.
         to: ``"lora"``: lora_A and lora_B alone, one scaling for all modules, for PEFT, vLLM and llama.cpp.
@@ -232,7 +235,8 @@ def config_of(adapter_folder: str | Path) -> UpdateConfig | None:
 def _check_method(folder: Path, config: UpdateConfig | None, to: str, task: str | None) -> None:
     """See that what is asked for can be made of the adapter."""
     if config is None:
-        read_config(folder)  # refuses what is no single product
+        if to == "lora" or not _of_peft(folder):
+            read_config(folder)  # refuses what is no single product
     elif not config.exports():
         raise UserError(
             f"{folder} is a {config.method} adapter, of which neither a plain LoRA nor a merged model can be made: "
@@ -245,6 +249,15 @@ def _check_method(folder: Path, config: UpdateConfig | None, to: str, task: str 
         raise UserError(f"{folder} {what}; say which with --task: {', '.join(config.tasks)}, or all.")
     if task is not None and (config is None or config.merges != "task"):
         raise UserError(f"{folder} is the same for all tasks, so there is no {task!r} to choose; leave --task out.")
+
+
+def _of_peft(folder: Path) -> bool:
+    """Whether the adapter is of one of PEFT's methods that are no LoRA and can be merged."""
+    try:
+        kind = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))["peft_type"]
+        return PEFT_TYPE_TO_CONFIG_MAPPING.get(kind) in TUNERS.values()
+    except (OSError, ValueError, KeyError, TypeError):  # read_config says what is wrong
+        return False
 
 
 def _check_nothing_else(folder: Path, to: str, tensors: Sequence[str]) -> None:

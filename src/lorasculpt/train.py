@@ -18,20 +18,23 @@ import random
 import re
 import shutil
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model
+from peft import PeftConfig, PeftModel, get_peft_model
 from safetensors.torch import save_file
-from torch import nn
+from torch import Tensor, nn
 from transformers import TrainerCallback, set_seed
 from trl import SFTConfig, SFTTrainer
 
+from . import corda
 from .adapters.clock import ClockCallback
 from .adapters.load import PROJECTOR_FILE
 from .adapters.method import methods_of
+from .adapters.residual import taken, write_plain
 from .adapters.update import UpdateConfig, known_tasks
 from .config import RunConfig
 from .data.batches import Collator, rows
@@ -42,15 +45,14 @@ from .evaluation.drift import Prompt, question
 from .evaluation.strength import moved
 from .evaluation.summary import task_average
 from .evaluation.tasks import asked_as
+from .kinds import KINDS, built, settings_of, started, words
 from .memory import Peak
 from .methods import METHODS
 from .models.load import autocast_dtype, load
 from .models.parts import parts, target_regex
 
 RUN_FILE, LOG_FILE, DRIFT_FILE, ADAPTER = "run.yaml", "training.json", "drift.jsonl", "adapter"
-COST_FILE = "cost.json"  # of a checkpoint
-FISHER_FILE = "fisher.safetensors"
-KINDS: dict[str, type[LoraConfig]] = {"lora": LoraConfig, **METHODS}
+COST_FILE, CORDA_FILE, FISHER_FILE = "cost.json", "corda.jsonl", "fisher.safetensors"
 
 
 def train(
@@ -80,7 +82,10 @@ def train(
     records = trained_on(config)
     named = _with_tasks(config, records)
     model, processor = load(config.base)
+    if start is None:
+        prepare(model, processor, named, records)
     model = (start or attach)(model, named)
+    residual = taken(model)
     autocast = precision(config, model)
     measured = [_Measure(config, model, processor, autocast)] if config.evaluate.every else []
     resume = _last_checkpoint(output)
@@ -112,7 +117,7 @@ def train(
             raise
         raise config.error(key, f"is refused: {error}") from error
     if trainer.is_world_process_zero():
-        _write(output, config, trainer, cost)
+        _write(output, config, trainer, cost, residual)
     return adapter
 
 
@@ -217,21 +222,83 @@ def attach(model: nn.Module, config: RunConfig) -> PeftModel:
     Raises:
         UserError: for an unknown method, or a setting that it does not take, with the line in the file.
     """
-    kind = kind_of(config)
-    settings = {key: value for key, value in config.method.items() if key != "name"}
-    if "target_modules" not in settings and not _own_targets(kind, config):
-        scope = config.scope or "language"
-        scopes = [scope] + (["projector"] if config.projector == "lora" and scope != "all" else [])
-        settings["target_modules"] = "|".join(target_regex(model, scope) for scope in scopes)
-    try:
-        adapted = get_peft_model(model, kind(**settings))
-    except (TypeError, ValueError) as error:
-        raise config.error(_setting(config, error) or "method", f"is refused: {error}") from error
+    made = adapter_config(model, config)
+    with _refusing(config):
+        adapted = get_peft_model(model, made)
     thaw_projector(adapted, config)
     return adapted
 
 
-def kind_of(config: RunConfig) -> type[LoraConfig]:
+def prepare(model: nn.Module, processor, config: RunConfig, records: Sequence[Record]) -> None:
+    """Give a fresh base what its adapter begins with, where that is measured on texts: in CorDA (`lorasculpt.corda`).
+
+    In the mode ``ipm`` the texts are ``records``, else ``data.general``, or without it what the base itself writes,
+    half of it about pictures of ``records``.
+
+    Raises:
+        UserError: for settings that it cannot do with, with the line in the file.
+    """
+    if started(config.method).get("init_lora_weights") != "corda":
+        return
+    made = adapter_config(model, config)
+    if config.scope not in (None, "language") or config.projector == "lora":
+        key = "scope" if config.projector != "lora" else "projector"
+        raise config.error(key, f"is {getattr(config, key)}, but CorDA adapts language layers alone; leave it out.")
+    with _refusing(config):
+        corda.check(model, made)
+    autocast, fresh = precision(config, model), not config.output.exists()
+    try:
+        if made.corda_config.corda_method != "ipm":
+            records = general(config) if config.data.general else _said(config, model, processor, records, autocast)
+        texts = list(records)
+        random.Random(config.seed).shuffle(texts)
+        with _refusing(config):
+            corda.prepare(model, processor, made, texts[: corda.TEXTS], autocast)
+    except UserError:
+        if fresh:  # nothing has run: leave the folder free for the mended file
+            shutil.rmtree(config.output, ignore_errors=True)
+        raise
+
+
+def _said(
+    config: RunConfig, model: nn.Module, processor, records: Sequence[Record], autocast: torch.dtype | None
+) -> list[Record]:
+    """What the base writes, kept in the run's folder: a run that goes on must begin with the same texts."""
+    images = list(dict.fromkeys(record.images[0] for record in records if record.images))
+    config.output.mkdir(parents=True, exist_ok=True)
+    (config.output / RUN_FILE).write_text(config.to_yaml())
+    path, batch = config.output / CORDA_FILE, config.evaluate.batch
+    prompts = self_prompts(
+        model, processor, corda.TEXTS, config.seed, images, path=path, batch=batch, precision=autocast
+    )
+    return corda.said(processor, prompts)
+
+
+def adapter_config(model: nn.Module, config: RunConfig) -> PeftConfig:
+    """What :func:`attach` gives ``model``.
+
+    Raises:
+        UserError: as of :func:`attach`.
+    """
+    kind, settings = kind_of(config), {}
+    if "target_modules" not in config.method and not _own_targets(kind, config):
+        scope = config.scope or "language"
+        scopes = [scope] + (["projector"] if config.projector == "lora" and scope != "all" else [])
+        settings["target_modules"] = "|".join(target_regex(model, scope) for scope in scopes)
+    with _refusing(config):
+        return built(config.method, **settings)
+
+
+@contextmanager
+def _refusing(config: RunConfig) -> Iterator[None]:
+    """Give what PEFT and the methods say against a setting its place in the file."""
+    try:
+        yield
+    except (TypeError, ValueError) as error:
+        raise config.error(_setting(config, error) or "method", f"is refused: {error}") from error
+
+
+def kind_of(config: RunConfig) -> type[PeftConfig]:
     """The config class of ``config.method``; the names of its settings are checked.
 
     Raises:
@@ -244,18 +311,14 @@ def kind_of(config: RunConfig) -> type[LoraConfig]:
     for key in config.method:
         if key not in known and key != "name":
             close = difflib.get_close_matches(key, known, n=1)
-            mend = f"did you mean {close[0]}?" if close else f"lorasculpt methods {name} lists them."
-            raise config.error(f"method.{key}", f"is no setting of {name}; {mend}")
+            listed = f"lorasculpt methods {name} lists them." if name in METHODS else f"{words(name)}."
+            raise config.error(
+                f"method.{key}", f"is no setting of {name}; {f'did you mean {close[0]}?' if close else listed}"
+            )
     return KINDS[name]
 
 
-def settings_of(kind: type[LoraConfig]) -> list[str]:
-    """The names of the settings of a method."""
-    unused = getattr(kind, "unused", ())
-    return [field.name for field in dataclasses.fields(kind) if field.init and field.name not in unused]
-
-
-def _own_targets(kind: type[LoraConfig], config: RunConfig) -> bool:
+def _own_targets(kind: type[PeftConfig], config: RunConfig) -> bool:
     """Whether the method is to name the layers that it adapts itself."""
     names = issubclass(kind, UpdateConfig) and kind.default_targets is not UpdateConfig.default_targets
     if not names or config.scope is not None:
@@ -496,7 +559,7 @@ def save_projector(model: nn.Module, folder: Path) -> None:
     save_file(tensors, folder / PROJECTOR_FILE)
 
 
-def _write(output: Path, config: RunConfig, trainer: SFTTrainer, cost: _Cost) -> None:
+def _write(output: Path, config: RunConfig, trainer: SFTTrainer, cost: _Cost, residual: dict[str, Tensor]) -> None:
     """``training.json`` and then ``adapter``, whose presence says that the run is done."""
     trained = sum(p.numel() for p in trainer.model.parameters() if p.requires_grad)
     record = cost.record() | {"steps": trainer.state.global_step, "trainable": trained}
@@ -504,6 +567,8 @@ def _write(output: Path, config: RunConfig, trainer: SFTTrainer, cost: _Cost) ->
     (output / LOG_FILE).write_text(json.dumps(record, indent=1) + "\n")
     partial = output / ".partial" / ADAPTER
     trainer.model.save_pretrained(partial)
+    if residual:
+        write_plain(partial, residual)
     if config.projector == "full":
         save_projector(trainer.model, partial)
     partial.rename(output / ADAPTER)

@@ -5,9 +5,9 @@ from __future__ import annotations
 import warnings
 from pathlib import Path
 
-from peft import PeftConfig, PeftModel
+from peft import LoraConfig, PeftConfig, PeftModel
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
-from peft.utils import SAFETENSORS_WEIGHTS_NAME
+from peft.utils import SAFETENSORS_WEIGHTS_NAME, get_peft_model_state_dict
 from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import nn
@@ -54,13 +54,31 @@ def load(base: nn.Module, folder: str | Path, trainable: bool = False, adapter: 
     except (RuntimeError, ValueError) as error:
         if "size mismatch" in str(error) or "Target modules" in str(error):
             raise _misfit(f"the adapter in {folder}", error) from error
+        if "eigens" in str(error):
+            raise UserError(f"{folder} is a checkpoint of CorDA, which only its own run can go on from.") from error
         raise
-    saved, found = _adapted(folder), len(sites(model, adapter)) + len(updates(model, adapter))
-    if saved is not None and saved != found:
-        raise _misfit(f"the adapter in {folder}", f"it adapts {saved} layers, of which this model has {found}")
+    _check_whole(model, folder, adapter)
     if record is not None and trainable:
         methods_of(model)[adapter].restore(*read_state(folder))
     return model
+
+
+def _check_whole(model: PeftModel, folder: Path, adapter: str) -> None:
+    """See that what the adapter in ``folder`` adapts is there in ``model``, all of it and nothing else."""
+    path = folder / SAFETENSORS_WEIGHTS_NAME
+    if not path.is_file():
+        return
+    with safe_open(path, "pt") as file:
+        keys = set(file.keys())
+    if not isinstance(model.peft_config[adapter], LoraConfig):
+        strange = keys ^ set(get_peft_model_state_dict(model, adapter_name=adapter))
+        if strange:
+            raise _misfit(f"the adapter in {folder}", f"{len(strange)} tensors are of layers that the other lacks")
+        return
+    saved = len({key.partition(mark)[0] for key in keys for mark in (".lora_A.", ".lora_update.") if mark in key})
+    found = len(sites(model, adapter)) + len(updates(model, adapter))
+    if saved != found:
+        raise _misfit(f"the adapter in {folder}", f"it adapts {saved} layers, of which this model has {found}")
 
 
 def load_projector(model: nn.Module, folder: Path) -> None:
@@ -74,16 +92,6 @@ def load_projector(model: nn.Module, folder: Path) -> None:
         raise _misfit(f"the projector in {path}", error) from error
     if unexpected:
         raise _misfit(f"the projector in {path}", f"it has no {unexpected[0]}")
-
-
-def _adapted(folder: Path) -> int | None:
-    """How many layers the weight file in ``folder`` adapts; None if it is no safetensors file."""
-    path = folder / SAFETENSORS_WEIGHTS_NAME
-    if not path.is_file():
-        return None
-    with safe_open(path, "pt") as file:
-        keys = file.keys()
-    return len({key.partition(mark)[0] for key in keys for mark in (".lora_A.", ".lora_update.") if mark in key})
 
 
 def _misfit(what: str, why: Exception | str) -> UserError:

@@ -23,24 +23,17 @@ from typing import Any
 
 from peft import LoraConfig
 
+from ..adapters.residual import EXACTLY, MOVING
 from ..adapters.update import UpdateConfig
 from ..config import RunConfig
 from ..errors import UserError
-from ..evaluation.strength import MOVING
-from ..report.results import REFERENCE
-from ..train import KINDS, kind_of, settings_of
+from ..kinds import KINDS, started, taken_over
+from ..train import kind_of
 from .edits import EDITS, Edit, edit_of
 
 SAID = ("lr", "rates", "by", "seeds", "replay")  # what a label may say beside the settings of its method
 # What a learning rate is chosen by: the name of each in the summary of a trial
 CHOICES = {"target": "target_after", "h_mean": "h_mean"}
-# What PEFT makes of a LoRA by one setting
-VARIANTS: dict[str, dict[str, Any]] = {
-    "dora": {"use_dora": True},
-    "rslora": {"use_rslora": True},
-    "pissa": {"init_lora_weights": "pissa"},
-    "olora": {"init_lora_weights": "olora"},
-}
 
 
 @dataclass(frozen=True)
@@ -72,7 +65,7 @@ def read(config: RunConfig, names: Sequence[str], seeds: int, rates: Sequence[fl
 
     Args:
         config: The run that all have in common.
-        names: Of methods, of some of ``VARIANTS``, or of your own.
+        names: Of methods (`lorasculpt.kinds`), or of your own.
         seeds: How many a label has that says nothing of it; an edit has those of what it edits.
         rates: The learning rates of a label that says nothing of them.
 
@@ -113,24 +106,16 @@ def _label(
 
 
 def _method(config: RunConfig, label: str, given: dict[str, Any]) -> dict[str, Any]:
-    """The ``method`` of a run of ``label``: what is ``given``, else the run's own method where it can.
-
-    Settings that all LoRAs have (``r``, ``lora_alpha``, ...) are taken over from the run's method; those that are
-    peculiar to a method only by the same one.
-    """
-    name, known = given.get("name", label), [*KINDS, *VARIANTS]
-    if name not in known:
-        listed = ", ".join(known)
+    """The ``method`` of a run of ``label``: what is ``given``, else what it can take over from the run's own."""
+    name = given.get("name", label)
+    if not isinstance(name, str) or name not in KINDS:
+        listed = ", ".join(KINDS)
         if "name" in given:
             raise config.error(f"methods.{label}.name", f"is {name!r}, which is no method; use one of {listed}.")
         if label in config.methods:
             raise config.error(f"methods.{label}", f"needs the name of a method: {listed}; or of and edit.")
         raise UserError(f"--methods: {label!r} is no method; use some of {listed}, or a name given under methods.")
-    preset, name = VARIANTS.get(name, {}), name if name in KINDS else REFERENCE
-    common = set(settings_of(KINDS[REFERENCE])) & set(settings_of(KINDS[name]))
-    same = config.method["name"] == name
-    own = {key: value for key, value in config.method.items() if same or key in common}
-    return {**own, **preset, **given, "name": name}
+    return {**taken_over(config.method, name), **given, "name": name}
 
 
 def _edited(
@@ -144,9 +129,10 @@ def _edited(
     if "of" in config.methods.get(of, {}):
         raise config.error(f"methods.{label}.of", f"is {of!r}, which is an edit itself; name a label that is trained.")
     parent = found[of]
-    kind, start = KINDS[parent.method["name"]], str(parent.method.get("init_lora_weights", True)).lower()
-    plain = issubclass(kind, LoraConfig) and not issubclass(kind, UpdateConfig)
-    if not plain or parent.method.get("use_dora") or start.startswith(MOVING) or config.projector == "full":
+    kind, settings = KINDS[parent.method["name"]], started(parent.method)
+    start = str(settings.get("init_lora_weights", True)).lower()
+    plain = issubclass(kind, LoraConfig) and not issubclass(kind, UpdateConfig) and not settings.get("use_dora")
+    if not plain or (start.startswith(MOVING) and not start.startswith(EXACTLY)) or config.projector == "full":
         raise config.error(f"methods.{label}.of", f"is {of!r}, which leaves no plain LoRA; edits are of plain LoRAs.")
     seeds = _seeds(config, label, said, parent.seeds)
     if seeds > parent.seeds:

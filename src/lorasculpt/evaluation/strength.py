@@ -10,10 +10,8 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils import ModulesToSaveWrapper
 from torch import nn
 
+from ..adapters.residual import MOVING as MOVING
 from ..adapters.update import UpdateLayer
-
-# values of init_lora_weights that take from the base what they give the adapter
-MOVING = ("pissa", "olora", "corda", "loftq", "lora_ga")
 
 
 @contextmanager
@@ -70,8 +68,8 @@ def moved(model: nn.Module) -> str | None:
 def fixed(model: nn.Module) -> str | None:
     """Why the adapters of ``model`` have one strength alone, or None if it can be set.
 
-    DoRA's effect is no multiple of its scaling, and PiSSA, OLoRA and their like move the base weights: without the
-    adapter, theirs is not the base that it started from.
+    The effect of DoRA, and of some of PEFT's that are no LoRA, is no multiple of a scaling. LoRAs that began by moving
+    the base weights and were not saved as plain ones (`lorasculpt.adapters.residual`) have no base to go back to.
     """
     layers = [module for module in model.modules() if isinstance(module, BaseTunerLayer)]
     if not layers:

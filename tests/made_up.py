@@ -7,6 +7,8 @@ from pathlib import Path
 
 import numpy as np
 import pico
+import torch
+from safetensors.torch import save_file
 
 from lorasculpt.evaluation import comparison, interval
 
@@ -60,3 +62,25 @@ def seeds(name: str, sources: list[float], targets: list[float], **fields) -> li
     """One run for each seed; both source tasks go to the same share."""
     pairs = enumerate(zip(sources, targets, strict=True))
     return [run(name, (source, source), target, seed=seed, **fields) for seed, (source, target) in pairs]
+
+
+def lora(home: Path, densities: list[float], size: int = 24, base: Path | None = None) -> None:
+    """The adapter of the run in ``home``: a linear in every layer, with that share of the entries of A and B.
+
+    With ``base`` the base is written there, its large weights in the last columns, and ``run.yaml`` names it.
+    """
+    tensors, weights = {}, {}
+    for i, density in enumerate(densities):
+        name = f"model.layers.{i}.self_attn.q_proj"
+        kept = (torch.arange(4 * size) < round(density * 4 * size)).float()
+        tensors[f"base_model.model.{name}.lora_A.weight"] = kept.reshape(4, size).clone()
+        tensors[f"base_model.model.{name}.lora_B.weight"] = kept.reshape(4, size).T.contiguous()
+        weights[f"{name}.weight"] = torch.arange(1.0, size + 1).repeat(size, 1)
+    (home / "adapter").mkdir(parents=True)
+    save_file(tensors, home / "adapter" / "adapter_model.safetensors")
+    settings = {"peft_type": "LORA", "r": 4, "lora_alpha": 8}
+    (home / "adapter" / "adapter_config.json").write_text(json.dumps(settings))
+    if base is not None:
+        base.mkdir()
+        save_file(weights, base / "model.safetensors")
+        (home / "run.yaml").write_text(json.dumps({"base": str(base)}))

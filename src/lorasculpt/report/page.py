@@ -6,18 +6,22 @@ import base64
 import io
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from PIL import Image
 
+from ..comparison.drift import drift_and_loss
 from ..data.images import open_image
 from ..errors import UserError
 from ..evaluation.score import normalise
-from . import plots
-from .results import NUMBERS, REFERENCE, Entry, Number, against, best, ends, entries, front, measured, read
+from . import plots, sequences
+from .inside import TOTALS, inside
+from .results import NUMBERS, REFERENCE, Entry, Number, against, best, ends, entries, front, measured, read, reference
 from .words import (
+    MANY,
     NONE,
     SPACE,
     about_intervals,
@@ -29,6 +33,8 @@ from .words import (
     listed,
     percent,
     size,
+    spread,
+    times,
 )
 
 COLUMNS = {
@@ -53,23 +59,53 @@ def _cell(found: Number, bold: bool = False, test: dict | None = None) -> dict:
     return _plain_cell(percent(found.value), value) | marks
 
 
+def _costs(found: list[Entry]) -> dict[str, list[dict]]:
+    """The columns behind the six numbers, by their heads, a cell for each entry; what nobody knows has none."""
+    known = reference(found)
+
+    def of(key: str, words: Callable[[float | None], str]) -> list[dict]:
+        cells = [_plain_cell(words(getattr(entry, key)), getattr(entry, key)) for entry in found]
+        alike = key != "memory_bytes" or len({run.get("memory_of") for entry in found for run in entry.runs}) == 1
+        for entry, cell in zip(found, cells, strict=True):
+            if known is not None and entry is not known and alike and key != "adapter_bytes":
+                cell["test"] = times(getattr(entry, key), getattr(known, key))
+        return cells
+
+    columns = {}
+    if any(entry.drift is not None for entry in found):
+        columns["Drift (nats)"] = [_drift_cell(entry.drift) for entry in found]
+    columns["Training time"] = of("seconds", duration)
+    if any(entry.memory_bytes is not None for entry in found):
+        columns["Peak memory"] = of("memory_bytes", size)
+    return columns | {"Adapter": of("adapter_bytes", size)}
+
+
+def _drift_cell(drift: Number | None) -> dict:
+    if drift is None:
+        return _plain_cell(NONE, None)
+    known = drift.low is not None and drift.high is not None
+    return _plain_cell(f"{drift.value:.3f}", drift.value) | {
+        "interval": f"[{drift.low:.3f}, {drift.high:.3f}]" if known else ""
+    }
+
+
 def summary_table(found: list[Entry]) -> dict:
-    """One row for the base and one for each entry: the six numbers, wall time and size.
+    """One row for the base and one for each entry: the six numbers, drift, time, memory and size where known.
 
     The best of each column is bold if there is a best; numbers that are tested against the reference say how.
     """
+    costs = _costs(found)
     base = [_cell(found[0].numbers[name]) for name in ("source_before", "target_before")]
-    rows = [{"name": "base model", "cells": base + [_plain_cell(NONE, None)] * 6}]
+    rows = [{"name": "base model", "cells": base + [_plain_cell(NONE, None)] * (len(COLUMNS) - 2 + len(costs))}]
     winners = {name: best([entry.numbers[name] for entry in found]) for name in COLUMNS}
     tests = against(found)
     for i, entry in enumerate(found):
         own = tests.get(entry.label, {})
         cells = [_cell(entry.numbers[name], winners[name] == i, own.get(name)) for name in COLUMNS]
-        cells.append(_plain_cell(duration(entry.seconds), entry.seconds))
-        cells.append(_plain_cell(size(entry.adapter_bytes), entry.adapter_bytes))
+        cells += [column[i] for column in costs.values()]
         name = entry.label if len(entry.runs) == 1 else f"{entry.label} ({len(entry.runs)} seeds)"
         rows.append({"name": name, "cells": cells})
-    return {"head": ["Method", *COLUMNS.values(), "Training time", "Adapter"], "rows": rows}
+    return {"head": ["Method", *COLUMNS.values(), *costs], "rows": rows}
 
 
 def task_table(found: list[Entry]) -> dict:
@@ -97,6 +133,28 @@ def seed_table(found: list[Entry]) -> dict | None:
         if len(entry.runs) > 1
     ]
     return {"head": ["Run", *COLUMNS.values()], "rows": rows} if rows else None
+
+
+def equal_table(found: list[Entry]) -> tuple[dict, str] | None:
+    """The source average of each adapter where all reach the same target score, and that score; None if not known."""
+    equal = found[0].runs[0].get("equal_target") or {}
+    if not equal.get("source"):
+        return None
+    rows = [{"name": label, "cells": [_cell(Number(source))]} for label, source in equal["source"].items()]
+    return {"head": ["Method", "Source average (%)"], "rows": rows}, percent(equal["target"])
+
+
+def made_of_table(totals: dict[str, dict]) -> dict | None:
+    """What each adapter is made of; numbers against the base only where one is known."""
+    names = [name for name in TOTALS if any(total[name] is not None for total in totals.values())]
+
+    def cell(name: str, value: float | None) -> dict:
+        if value is None:
+            return _plain_cell(NONE, None)
+        return _plain_cell(percent(value) if TOTALS[name].endswith("(%)") else f"{value:.3g}", value)
+
+    rows = [{"name": label, "cells": [cell(name, total[name]) for name in names]} for label, total in totals.items()]
+    return {"head": ["Adapter", *(TOTALS[name] for name in names)], "rows": rows} if rows else None
 
 
 def markdown_table(table: dict) -> str:
@@ -133,9 +191,12 @@ def gallery(found: list[Entry]) -> list[dict]:
     Each has the ``groups`` that it is in: ``forgotten`` (of the source: the base is right, an entry is wrong),
     ``learned`` (the base is wrong, an entry is right) or ``both`` (the base and all entries are right).
     """
-    shown = [
-        {(item["image"], item["question"]): item for item in entry.runs[0].get("gallery") or ()} for entry in found
-    ]
+
+    def pictures(run: dict) -> dict[tuple[Path, str], dict]:
+        items = run.get("gallery") or ()
+        return {((run["folder"] / item["image"]).resolve(), item["question"]): item for item in items}
+
+    shown = [pictures(entry.runs[0]) for entry in found]
     items = []
     for key, first in shown[0].items():
 
@@ -151,10 +212,10 @@ def gallery(found: list[Entry]) -> list[dict]:
             "learned": not base and any(tuned),
             "both": base and all(tuned),
         }
-        picture = data_uri(found[0].runs[0]["folder"] / first["image"])
+        picture = data_uri(key[0])
         items.append(
             {"picture": picture, "answers": answers, "groups": [name for name, within in groups.items() if within]}
-            | {key: first[key] for key in ("question", "answer")}
+            | {part: first[part] for part in ("question", "answer")}
         )
     return items
 
@@ -202,10 +263,18 @@ def as_json(found: list[Entry], sentences: list[str]) -> dict:
             "against": tests.get(entry.label, {}),
             "seconds": entry.seconds,
             "adapter_bytes": entry.adapter_bytes,
+            "memory_bytes": entry.memory_bytes,
+            "drift": None if entry.drift is None else _plain(entry.drift),
         }
         for entry in found
     ]
-    return {"schema": 1, "headline": sentences, "methods": methods, "pareto": front(ends(found))}
+    about = {"pareto": front(ends(found)), "drift": _correlation(found)}
+    return {"schema": 1, "headline": sentences, "methods": methods, **about}
+
+
+def _correlation(found: list[Entry]) -> dict | None:
+    """How well the drift tells the loss of source accuracy, over all runs."""
+    return drift_and_loss([run | {"curve": run.get("curve") or []} for entry in found for run in entry.runs])
 
 
 def _settings(found: list[Entry]) -> list[dict]:
@@ -233,8 +302,11 @@ def _notes(found: list[Entry]) -> list[str]:
                     f"{entry.label} starts from another base ({side.split('_')[0]} "
                     f"{percent(entry.numbers[side].value)}{SPACE}% before training): compare with care."
                 )
-    if not all(run["complete"] for entry in found for run in entry.runs):
+    runs = [run for entry in found for run in entry.runs]
+    if not all(run["complete"] for run in runs):
         notes.append("Some runs are still missing: these numbers may change.")
+    if any(run["compared"] for run in runs) and not found[0].runs[0].get("gallery"):
+        notes.append("No pictures are shown: the folders of the runs are not beside the file of the comparison.")
     return notes
 
 
@@ -242,8 +314,10 @@ def report(results: str | Path | Sequence[str | Path], out_dir: str | Path, rema
     """Write ``report.html``, ``report.md`` and ``report.json`` about one or more results files.
 
     Args:
-        results: a ``results.json``, a folder that holds one, or several of either. The first run is what the others
-            are compared with; runs that differ in nothing but the seed are put together.
+        results: a ``results.json``, a ``compare.json``, the ``matrix.json`` of tasks learned in turn, a folder that
+            holds the first or the last, or several of these. The first run is what the others are compared with; runs
+            that differ in nothing but the seed are put together. Beside its ``results.json`` a run may have its
+            ``adapter`` and an ``inspect.json`` (`lorasculpt.report.inside`).
         out_dir: folder to write to, made if need be. The same results give the same bytes.
         remark: a sentence that a reader should have beside the headline.
 
@@ -252,24 +326,26 @@ def report(results: str | Path | Sequence[str | Path], out_dir: str | Path, rema
             sorts tables; without it everything is still there.
 
     Raises:
-        UserError: a results file cannot be read, or the files are about different tasks.
+        UserError: a file cannot be read, or files are about different tasks.
     """
     paths = [Path(results)] if isinstance(results, str | Path) else [Path(path) for path in results]
-    found = entries(read(paths))
-    sentences, notes, note = headline(found), _notes(found), about_intervals(found)
-    notes += [remark] if remark else []
-    if against(found):
-        note += " " + about_tests(REFERENCE)
-    pictures = gallery(found)
-    tables = [summary_table(found), task_table(found)]
-    title = f"Learned and kept: {listed(list(found[0].target))}"
+    runs, matrices = sequences.split(paths)
+    parts = [_runs(runs, remark)] if runs or not matrices else []
+    parts += [_in_turn(matrices)] if matrices else []
+    page = {"found": None, "turns": None} | {key: value for part in parts for key, value in part.page.items()}
+    first = parts[0]
+    sentences = [sentence for part in parts for sentence in part.sentences]
     out = Path(out_dir)
     out.mkdir(parents=True, exist_ok=True)
 
-    content = as_json(found, sentences + notes)
+    content = {key: value for part in reversed(parts) for key, value in part.content.items()}
+    content |= {"headline": [*sentences, *first.notes]}
     (out / "report.json").write_text(json.dumps(content, indent=1, allow_nan=False) + "\n", encoding="utf-8")
-    parts = [f"# {title}", " ".join(sentences + notes), *map(markdown_table, tables), note]
-    (out / "report.md").write_text("\n\n".join(part.rstrip() for part in parts) + "\n", encoding="utf-8")
+    blocks = [f"# {first.title}", " ".join(content["headline"])]
+    for part in parts:
+        blocks += [*map(markdown_table, part.tables), part.note]
+    text = "\n\n".join(block.rstrip() for block in blocks if block) + "\n"
+    (out / "report.md").write_text(text, encoding="utf-8")
 
     environment = Environment(
         loader=FileSystemLoader(Path(__file__).parent),
@@ -278,21 +354,71 @@ def report(results: str | Path | Sequence[str | Path], out_dir: str | Path, rema
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    page = environment.get_template("page.html.j2").render(
-        title=title,
-        sentences=sentences,
-        notes=notes,
-        note=note,
-        tables=tables,
-        seeds=seed_table(found),
-        tradeoff=plots.tradeoff(found),
-        training=plots.training(found),
-        gallery=pictures,
-        filters=filters(pictures),
-        several=len(found) > 1,
-        settings=_settings(found),
-        versions=found[0].runs[0]["versions"],
-    )
     path = out / "report.html"
-    path.write_text(page, encoding="utf-8")
+    page |= {"title": first.title, "sentences": sentences, "notes": first.notes, "versions": first.versions}
+    path.write_text(environment.get_template("page.html.j2").render(page), encoding="utf-8")
     return path
+
+
+@dataclass(frozen=True)
+class _Part:
+    """What results of one kind add to the page, its Markdown and its JSON."""
+
+    title: str
+    sentences: list[str]
+    notes: list[str]
+    note: str
+    tables: list[dict]
+    content: dict
+    page: dict
+    versions: dict
+
+
+def _runs(paths: list[Path], remark: str | None) -> _Part:
+    found = entries(read(paths))
+    sentences, notes, note = headline(found), _notes(found), about_intervals(found)
+    notes += [remark] if remark else []
+    if against(found):
+        note += " " + about_tests(REFERENCE)
+    content = as_json(found, sentences)
+    tables, pictures, equal, made_of = (
+        [summary_table(found), task_table(found)],
+        gallery(found),
+        equal_table(found),
+        None,
+    )
+    within = inside(found)
+    made_of = made_of_table(within["totals"])
+    page = {
+        "found": found,
+        "many": len(found) > MANY,
+        "note": note,
+        "tables": tables,
+        "equal": equal,
+        "seeds": seed_table(found),
+        "tradeoff": plots.tradeoff(found),
+        "training": plots.training(found),
+        "drift": plots.drift(found),
+        "spread": spread(content["drift"]),
+        "made_of": made_of,
+        "maps": within["maps"],
+        "unread": within["notes"],
+        "gallery": pictures,
+        "filters": filters(pictures),
+        "several": len(found) > 1,
+        "settings": _settings(found),
+    }
+    content |= {"equal_target": found[0].runs[0].get("equal_target"), "adapters": within["totals"]}
+    tables += [made_of] if made_of else []
+    title = f"Learned and kept: {listed(list(found[0].target))}"
+    return _Part(title, sentences, notes, note, tables, content, page, found[0].runs[0]["versions"])
+
+
+def _in_turn(paths: list[Path]) -> _Part:
+    found = sequences.read(paths)
+    whole, each = sequences.summary_table(found), [sequences.matrix_table(matrix) for matrix in found]
+    page = {"turns": {"whole": whole, "each": [(m["label"], table) for m, table in zip(found, each, strict=True)]}}
+    title = f"Learned in turn: {listed(found[0]['tasks'])}"
+    content = {"schema": 1, "sequences": found}
+    versions = found[0].get("versions", {})
+    return _Part(title, sequences.headline(found), [], "", [whole, *each], content, page, versions)

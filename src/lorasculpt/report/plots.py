@@ -47,6 +47,7 @@ STYLE = {
 }
 SIDES: dict[str, Any] = {"source": "-", "target": (0, (3, 2))}  # and the dashes of its line
 WIDTH = 4.7  # inches: wide enough for a column of a page, and still readable when a phone shrinks it
+LETTERS = 66  # of a label that so many inches hold
 
 
 def colour(i: int) -> str:
@@ -54,8 +55,24 @@ def colour(i: int) -> str:
     return f"#01020{i % SERIES}"
 
 
-def svg(figure: Figure, name: str, description: str) -> str:
-    """``figure`` as an ``<svg>`` element without ids that could clash, dates, fonts, or fixed size."""
+def marker(i: int) -> str:
+    """The marker of series ``i``: where colours come round again, each gets another one."""
+    return MARKERS[(i + i // SERIES) % SERIES]
+
+
+def _legend(figure: Figure, handles: list[Any]) -> None:
+    """A legend above the axes, in as many columns as the longest label leaves room for; the figure grows by it."""
+    longest = max(len(handle.get_label()) for handle in handles)
+    columns = int(np.clip(LETTERS // (longest + 8), 1, 3))
+    figure.set_figheight(figure.get_figheight() + 0.2 * max(-(-len(handles) // columns) - 2, 0))
+    figure.legend(handles=handles, loc="outside upper left", ncols=columns)
+
+
+def svg(figure: Figure, name: str, description: str, natural: bool = False) -> str:
+    """``figure`` as an ``<svg>`` element without ids that could clash, dates or fonts.
+
+    It takes the width that the page gives it, or with ``natural`` that of its letters at the size they were drawn.
+    """
     with mpl.rc_context({"svg.hashsalt": name}):
         FigureCanvasSVG(figure)
         buffer = io.StringIO()
@@ -63,9 +80,12 @@ def svg(figure: Figure, name: str, description: str) -> str:
     text = re.sub(r"<metadata>.*?</metadata>\s*", "", buffer.getvalue(), flags=re.DOTALL)
     text = re.sub(r'<g id="[^"]*">', "<g>", text[text.index("<svg") :])
     box = re.findall(r'viewBox="[^"]*"', text)[0]
-    text = re.sub(r"<svg[^>]*>", f'<svg {box} role="img" aria-label="{description}">', text, count=1)
+    style = f' style="width:{float(box.split()[2]) * 4 / 3:.0f}px"' if natural else ""
+    text = re.sub(r"<svg[^>]*>", f'<svg {box}{style} role="img" aria-label="{description}">', text, count=1)
     for place, variable in VARIABLES.items():
         text = text.replace(place, f"var(--{variable})")
+    text = re.sub(r' d="[^"]*"', lambda path: re.sub(r"\s+", " ", re.sub(r"(\.\d\d)\d+", r"\1", path[0])), text)
+    text = re.sub(r"font-family: [^;\"]*; ", "", text)  # the page's own
     return re.sub(r"(font: *(?:\w+ )?[\d.]+px)[^;\"]*", r"\1 system-ui, sans-serif", text).strip()
 
 
@@ -161,7 +181,7 @@ def tradeoff(entries: list[Entry]) -> str:
         bars = [_bars(entry.curve[1:] if few else entry.curve[-1:]) for entry in entries]
         _limits(axes, np.array([point for group in (*xy, *seeds) for point in group]))
         for i, (entry, line) in enumerate(zip(entries, xy, strict=True)):
-            style: dict[str, Any] = {"color": colour(i), "marker": MARKERS[i % SERIES]}
+            style: dict[str, Any] = {"color": colour(i), "marker": marker(i)}
             axes.plot(*zip(*line, strict=True), **style, label=entry.label, markevery=range(1, len(line)))
             axes.plot(*line[-1], **style, markersize=10)
             for bar in bars[i]:
@@ -177,7 +197,7 @@ def tradeoff(entries: list[Entry]) -> str:
             axes.plot(*zip(*stairs, strict=True), color=MUTED, lw=1.2, ls=(0, (4, 3)), label="Pareto front", zorder=1)
         base = xy[0][0]
         axes.plot(*base, marker="*", markersize=15, color=INK, linestyle="none", label="base model")
-        figure.legend(loc="outside upper left", ncols=3)
+        _legend(figure, axes.get_legend_handles_labels()[0])
         figure.draw_without_rendering()  # places the axes: labels are put in points
         labels = _Labels(axes, xy, [bar for group in bars for bar in group])
         labels.put("base", base, INK, gap=9)
@@ -219,13 +239,45 @@ def training(entries: list[Entry]) -> str | None:
                     loss.plot(*_means(steps, values), **style)
                 for scores, (side, dashes) in product(below, SIDES.items()):
                     steps, values = _series(run, side)
-                    small = {"marker": MARKERS[i % SERIES], "markersize": 4, "linestyle": dashes}
+                    small = {"marker": marker(i), "markersize": 4, "linestyle": dashes}
                     scores.plot(steps, [100 * value for value in values], **style, **small)
         lines = [
-            Line2D([], [], color=colour(i), marker=MARKERS[i % SERIES], markersize=4, label=entry.label)
+            Line2D([], [], color=colour(i), marker=marker(i), markersize=4, label=entry.label)
             for i, entry in enumerate(entries)
         ]
         lines += [Line2D([], [], color=MUTED, ls=dashes, label=side) for side, dashes in SIDES.items() if scored]
-        figure.legend(handles=lines, loc="outside upper left", ncols=3)
+        _legend(figure, lines)
         loss.set_ylim(bottom=0)
         return svg(figure, "training", "Training loss, source average and target average over steps")
+
+
+def drift(entries: list[Entry]) -> str | None:
+    """The source average that each run lost over its drift, and the points of its curve that carry one, small.
+
+    The axis of the drift is logarithmic where it spans more than a factor of thirty. None where no run has a drift.
+    """
+    drifted = [(i, run) for i, entry in enumerate(entries) for run in entry.runs if run.get("drift")]
+    if not drifted:
+        return None
+    with mpl.rc_context(STYLE):
+        figure = Figure(figsize=(WIDTH, 3.6), layout="constrained")
+        axes = figure.add_subplot(xlabel="drift (nats a token)", ylabel="source lost (points)")
+        seen = []
+        for i, run in drifted:
+            before = run["summary"]["source_before"]
+            end = (run["drift"]["value"], 100 * (before - run["summary"]["source_after"]))
+            on_curve = [point for point in run.get("curve") or () if "drift" in point and 0 < point["strength"] < 1]
+            line = [(point["drift"], 100 * (before - point["source"])) for point in on_curve]
+            style: dict[str, Any] = {"color": colour(i), "marker": marker(i)}
+            if line:
+                small = {"markersize": 4, "markerfacecolor": "none", "linewidth": 0.8, "alpha": 0.7}
+                axes.plot(*zip(*line, end, strict=True), **style | small)
+            axes.plot(*end, **style, markersize=8)
+            seen += [x for x, _ in (*line, end)]
+        if min(seen) > 0 and max(seen) > 30 * min(seen):
+            axes.set_xscale("log")
+        shown = dict.fromkeys(i for i, _ in drifted)
+        _legend(
+            figure, [Line2D([], [], color=colour(i), marker=marker(i), label=entries[i].label, ls="") for i in shown]
+        )
+        return svg(figure, "drift", "Source average lost over drift, for every run")

@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import mean, stdev
+from typing import Any
 
 from ..errors import UserError
 from ..evaluation.student import paired, quantile
@@ -47,7 +48,9 @@ class Entry:
     """One method (with one choice of settings): its runs, and every number over them.
 
     ``source`` and ``target`` map a task to ``{"before": Number, "after": Number, "n": int}``; ``curve`` is a list of
-    ``{"strength": float, "source": Number, "target": Number}`` from strength 0 (the base) to 1.
+    ``{"strength": float, "source": Number, "target": Number}`` from strength 0 (the base) to 1. ``drift`` is in nats a
+    token; of several peaks of memory the smallest is taken, since what else a process holds adds to it. What a run does
+    not tell is None.
     """
 
     label: str
@@ -58,6 +61,8 @@ class Entry:
     curve: list[dict]
     seconds: float | None
     adapter_bytes: float | None
+    drift: Number | None = None
+    memory_bytes: int | None = None
 
     @property
     def seeds(self) -> list[int]:
@@ -65,10 +70,30 @@ class Entry:
         return [run["seed"] for run in self.runs]
 
 
-def read(paths: Sequence[Path]) -> list[dict]:
-    """The runs in the results files (or folders of runs) ``paths``; each gets the ``folder`` that it was found in.
+def load(path: Path) -> dict[str, Any]:
+    """The JSON object of schema 1 in the file ``path``.
 
-    A run of a file that says so itself is not ``complete``: others are to follow.
+    Raises:
+        UserError: it cannot be read, is no JSON, or has another schema.
+    """
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror}); name a results.json or its folder.") from None
+    except ValueError as error:
+        raise UserError(f"{path}: not valid JSON ({error}); evaluate the run again to write it anew.") from None
+    if not isinstance(content, dict) or content.get("schema") != 1:
+        raise UserError(f'{path}: not a results file of schema 1; name one that begins with {{"schema": 1.')
+    return content
+
+
+def read(paths: Sequence[Path]) -> list[dict]:
+    """The runs in the results files (or folders of runs) ``paths``; each gets the ``folder`` that its pictures are in.
+
+    A run of a file that says so itself is not ``complete``: others are to follow. The runs of a comparison have their
+    pictures in folders of their own beside its file; where these are gone there is no ``gallery``. ``home`` is the
+    folder that holds a run and no other, with its adapter; None where there is none. ``equal_target`` is what a single
+    file says of all its runs, ``compared`` whether it is a comparison's.
 
     Raises:
         UserError: a file is missing, is no JSON, has another schema, or lacks a part of a run.
@@ -76,21 +101,18 @@ def read(paths: Sequence[Path]) -> list[dict]:
     runs: list[dict] = []
     for path in paths:
         path = path / "results.json" if path.is_dir() else path
-        try:
-            content = json.loads(path.read_text(encoding="utf-8"))
-        except OSError as error:
-            raise UserError(f"{path}: cannot be read ({error.strerror}); name a results.json or its folder.") from None
-        except ValueError as error:
-            raise UserError(f"{path}: not valid JSON ({error}); evaluate the run again to write it anew.") from None
-        if not isinstance(content, dict) or content.get("schema") != 1:
-            raise UserError(f'{path}: not a results file of schema 1; name one that begins with {{"schema": 1.')
-        for number, run in enumerate(content.get("runs", ()), start=1):
+        content = load(path)
+        found = content.get("runs", ())
+        for number, run in enumerate(found, start=1):
             missing = [key for key in REQUIRED if key not in run]
             missing += [key for key in NUMBERS if key not in run.get("summary", NUMBERS)]
             if missing:
                 raise UserError(f"{path}: run {number} has no {missing[0]!r}; evaluate it again.")
             about = {"versions": content.get("versions", {}), "complete": content.get("complete", True)}
-            runs.append(run | about | {"folder": path.parent})
+            about["equal_target"] = content.get("equal_target") if len(paths) == 1 else None
+            about["compared"] = "table" in content
+            places = {"folder": path.parent, "home": path.parent if len(found) == 1 else None}
+            runs.append(run | about | places | _own(path.parent, run))
     if not runs:
         raise UserError(f"{paths[0] if paths else 'results'}: no runs to report; evaluate one first.")
     first = runs[0]
@@ -98,6 +120,21 @@ def read(paths: Sequence[Path]) -> list[dict]:
         if any(list(run[side]) != list(first[side]) for side in ("source", "target")):
             raise UserError(f"{run['folder']}: its tasks are not those of {first['folder']}; report them apart.")
     return runs
+
+
+def _own(folder: Path, run: dict) -> dict[str, Any]:
+    """What a ``run`` of the comparison in ``folder`` has in a folder of its own, if it is there and the same run."""
+    rate = run.get("settings", {}).get("training", {}).get("lr")
+    if "label" not in run or not isinstance(rate, int | float):
+        return {}
+    home = folder / "test" / f"{run['label']}-lr{rate:g}-seed{run['seed']}"  # as lorasculpt compare calls it
+    try:
+        (own,) = load(home / "results.json")["runs"]
+    except (UserError, KeyError, ValueError):
+        return {}
+    if own.get("summary") != run["summary"]:
+        return {}
+    return {"folder": home, "home": home, "gallery": own.get("gallery") or []}
 
 
 def measured(found: dict, name: str) -> Number:
@@ -158,6 +195,8 @@ def _entry(label: str, runs: list[dict]) -> Entry:
         key: mean(known) if (known := [run[key] for run in runs if run.get(key) is not None]) else None
         for key in ("seconds", "adapter_bytes")
     }
+    drifts = [Number(run["drift"]["value"], *run["drift"]["interval"]) for run in runs if run.get("drift")]
+    peaks = [run["memory_bytes"] for run in runs if run.get("memory_bytes") is not None]
     return Entry(
         label,
         runs,
@@ -166,6 +205,8 @@ def _entry(label: str, runs: list[dict]) -> Entry:
         _over_tasks(runs, "target"),
         _curve(runs, numbers),
         **mean_of,
+        drift=over_seeds(drifts) if len(drifts) == len(runs) else None,
+        memory_bytes=min(peaks) if len(peaks) == len(runs) else None,
     )
 
 
@@ -234,9 +275,14 @@ def compared(one: Entry, other: Entry, name: str) -> dict | None:
     return paired([a for a, _ in pairs], [b for _, b in pairs])
 
 
+def reference(found: Sequence[Entry]) -> Entry | None:
+    """The entry called ``REFERENCE``, in capitals or not."""
+    return next((entry for entry in found if entry.label.casefold() == REFERENCE), None)
+
+
 def against(found: Sequence[Entry]) -> dict[str, dict[str, dict]]:
-    """The tests of :func:`compared` against the entry called ``REFERENCE``, in capitals or not, by label and number."""
-    known = next((entry for entry in found if entry.label.casefold() == REFERENCE), None)
+    """The tests of :func:`compared` against the :func:`reference`, by label and number."""
+    known = reference(found)
     if known is None:
         return {}
     tests = {

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import math
 
-from .results import Entry, Number, compared
+from .results import REFERENCE, Entry, Number, compared, ends, front
 
 NONE = "–"
+MANY = 4  # entries that one sentence can still tell
 SPACE = "\u00a0"  # keeps a number and its unit on one line
 
 
@@ -46,6 +47,11 @@ def duration(seconds: float | None) -> str:
     if hours:
         return f"{hours} h {minutes:02} min"
     return f"{minutes} min {rest:02} s" if minutes else f"{rest} s"
+
+
+def times(value: float | None, reference: float | None) -> str:
+    """How often ``reference`` goes into ``value``: '1.27 × lora'; nothing where that is not known."""
+    return f"{value / reference:.2f}{SPACE}× {REFERENCE}" if value is not None and reference else ""
 
 
 def size(count: float | None) -> str:
@@ -122,18 +128,43 @@ def verdict(a: Entry, b: Entry) -> str:
 def headline(entries: list[Entry]) -> list[str]:
     """The result in a few sentences: what each entry learned and kept, and which differences are more than noise.
 
-    Every entry is compared with the first.
+    Every entry is compared with the first. Of more than ``MANY`` the first sentence tells the first entry and those on
+    the Pareto front.
     """
     task = listed(list(entries[0].target))
     first, *others = entries
+    told, few = others, ""
+    if len(entries) > MANY:
+        ahead = front(ends(entries))
+        told = [entry for entry in others if entry.label in ahead]
+        few = f" These are {first.label} and the best of {len(entries)}: none does better than they on both counts."
+        if first.label in ahead:
+            few = f" These are the best of {len(entries)}: none does better than they on both counts."
     said = [_learned(first, f" {task} to") + " of what the model knew" * (first.numbers["retention"].value >= 0)]
-    said += [_learned(entry, "") for entry in others]
-    sentences = ["; ".join(said) + "."]
+    said += [_learned(entry, "") for entry in told]
+    sentences = ["; ".join(said) + "." + few]
     for entry in entries:
         low = entry.numbers["gain"].low
         if low is not None and low <= 0:
             sentences.append(f"What {entry.label} gained on {task} is within the noise.")
     return sentences + [verdict(first, entry) for entry in others]
+
+
+def spread(found: dict | None) -> str:
+    """A rank correlation of drift with the loss of source accuracy, in words; nothing for none."""
+    if found is None or found["runs"]["rho"] is None:
+        return ""
+
+    def known(number: dict) -> str:
+        text = f"{number['rho']:.2f}".replace("-", "−")
+        if number["low"] is not None:
+            text += f" [{number['low']:.2f}, {number['high']:.2f}]".replace("-", "−")
+        return text
+
+    text = f"Spearman's rank correlation over {found['runs']['n']} runs: {known(found['runs'])}"
+    if found["curve"] is not None and found["curve"]["rho"] is not None:
+        text += f"; over the {found['curve']['n']} points of their curves: {known(found['curve'])}"
+    return text + "."
 
 
 def about_intervals(entries: list[Entry]) -> str:

@@ -8,6 +8,7 @@ import shlex
 import shutil
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pico
@@ -19,6 +20,7 @@ from lorasculpt import UserError, cli, compare, posthoc, sequence
 from lorasculpt.compare import Comparison, commands, planned
 from lorasculpt.comparison import edits
 from lorasculpt.comparison.drift import drift_and_loss, rank_correlation, spearman
+from lorasculpt.comparison.launch import launch
 from lorasculpt.comparison.table import equal_target, pareto, show, table
 from lorasculpt.config import RunConfig
 from lorasculpt.data.batches import Collator
@@ -139,8 +141,97 @@ def test_the_cost_is_told_as_soon_as_a_run_is_done(run, capsys, monkeypatch):
     monkeypatch.setattr(compare, "measure", measured_at(0.5))
     compare.compare(run(), METHODS, seeds=2, rates=[0.01, 0.001])
     out = capsys.readouterr().out.splitlines()
-    assert out[0] == "validation/lora-lr0.001-seed0 took 0 s; the 7 runs missing take about 0 s."
+    assert out[0] == "8 runs are to be made; what they take is told after the first."
+    assert out[1] == "validation/lora-lr0.001-seed0 took 0 s; the 7 runs missing take about 0 s."
     assert out[-1] == "test/lorasculpt-lr0.001-seed1 took 0 s; it was the last."
+
+
+def test_what_is_left_costs_what_runs_of_its_label_did():
+    costs = [(("validation", "lora"), 2.0), (("validation", "spider"), 10.0), (("test", "lora"), 4.0)]
+    left = [("test", "lora")] * 4 + [("test", "spider"), ("validation", "dora"), ("edit", "dare")]
+    # four seeds at 4 s; one as long as spider's trial; one as the mean of trials; one as the mean of all
+    seconds = round(16 + 10 + 6 + 16 / 3)
+    assert compare.cost("x", costs, left) == f"x took 4 s; the 7 runs missing take about {seconds} s."
+    assert compare.cost("x", costs, left[:1]) == "x took 4 s; the one run that is missing takes about 4 s."
+    assert compare.cost("x", costs, []) == "x took 4 s; it was the last."
+
+
+class Lines:
+    """What ``launch`` needs of a comparison: runs that are shell lines, each after the one before it."""
+
+    def __init__(self, folder, *lines):
+        self.config = SimpleNamespace(output=folder)
+        self.lines = {f"test/{n}": line for n, line in enumerate(lines)}
+
+    def ready(self):
+        left = [name for name in self.lines if not (self.config.output / Path(name).name).exists()]
+        return [SimpleNamespace(name=name) for name in left[:1]]
+
+    def left(self):
+        return self.ready()
+
+    def command(self, run):
+        return self.lines[run.name]
+
+
+def test_jobs_are_submitted_as_they_become_ready_and_never_twice(tmp_path):
+    pytest.importorskip("submitit")
+    seen = []
+    first = f"command -v python > {tmp_path}/0 && echo x >> {tmp_path}/times"
+    lines = Lines(tmp_path, first, f"cp {tmp_path}/0 {tmp_path}/1")
+    launch(lines, "local", {"timeout_min": 5}, done=lambda: seen.append(len(lines.ready())), seconds=0.05)
+    assert (tmp_path / "1").read_text().strip() == str(Path(sys.executable).parent / "python")
+    assert seen == [1, 0]
+    assert (tmp_path / "times").read_text() == "x\n"
+    assert list(json.loads((tmp_path / "jobs" / "submitted.json").read_text())) == ["test/0", "test/1"]
+    launch(lines, "local", {}, done=lambda: pytest.fail("nothing is left"))
+
+    # what ended without a result is told with its log, and begun again when it is asked for again
+    broken = Lines(tmp_path / "broken", "echo oh no >&2; exit 3")
+    for times in (1, 2):
+        with pytest.raises(UserError, match="1 jobs ended without a result; the first is test/0, see ") as told:
+            launch(broken, "local", {}, seconds=0.05)
+        log = re.search(r"see (\S+)\.$", str(told.value))
+        assert log
+        assert "oh no" in Path(log[1]).read_text()
+        assert len(list((tmp_path / "broken" / "jobs").glob("*_log.err"))) == times
+
+
+def test_a_job_that_still_runs_is_waited_for(tmp_path, monkeypatch):
+    submitit = pytest.importorskip("submitit")
+    lines = Lines(tmp_path, "false")
+    (tmp_path / "jobs").mkdir()
+    (tmp_path / "jobs" / "submitted.json").write_text('{"test/0": "17"}')
+    answers = iter([False, False, True, True])
+
+    def done(self):
+        answer = next(answers)
+        if answer:
+            (tmp_path / "0").touch()
+        return answer
+
+    monkeypatch.setattr(submitit.LocalJob, "done", done)
+    monkeypatch.setattr(submitit.AutoExecutor, "submit", lambda *args: pytest.fail("submitted twice"))
+    launch(lines, "local", {}, seconds=0)
+
+
+def test_what_cannot_be_launched_is_told(run, tmp_path, monkeypatch, capsys):
+    pytest.importorskip("submitit")
+    run()
+    arguments = ("compare", tmp_path / "run.yaml", "--methods", "lora")
+    for more, part in {
+        ("--launch", "slurm", "--job", "gpus"): "--job is 'gpus'; it must be options of submitit",
+        ("--job", "mem_gb=3"): "--job is of the jobs of --launch; add --launch slurm",
+        ("--launch", "slurm"): "submitit cannot launch on slurm (",
+    }.items():
+        code, _, err = words(*arguments, *more, capsys=capsys, monkeypatch=monkeypatch)
+        assert code == 2
+        assert part in err
+    with pytest.raises(UserError, match=r"Unknown argument 'colour' for executor 'slurm'"):
+        launch(Lines(tmp_path), "local", {"slurm_colour": "red"})
+    monkeypatch.setitem(sys.modules, "submitit", None)
+    with pytest.raises(UserError, match=r"pip install 'lorasculpt\[slurm\]'"):
+        launch(Lines(tmp_path), "slurm", {})
 
 
 def measured_at(target: float, **fields):

@@ -48,6 +48,12 @@ class Target(StrEnum):
     merged = "merged"
 
 
+class Cluster(StrEnum):
+    """Where ``compare`` can launch jobs."""
+
+    slurm = "slurm"
+
+
 @app.command()
 def train(run: Run, overrides: Overrides = None) -> None:
     """Train the adapter that RUN describes. Goes on by itself from the last checkpoint.
@@ -151,6 +157,16 @@ def compare(
     dry_run: Annotated[
         bool, typer.Option(help="Print the commands that are still to be run, for other machines; run nothing.")
     ] = False,
+    launch: Annotated[
+        Cluster | None, typer.Option(help="Make every run by a job of a cluster, and wait here.", show_default=False)
+    ] = None,
+    job: Annotated[
+        str | None,
+        typer.Option(
+            help="With --launch: options of submitit, such as timeout_min=120,gpus_per_node=1,slurm_partition=gpu.",
+            show_default=False,
+        ),
+    ] = None,
 ) -> None:
     """Train and measure several methods on RUN's data, with several seeds, and say what is learned and forgotten.
 
@@ -171,6 +187,7 @@ def compare(
     """
     from . import compare as comparing
     from .comparison import sequences, table
+    from .comparison.launch import options_of
     from .config import RunConfig
 
     config, names = RunConfig.load(run, overrides or []), methods.split(",") if methods else None
@@ -182,7 +199,10 @@ def compare(
         for line in comparing.commands(comparing.planned(config, names, seeds, tried)):
             print(line)
         return
-    path = comparing.compare(config, names, seeds=seeds, rates=tried, out=out)
+    if job and not launch:
+        raise UserError("--job is of the jobs of --launch; add --launch slurm or remove it.")
+    cluster = launch.value if launch else None
+    path = comparing.compare(config, names, seeds=seeds, rates=tried, out=out, cluster=cluster, job=options_of(job))
     record = json.loads(path.read_text())
     (sequences if "sequences" in record else table).show(record)
     print(f"results: {path}")

@@ -29,6 +29,7 @@ from .comparison import edits, labels, sequences
 from .comparison.drift import drift_and_loss
 from .comparison.edits import Edit
 from .comparison.labels import CHOICES
+from .comparison.launch import launch
 from .comparison.table import equal_target, pareto, table
 from .config import RunConfig
 from .errors import UserError
@@ -265,6 +266,11 @@ class Comparison:
                     return run
         return None
 
+    def ready(self) -> list[Run]:
+        """The runs that are still to be made and can be made now, in any order."""
+        left = [run for run in (*self.trials(), *self.tests()) if self.result(run) is None]
+        return [run for run in left if run.of is None or edits.ready(run.of)]
+
     def missing(self) -> list[str]:
         """What is still to be done: trials by their folders, tests by method and seed."""
         return [name for name, _ in self.left()]
@@ -388,6 +394,8 @@ def compare(
     seeds: int = 3,
     rates: Sequence[float] | None = None,
     out: Path | None = None,
+    cluster: str | None = None,
+    job: dict[str, Any] | None = None,
     progress: bool = True,
 ) -> Path:
     """Make the runs of a :class:`Comparison` that are still missing, and write what they say.
@@ -397,6 +405,9 @@ def compare(
     Args:
         config, methods, seeds, rates: Of the comparison.
         out: The file. Default: ``compare.json`` in ``config.output``.
+        cluster: Make them there, each by a job (`lorasculpt.comparison.launch`), such as ``"slurm"``. Default: here,
+            one after the other.
+        job: Options of such a job.
         progress: Show bars, and after every run what the others are going to take.
 
     Returns:
@@ -407,7 +418,11 @@ def compare(
     """
     comparison = planned(config, methods, seeds, rates)
     path = out or config.output / COMPARISON_FILE
+    if cluster:
+        launch(comparison, cluster, job or {}, done=lambda: write(path, comparison.record()), progress=progress)
     costs: list[tuple[tuple[str, str], float]] = []
+    if progress and (left := comparison.left()):
+        print(f"{len(left)} runs are to be made; what they take is told after the first.")
     while (run := comparison.next()) is not None:
         began = time.monotonic()
         run.write()
@@ -422,13 +437,15 @@ def compare(
 def cost(name: str, costs: Sequence[tuple[tuple[str, str], float]], left: Sequence[tuple[str, str]]) -> str:
     """What the run ``name``, the last of ``costs``, took, and what those that are ``left`` will.
 
-    One takes as long as those of its kind and label did on average, or else those of its kind, or else all.
+    One takes as long as those of its kind and label did on average; where there are none yet, as those of its label,
+    or else of its kind, or else all.
     """
 
     def expected(kind: tuple[str, str]) -> float:
-        same = [seconds for known, seconds in costs if known[0] == kind[0]]
         own = [seconds for known, seconds in costs if known == kind]
-        return mean(own or same or [seconds for _, seconds in costs])
+        label = [seconds for known, seconds in costs if known[1] == kind[1]]
+        same = [seconds for known, seconds in costs if known[0] == kind[0]]
+        return mean(own or label or same or [seconds for _, seconds in costs])
 
     words = f"{name} took {duration(costs[-1][1])}"
     if not left:
@@ -443,14 +460,11 @@ def commands(comparison: Comparison) -> Iterator[str]:
     The lines need each other in nothing: they can be run on several machines that share the folder, each by one. The
     YAML files that they name are written, and the folders into which an edit goes.
     """
-    waiting = []
-    for run in (*comparison.trials(), *comparison.tests()):
-        if comparison.result(run) is not None:
-            continue
-        if run.of and not edits.ready(run.of):
-            waiting.append(run.label)
-        else:
-            yield comparison.command(run)
+    ready = comparison.ready()
+    yield from map(comparison.command, ready)
+    now = {run.name for run in ready}
+    tests = [run for run in comparison.tests() if comparison.result(run) is None]
+    waiting = [run.label for run in tests if run.name not in now]
     unknown = {label for label, found in comparison.rates_of().items() if found["chosen"] is None}
     runs = sum(comparison.labels[label].seeds for label in unknown)
     if unknown:

@@ -18,7 +18,7 @@ import yaml
 
 from lorasculpt import UserError, cli, compare, posthoc, sequence
 from lorasculpt.compare import Comparison, commands, planned
-from lorasculpt.comparison import edits
+from lorasculpt.comparison import edits, sequences
 from lorasculpt.comparison.drift import drift_and_loss, rank_correlation, spearman
 from lorasculpt.comparison.launch import launch
 from lorasculpt.comparison.table import equal_target, pareto, show, table
@@ -333,13 +333,16 @@ def test_sequences_are_compared_at_one_rate(run, tmp_path, capsys, monkeypatch):
     monkeypatch.setenv("COLUMNS", "200")
     files = {task: pico.write_data(tmp_path / task, n=4, tasks=[task]) for task in ("color", "shape")}
     stages = ", ".join(f"{{name: {task}, train: {file}, test: {file}}}" for task, file in files.items())
-    overrides = (f"data={{sequence: [{stages}]}}", "evaluate.target=[]", "training.lr=0.01")
-    config = run(*overrides, "methods={am_lora: {seeds: 1}, lora: {}, slow: {name: lora, lr: 1e-3, seeds: 1}}")
+    overrides = (
+        f"data={{sequence: [{stages}]}}",
+        *("evaluate.target=[]", "training.lr=0.01", "training.steps=1"),
+        "methods={am_lora: {seeds: 1, lr: 1e-3}, lora: {}}",
+    )
+    config = run(*overrides)
     comparison = planned(config, seeds=2)
     assert [line.rsplit("/", 1)[-1] for line in commands(comparison)] == [
-        "am_lora-lr0.01-seed0.yaml",
+        "am_lora-lr0.001-seed0.yaml",
         "lora-lr0.01-seed0.yaml",
-        "slow-lr0.001-seed0.yaml",
         "lora-lr0.01-seed1.yaml",
     ]
     first, second, *_ = (line.split()[2] for line in commands(comparison))
@@ -353,21 +356,19 @@ def test_sequences_are_compared_at_one_rate(run, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(sequence, "evaluate", counted)
     record = json.loads(compare.compare(config, seeds=2, progress=False).read_text())
     assert (record["complete"], record["tasks"]) == (True, ["color", "shape"])
-    assert measured == ["LlavaForConditionalGeneration", *["PeftModel"] * 6]  # the base once for all
+    assert measured == ["LlavaForConditionalGeneration", *["PeftModel"] * 4]  # the base once for all
     entries = {(made["label"], made["seed"]): made for made in record["sequences"]}
-    assert list(entries) == [("am_lora", 0), ("lora", 0), ("slow", 0), ("lora", 1)]
+    assert list(entries) == [("am_lora", 0), ("lora", 0), ("lora", 1)]
     lora = entries["lora", 0]
     assert len(lora["matrix"]) == len(lora["source"]) == 3
     assert (lora["last"], lora["forward"]) == (transfer(lora["matrix"])["last"], transfer(lora["matrix"])["forward"])
     assert lora["source_after"] == lora["source"][-1]
-    assert (lora["steps"], lora["lr"], entries["slow", 0]["lr"]) == ([2, 2], 0.01, 0.001)
+    assert (lora["steps"], lora["lr"], entries["am_lora", 0]["lr"]) == ([1, 1], 0.01, 0.001)
     logs = [json.loads(path.read_text()) for path in sorted(Path(second[:-5]).glob("*/training.json"))]
     assert lora["seconds"] == sum(log["seconds"] for log in logs)
     rows = {row["label"]: row for row in record["table"]}
-    assert list(rows) == ["am_lora", "lora", "slow"]
-    assert rows["lora"]["matrix"][2][1] == np.mean([entries["lora", n]["matrix"][2][1] for n in (0, 1)])
-    assert rows["lora"]["last"]["mean"] == np.mean([entries["lora", n]["last"] for n in (0, 1)])
-    assert rows["slow"]["against"]["last"] is None
+    assert list(rows) == ["am_lora", "lora"]
+    assert rows["am_lora"]["against"]["last"] is None
     assert rows["am_lora"]["time"] == pytest.approx(
         entries["am_lora", 0]["seconds"] / np.mean([entries["lora", n]["seconds"] for n in (0, 1)])
     )
@@ -375,14 +376,13 @@ def test_sequences_are_compared_at_one_rate(run, tmp_path, capsys, monkeypatch):
         "compare",
         tmp_path / "run.yaml",
         *overrides,
-        "methods={am_lora: {seeds: 1}, lora: {}, slow: {name: lora, lr: 1e-3, seeds: 1}}",
         *("--seeds", "2"),
         capsys=capsys,
         monkeypatch=monkeypatch,
     )
     assert code == 0, err
     assert "forward" in out
-    assert out.count("after shape") == 3
+    assert out.count("after shape") == 2
 
 
 @pytest.mark.parametrize(
@@ -510,11 +510,19 @@ methods:
 
 
 def test_a_label_has_a_share_of_general_data_of_its_own(labelled, tmp_path):
-    text = "methods: {none: {name: lora, replay: null}, some: {name: lora, replay: 0.5}, lora: {}, milder: {of: some, "
-    config = labelled(text + "edit: scale, by: 0.5}}", f"data.general={tmp_path / 'test' / 'train.jsonl'}")
-    assert [test.config.data.replay for test in Comparison(config, None, 1, [0.1]).tests()] == [None, 0.5, None, 0.5]
-    config = labelled(text + "edit: scale, by: 0.5}}", "data.general=a.jsonl", "data.replay=0.2")
-    assert [test.config.data.replay for test in Comparison(config, None, 1, [0.1]).tests()] == [None, 0.5, 0.2, 0.5]
+    text = """
+methods:
+  none: {name: lora, replay: null}
+  some: {name: lora, replay: 0.5}
+  lora: {}
+  milder: {of: some, edit: scale, by: 0.5}
+"""
+    known = f"data.general={pico.write_data(tmp_path / 'general', n=4, tasks=['shape'])}"
+    for more, shares in (((), [None, 0.5, None, 0.5]), (("data.replay=0.2",), [None, 0.5, 0.2, 0.5])):
+        tests = Comparison(labelled(text, known, *more), None, 1, [0.1]).tests()
+        assert [test.config.data.replay for test in tests] == shares
+    with pytest.raises(UserError, match="is measured and may not be trained on"):
+        Comparison(labelled(text, f"data.general={tmp_path / 'test' / 'train.jsonl'}"), None, 1, [0.1])
 
 
 def test_edits_are_runs_of_what_was_trained(labelled, tmp_path, capsys, monkeypatch):
@@ -576,6 +584,13 @@ def test_edits_wait_for_what_they_edit(labelled):
         "lora-lr0.1-seed1.yaml",
     ]
     assert lines[2:] == ["# 3 more runs, of milder, dare, when what they are edits of is there: ask again then."]
+
+
+def test_a_label_with_a_dot_has_a_line_too(labelled, tmp_path):
+    config = labelled("methods:\n  lora: {}\n  density-0.1: {name: lora,\n    lr: 0}\n  density-0: {name: lora}\n")
+    number = (tmp_path / "labels.yaml").read_text().splitlines().index("    lr: 0}") + 1
+    with pytest.raises(UserError, match=rf"labels.yaml:{number}: methods.density-0.1.lr must be a number above 0"):
+        Comparison(config)
 
 
 @pytest.mark.parametrize(
@@ -664,6 +679,38 @@ def test_the_table_is_made_of_means_over_seeds_and_of_pairs():
     assert test["t"] == pytest.approx(0.21 / (0.01 / np.sqrt(3)))
     assert test["p"] < 0.001
     assert second["against"]["target_after"] | {"t": None, "p": None} == second["against"]["target_after"]
+
+
+def learned(label: str, seed: int, matrix: list[list[float]], source: list[float], seconds: float) -> dict:
+    """A made-up sequence of two tasks."""
+    fields = {"method": label, "label": label, "seed": seed, "lr": 0.1, "steps": [9, 9], "memory_bytes": 1000}
+    fields |= {"memory_of": "cuda", "trainable": 500, "adapter_bytes": 2000, "seconds": seconds}
+    ends = {"source_before": source[0], "source_after": source[-1]}
+    return fields | {"matrix": matrix, "source": source} | transfer(matrix) | ends
+
+
+def test_sequences_are_one_row_for_each_label_with_their_mean_matrix():
+    base = [0.1, 0.2]
+    rows = sequences.table(
+        [
+            learned("lora", 0, [base, [0.9, 0.1], [0.3, 0.8]], [0.8, 0.5, 0.4], 10),
+            learned("lora", 1, [base, [0.7, 0.3], [0.1, 0.6]], [0.8, 0.3, 0.2], 30),
+            learned("am_lora", 1, [base, [0.7, 0.2], [0.5, 0.6]], [0.8, 0.7, 0.6], 40),
+            learned("am_lora", 0, [base, [0.9, 0.2], [0.5, 0.8]], [0.8, 0.6, 0.7], 60),
+        ]
+    )
+    lora, grown = rows
+    assert np.allclose(lora["matrix"], [base, [0.8, 0.2], [0.2, 0.7]])
+    assert lora["source"] == pytest.approx([0.8, 0.4, 0.3])
+    assert lora["last"]["mean"] == pytest.approx((0.55 + 0.35) / 2)
+    assert lora["average"]["mean"] == pytest.approx(((0.9 + 0.55) / 2 + (0.7 + 0.35) / 2) / 2)
+    assert lora["backward"]["mean"] == pytest.approx(-0.6)
+    assert lora["forward"]["mean"] == pytest.approx(((0.1 - 0.2) + (0.3 - 0.2)) / 2)
+    assert lora["source_before"] == {"mean": 0.8, "low": 0.8, "high": 0.8}
+    assert (lora["time"], grown["time"], grown["memory"], lora["against"]) == (1, 2.5, 1, {})
+    assert grown["against"]["last"]["difference"] == pytest.approx(((0.65 - 0.55) + (0.55 - 0.35)) / 2)  # seed by seed
+    assert grown["against"]["source_after"]["difference"] == pytest.approx(((0.7 - 0.4) + (0.6 - 0.2)) / 2)
+    assert grown["against"]["source_after"]["t"] == pytest.approx(0.35 / (0.1 / np.sqrt(2) / np.sqrt(2)))
 
 
 def test_memory_and_drift_are_in_the_table_where_they_are_known():

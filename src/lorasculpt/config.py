@@ -246,9 +246,18 @@ class _Origin:
         line = self.line(key)
         return self.file if line is None else f"{self.file}:{line}"
 
+    def known(self, dotted: str) -> Key:
+        """What a dotted key stands for that was written, or else what encloses it; a name may have dots of its own."""
+        enclosing = [key for key in (*self.lines, *self.overrides) if f"{dotted}.".startswith(f"{_dotted(key)}.")]
+        return max(enclosing, key=len, default=())
+
     def line(self, key: Key) -> int | None:
         """The line of ``key``, or else of what encloses it."""
         return next((self.lines[outer] for outer in _outward(key) if outer in self.lines), None)
+
+
+def _dotted(key: Key) -> str:
+    return ".".join(map(str, key))
 
 
 def _outward(key: Key) -> list[Key]:
@@ -360,7 +369,7 @@ class RunConfig(_Section):
 
     def error(self, key: str, message: str) -> UserError:
         """The error to raise about a dotted key: ``run.yaml:7: method.density <message>``."""
-        return UserError(f"{self._origin.place(tuple(key.split('.')))}: {key} {message}")
+        return UserError(f"{self._origin.place(self._origin.known(key))}: {key} {message}")
 
 
 # --- YAML with line numbers -----------------------------------------------------------------------------------------

@@ -77,9 +77,10 @@ def fixed(model: nn.Module) -> str | None:
     for layer in layers:
         if layer.merged:
             return "the adapter is merged into the base weights: unmerge it before setting its strength"
-        scales = isinstance(layer, UpdateLayer) or hasattr(layer, "scaling")
-        if not scales or any(getattr(layer, "use_dora", {}).values()):
-            return f"the effect of {type(layer).__name__} is not a multiple of its scaling"
+        if any(getattr(layer, "use_dora", {}).values()):
+            return "the effect of DoRA is not a multiple of its scaling"
+        if not isinstance(layer, UpdateLayer) and not hasattr(layer, "scaling"):
+            return f"the effect of {layer.__module__.split('.')[-2].upper()} is not a multiple of any scaling"
     return moved(model)
 
 

@@ -92,6 +92,18 @@ def test_it_is_the_mean_over_tokens_of_the_squared_gradients_of_texts(texts, tmp
         assert not near(found, other), name
 
 
+def test_a_linear_that_is_passed_twice_counts_once(texts, tmp_path):
+    processor, prompts = texts
+    base = pico.build("llava")[0]
+    first, second = base.model.language_model.layers
+    second.mlp = first.mlp
+    names = [NAMES[1]]
+    fisher(base, processor, prompts[:1], tmp_path / "f.safetensors", modules=names)
+    text = scores(base, processor, prompts[0])
+    right = {name: sum(score[name] for score in text) ** 2 / len(text) for name in names}
+    assert near(read_back(tmp_path / "f.safetensors")[0], right)
+
+
 def test_sampled_texts_estimate_what_all_answers_would_give(tmp_path):
     """One token each, drawn as often as the base would say it: the Fisher information is that of its definition."""
     base, processor = pico.build("llama")

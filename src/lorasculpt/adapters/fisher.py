@@ -1,8 +1,9 @@
 """The file of a base's Fisher information: a number for each weight of some linears.
 
-It is made by ``lorasculpt.evaluation.fisher``, and holds F / mean(F) in bf16. Squared gradients span many orders of
-magnitude, most of them below the smallest number of fp16 and, once they are divided by their mean, some above its
-largest. bf16 has the range of fp32, and is off by at most 0.4 %. The mean is in the file's metadata.
+It is made by ``lorasculpt.evaluation.fisher``, and holds F / mean(F) in bf16. F spans many orders of magnitude: fp16
+would make 0 of some numbers as they are, and of others infinity once they are divided by their mean (of the 106 million
+in the demo's base 0.7 %, and 8). bf16 has the range of fp32, and is off by at most 0.4 %. The mean is in the file's
+metadata.
 """
 
 from __future__ import annotations

@@ -79,8 +79,7 @@ def fisher(
         for prompt, text in zip(prompts, texts, strict=True):
             inputs = followed(encode(model, processor, [prompt.record], [text]), [list(prompt.tokens)])
             for name, gradient in _gradients(model, layers, inputs, len(prompt.tokens)):
-                square = gradient.square_()
-                sums[name] = sums[name].add_(square) if name in sums else square
+                sums[name] = sums[name].addcmul_(gradient, gradient) if name in sums else gradient.square_()
             bar.update()
     tokens = sum(len(prompt.tokens) for prompt in prompts)
     for name in layers:
@@ -117,16 +116,14 @@ def _gradients(
     with torch.enable_grad(), _watched(layers) as seen:
         logits = model(**inputs, use_cache=False, logits_to_keep=width + 1).logits[0, -width - 1 : -1]
         likelihood = -F.cross_entropy(logits.float(), inputs["input_ids"][0, -width:], reduction="sum")
-        passed = [(name, x, output) for name, pairs in seen.items() for x, output in pairs]
-        if not passed:
-            return
-        found = torch.autograd.grad(likelihood, [output for _, _, output in passed], allow_unused=True)
-    total: dict[str, Tensor] = {}
-    for (name, x, _), at_output in zip(passed, found, strict=True):
-        if at_output is not None:
-            gradient = at_output.flatten(0, -2).float().T @ x.flatten(0, -2).float()
-            total[name] = total[name] + gradient if name in total else gradient  # of a linear that is passed again
-    yield from total.items()
+        outputs = [output for pairs in seen.values() for _, output in pairs]
+        found = iter(torch.autograd.grad(likelihood, outputs, allow_unused=True) if outputs else ())
+    for name, pairs in seen.items():
+        passes = [(x, at_output) for (x, _), at_output in zip(pairs, found, strict=False) if at_output is not None]
+        if passes:
+            inward = torch.cat([x.flatten(0, -2) for x, _ in passes])
+            outward = torch.cat([at_output.flatten(0, -2) for _, at_output in passes])
+            yield name, outward.float().T @ inward.float()
 
 
 @contextmanager

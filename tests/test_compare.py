@@ -363,6 +363,7 @@ def test_sequences_are_compared_at_one_rate(run, tmp_path, capsys, monkeypatch):
     assert len(lora["matrix"]) == len(lora["source"]) == 3
     assert (lora["last"], lora["forward"]) == (transfer(lora["matrix"])["last"], transfer(lora["matrix"])["forward"])
     assert lora["source_after"] == lora["source"][-1]
+    assert lora["settings"]["method"] == {"name": "lora", "r": 4, "lora_alpha": 8}
     assert (lora["steps"], lora["lr"], entries["am_lora", 0]["lr"]) == ([1, 1], 0.01, 0.001)
     logs = [json.loads(path.read_text()) for path in sorted(Path(second[:-5]).glob("*/training.json"))]
     assert lora["seconds"] == sum(log["seconds"] for log in logs)
@@ -527,18 +528,18 @@ methods:
 
 def test_edits_are_runs_of_what_was_trained(labelled, tmp_path, capsys, monkeypatch):
     chosen = ["lora", "sparser", "milder", "dare", "rank", "tailor", "pruned"]
-    config = labelled(EDITED, "methods.lora.seeds=1")
+    config = labelled(EDITED, "methods.lora.seeds=1", "seed=3")
     path = compare.compare(config, chosen, rates=[0.05], progress=False)
     record = json.loads(path.read_text())
     assert (record["complete"], [row["label"] for row in record["table"]]) == (True, chosen)
     runs = {made["label"]: made for made in record["runs"]}
-    assert runs["dare"]["edit"] == {"edit": "dare", "p": 0.5, "by": "random", "rescale": True, "seed": 0}
+    assert runs["dare"]["edit"] == {"edit": "dare", "p": 0.5, "by": "random", "rescale": True, "seed": 3}
     assert "edit" not in runs["lora"]
     folders = {test.label: test.config.output for test in Comparison(config, chosen, 3, [0.05]).tests()}
     adapters = {label: posthoc.read(folder / "adapter") for label, folder in folders.items()}
     expected = {
         "milder": posthoc.scale(adapters["lora"], 0.5),
-        "dare": posthoc.dare(adapters["lora"], 0.5, seed=0),
+        "dare": posthoc.dare(adapters["lora"], 0.5, seed=3),
         "rank": posthoc.truncate(posthoc.dare(adapters["lora"], 0.5, by="magnitude", rescale=False), 3)[0],
         "pruned": posthoc.prune(adapters["sparser"], 0.05),
     }
@@ -566,11 +567,15 @@ def test_edits_are_runs_of_what_was_trained(labelled, tmp_path, capsys, monkeypa
     again = json.loads(compare.compare(config, chosen, rates=[0.05], out=tmp_path / "again.json").read_text())
     assert again == record
     with pytest.raises(UserError, match=r"holds another edit \(see .*posthoc.json\)"):
-        Comparison(labelled(EDITED, "methods.milder.by=0.4", "methods.lora.seeds=1"), chosen, 3, [0.05]).record()
+        Comparison(
+            labelled(EDITED, "methods.milder.by=0.4", "methods.lora.seeds=1", "seed=3"), chosen, 3, [0.05]
+        ).record()
     # what is there and not measured is not taken for another edit's
     (folders["milder"] / "results.json").unlink()
     with pytest.raises(UserError, match="holds another edit"):
-        compare.compare(labelled(EDITED, "methods.milder.by=0.4", "methods.lora.seeds=1"), chosen, rates=[0.05])
+        compare.compare(
+            labelled(EDITED, "methods.milder.by=0.4", "methods.lora.seeds=1", "seed=3"), chosen, rates=[0.05]
+        )
 
 
 def deltas(adapter) -> list[tuple[str, torch.Tensor]]:

@@ -47,6 +47,7 @@ def entry(config: RunConfig) -> dict[str, Any] | None:
         "method": found["method"],
         "seed": found["seed"],
         "lr": config.training.lr,
+        "settings": config.model_dump(mode="json", include={"method", "scope", "projector", "training"}),
         "steps": [log["steps"] for log in logs],
         "tasks": found["tasks"],
         "matrix": [row["accuracy"] for row in found["rows"]],

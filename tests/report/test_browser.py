@@ -1,7 +1,8 @@
-"""The page in a real browser: it loads without a complaint, sorts by click and by key, and filters its pictures."""
+"""The page in a real browser: it loads without a complaint, sorts, filters, and fits a phone."""
 
 from __future__ import annotations
 
+import html
 import json
 import re
 import shutil
@@ -9,7 +10,7 @@ import subprocess
 from pathlib import Path
 
 import pytest
-from made_up import run, two, write
+from made_up import lora, run, two, write
 
 from lorasculpt.report import report
 
@@ -38,24 +39,40 @@ const visible = (item) => getComputedStyle(item).display !== "none";
 const shown = () => [...document.querySelectorAll(".gallery li")].map(visible);
 found.pictures = {};
 for (const name of ["forgotten", "learned", "all"]) {
-  document.querySelector(`input[value=${name}]`).click();
+  document.querySelector(`input[value=${name}]`)?.click();
   found.pictures[name] = shown();
 }
-found.disabled = document.querySelector("input[value=both]").disabled;
+found.disabled = document.querySelector("input[value=both]")?.disabled;
+const boxes = [...document.querySelectorAll(".scroll")];
+found.inside = boxes.every((box) => box.getBoundingClientRect().right <= innerWidth);
+found.scrolling = boxes.filter((box) => box.scrollWidth > box.clientWidth).map((box) => box.getAttribute("aria-label"));
+found.overlapping = [];
+for (const svg of document.querySelectorAll("svg")) {
+  const texts = [...svg.querySelectorAll("text")].map((text) => [text.textContent, text.getBoundingClientRect()]);
+  texts.forEach(([one, a], i) => texts.slice(i + 1).forEach(([other, b]) => {
+    const across = Math.min(a.right, b.right) - Math.max(a.left, b.left);
+    const down = Math.min(a.bottom, b.bottom) - Math.max(a.top, b.top);
+    if (across > 2 && down > 5) found.overlapping.push([one, other]);
+  }));
+}
+found.letters = [...document.querySelectorAll(".map text")].map((text) => text.getBoundingClientRect().height);
 found.width = [document.documentElement.scrollWidth, innerWidth];
 found.paper = getComputedStyle(document.body).backgroundColor;
 found.plot = getComputedStyle(document.querySelector("svg text")).fill;
 const result = document.createElement("pre");
 result.id = "found";
 result.textContent = JSON.stringify(found);
-document.body.append(result);
+parent.document.body.append(result);
 </script>"""
 
 
 def look(page: Path, folder: Path, width: int = 1200, dark: bool = False) -> dict:
-    """What the probe found on ``page``, shown ``width`` pixels wide."""
+    """What the probe found on ``page``, shown ``width`` pixels wide: in a frame, since no window is below 500."""
     text = page.read_text().replace("<head>", "<head>" + ERRORS, 1).replace("</body>", PROBE + "</body>", 1)
     folder.mkdir()
+    if width < 500:
+        frame = f"<iframe style='width: {width}px; height: 800px; border: 0' srcdoc=\"{html.escape(text)}\"></iframe>"
+        text = f"<!doctype html><body>{frame}</body>"
     (folder / "inner.html").write_text(text)
     options = [f"--user-data-dir={folder / 'profile'}", f"--window-size={width},900", "--virtual-time-budget=2000"]
     options += ["--headless", "--no-sandbox", "--disable-gpu", "--enable-logging=stderr", "--dump-dom"]
@@ -87,6 +104,38 @@ def test_sorts_and_filters(page, tmp_path):
     assert found["focused"]
     assert found["pictures"] == {"forgotten": [False, True], "learned": [True, False], "all": [True, True]}
     assert found["disabled"]
+
+
+@pytest.fixture
+def crowded(tmp_path) -> Path:
+    """Twelve methods with drift, curves and adapters, two of them with long names."""
+    names = [f"m{i}" for i in range(10)] + [
+        "a method with quite a long name",
+        "another-one-whose-name-does-not-end-soon",
+    ]
+    paths = []
+    for i, name in enumerate(names):
+        drift = 0.01 * 2**i
+        fields = {"drift": {"value": drift, "interval": [drift, drift], "n": 8}, "memory_bytes": 2e9}
+        fields["training"] = [{"step": step, "loss": 3 - step / 40} for step in range(1, 41)]
+        fields["curve"] = [
+            {"strength": s, "source": 0.7 - s * i / 20, "target": 0.1 + s / 2, "drift": s * drift} for s in (0.0, 0.5)
+        ]
+        paths.append(write(tmp_path / str(i), run(name, (0.75 - i / 20, 0.5), 0.4 + i / 40, label=name, **fields)))
+        lora(tmp_path / str(i), [0.1 + 0.02 * ((i + layer) % 30) for layer in range(30)])
+    return report(paths, tmp_path / "out")
+
+
+def test_many_methods_on_a_phone_and_on_a_desk(crowded, tmp_path):
+    phone, desk = look(crowded, tmp_path / "phone", width=360), look(crowded, tmp_path / "desk", width=1100, dark=True)
+    assert phone["width"][0] <= phone["width"][1] == 360  # the page itself does not scroll to the side
+    assert phone["inside"]
+    assert {"table", "heat map"} <= set(phone["scrolling"])  # but what is too wide does, in its box
+    assert desk["width"][0] <= desk["width"][1]
+    assert phone["overlapping"] == desk["overlapping"] == []
+    assert min(phone["letters"]) >= 10  # pixels: maps do not shrink with the page
+    assert len(phone["first"]) == 13
+    assert desk["gain"][0][-1] == "base model"
 
 
 def test_light_dark_and_narrow(page, tmp_path):

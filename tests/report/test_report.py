@@ -11,6 +11,8 @@ import numpy as np
 import pytest
 from made_up import details, run, seeds, two, write
 
+from lorasculpt.compare import Comparison
+from lorasculpt.config import RunConfig
 from lorasculpt.errors import UserError
 from lorasculpt.report import report
 from lorasculpt.report.results import Number, against, best, entries, front, over_seeds, read
@@ -261,6 +263,98 @@ def test_no_tie_where_the_seeds_differ():
     assert "in what they kept is within the noise" in words
     assert "in what they learned it is unclear" in words
     assert "B has 10.2 points less (p 0.016)" in words
+
+
+def test_many_are_told_by_the_best():
+    sources = {"a": 0.1, "b": 0.2, "c": 0.3, "d": 0.6, "e": 0.4}
+    found = made(*(run(name, (source, source), 0.5) for name, source in sources.items()))
+    words = headline(found)
+    assert words[0].startswith("Highest of 5 in the harmonic mean of source and target: d learned digits to 50\u00a0%")
+    assert "; a learned 50\u00a0%" in words[0]
+    assert "b learned" not in words[0]
+    assert words[1].endswith("on both counts: d.")
+    assert len(words) == 2 + 4  # and a against each other
+
+
+def test_costs_and_drift(tmp_path):
+    def drifted(value: float, **fields) -> dict:
+        return {"drift": {"value": value, "interval": [value - 0.1, value + 0.1], "n": 8}, **fields}
+
+    runs = [
+        run("lora", (0.3, 0.2), 0.6, seconds=100.0, memory_bytes=2e9, memory_of="host", **drifted(0.9)),
+        run("b", (0.5, 0.4), 0.6, seconds=150.0, memory_bytes=3e9, memory_of="host", **drifted(0.5)),
+        run("c", (0.7, 0.5), 0.6, seconds=50.0),
+    ]
+    runs[0]["curve"] = [{"strength": s, "source": 0.5, "target": 0.4, "drift": s} for s in (0.0, 0.5)]
+    path = report(write(tmp_path, *runs), tmp_path / "out")
+    lines = path.with_suffix(".md").read_text().splitlines()
+    head = next(line for line in lines if line.startswith("| Method")).split(" | ")
+    rows = {line.split(" | ")[0]: line.split(" | ") for line in lines if line.startswith("| ")}
+    drift, time, memory = map(head.index, ("Drift (nats)", "Training time", "Peak memory"))
+    assert rows["| b"][drift] == "0.500 [0.400, 0.600]"
+    assert rows["| b"][time] == "2 min 30 s (1.50\u00a0× lora)"
+    assert rows["| b"][memory] == "3.0 GB"  # c's memory is unknown, so that they may not be alike
+    assert (rows["| c"][drift], rows["| c"][memory]) == ("–", "–")
+    text = path.read_text()
+    assert "Spearman's rank correlation over 2 runs: 1.00" in Page(text).text()
+    assert text.count("<svg") == 2
+    content = json.loads(path.with_suffix(".json").read_text())
+    assert content["drift"]["runs"]["rho"] == pytest.approx(1)
+    assert content["methods"][1]["drift"] == {"value": 0.5, "low": 0.4, "high": 0.6}
+    path = report(write(tmp_path, *runs[:2]), tmp_path / "two")
+    assert "3.0 GB (1.50\u00a0× lora)" in path.with_suffix(".md").read_text()
+
+
+def compared(folder: Path, *labels: str, pictures: bool = True) -> Path:
+    """A comparison as its command leaves it: the runs in the file without pictures, and with them in their folders."""
+    settings = {
+        "base": "x",
+        "output": str(folder),
+        "seed": 3,
+        "method": {"name": "lora"},
+        "methods": {label: {"name": "lora"} for label in labels},
+        "data": {"train": "x.jsonl"},
+        "evaluate": {"source": ["x.jsonl"], "target": ["x.jsonl"]},
+    }
+    folder.mkdir()
+    (folder / "x.jsonl").touch()
+    (folder / "x.yaml").write_text(json.dumps(settings))
+    runs = []
+    for i, planned in enumerate(Comparison(RunConfig.load(folder / "x.yaml"), None, 1, [2e-4]).tests()):
+        about = {"label": planned.label, "settings": {"training": {"lr": planned.rate}}}
+        runs.append(run("lora", (0.3, 0.2), 0.6, seed=3) | about)
+        shown = [item | {"image": f"../../{item['image']}"} for item in details(i)["gallery"]]
+        if pictures:
+            write(planned.config.output, runs[-1] | {"gallery": shown})
+    path = write(folder, *runs, name="compare.json")
+    equal = {"target": 0.5, "source": {label: 0.4 + i / 10 for i, label in enumerate(labels)}}
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"table": [], "equal_target": equal}))
+    return path
+
+
+def test_pictures_of_a_comparison_are_in_its_runs_folders(tmp_path):
+    text = report(compared(tmp_path / "c", "lora", "sparse"), tmp_path / "out").read_text()
+    shown = Page(text).text()
+    assert "base model ✗ nine (wrong) lora ✓ 7 (right) sparse ✗ 1 (wrong)" in shown
+    assert "all (2) forgotten (1) learned (1) both right (0)" in shown
+    assert 'src="data:image/png' in text
+    assert "target score 50.0 %, which all of them reach" in shown.replace("\u00a0", " ")
+    assert re.search(r"lora 40\.0 sparse 50\.0", shown)
+
+
+def test_a_comparison_without_its_folders(tmp_path):
+    text = report(compared(tmp_path / "c", "lora", pictures=False), tmp_path / "out").read_text()
+    assert "drawn by chance" not in text
+    assert "No pictures are shown: the folders of the runs are not beside" in text
+
+
+def test_pictures_of_another_run_are_not_shown(tmp_path):
+    path = compared(tmp_path / "c", "lora")
+    own = next((tmp_path / "c" / "test").rglob("results.json"))
+    content = json.loads(own.read_text())
+    content["runs"][0]["summary"]["source_after"] = 0.9
+    own.write_text(json.dumps(content))
+    assert "No pictures are shown" in report(path, tmp_path / "out").read_text()
 
 
 def test_best():

@@ -23,6 +23,7 @@ from .plots import MUTED, STYLE, colour, svg
 STEPS = 8
 FAINT = 0.12  # how much colour the lowest step has, so that it is not taken for an empty cell
 CELL, TALL, LETTER = 0.2, 0.19, 0.075  # inches: a column, a row with a name of its own, a letter of it
+THIN = 0.4  # of a row's height, where several share a name
 ACROSS = 7.0  # inches that the columns have at most
 
 
@@ -58,8 +59,8 @@ def heat(panels: Sequence[Panel], edges: np.ndarray, name: str, description: str
     """``panels``, one below the other, under a legend of the steps between ``edges``."""
     left = 0.15 + LETTER * max(len(row) for panel in panels for row in panel.rows)
     widths = [min(CELL * len(panel.columns), ACROSS) for panel in panels]
-    heights = [sum(TALL if row else TALL / 3 for row in panel.rows) for panel in panels]
-    legend, gap = 0.62, 0.62  # of the legend in all; of a panel's title and the numbers of its layers
+    heights = [TALL * len(panel.rows) * (1 if all(panel.rows) else THIN) for panel in panels]
+    legend, gap = 0.62, 0.66  # of the legend in all; of a panel's title and the numbers of its layers
     width = left + max(*widths, 3.4) + 0.2
     height = legend + sum(heights) + gap * len(panels)
     with mpl.rc_context(STYLE | {"axes.grid": False, "font.size": 9}):
@@ -96,32 +97,29 @@ def _fill(axes: Axes, boxes: Sequence[tuple[float, float, float, float]], alpha:
 
 
 def _draw(axes: Axes, panel: Panel, edges: np.ndarray) -> None:
-    heights = np.array([1 if row else 1 / 3 for row in panel.rows])
-    bottoms = np.cumsum(heights)
-    tops = bottoms - heights
+    named = [i for i, row in enumerate(panel.rows) if row]
+    gap = 0.1 if len(named) == len(panel.rows) else 0.0  # a row of its own stands apart from the next
     boxes: dict[int, list[tuple[float, float, float, float]]] = {}
-    for steps, top, bottom in zip(_steps(panel.values, edges), tops, bottoms, strict=True):
+    for top, steps in enumerate(_steps(panel.values, edges)):
         start = 0
         for step, group in groupby(steps):
             end = start + len(list(group))
             if step is not None:
-                # a row of its own stands apart from the next
-                boxes.setdefault(step, []).append((start, end, top, bottom - (0.1 if bottom - top == 1 else 0)))
+                boxes.setdefault(step, []).append((start, end, top, top + 1 - gap))
             start = end
     for step in sorted(boxes):
         _fill(axes, boxes[step], _tint(step, edges))
-    axes.set(xlim=(0, len(panel.columns)), ylim=(bottoms[-1], 0), xlabel="layer")
-    named = [i for i, row in enumerate(panel.rows) if row]
+    axes.set(xlim=(0, len(panel.columns)), ylim=(len(panel.rows), 0), xlabel="layer")
     ends = [*named[1:], len(panel.rows)]
-    axes.set_yticks([(tops[i] + bottoms[end - 1]) / 2 for i, end in zip(named, ends, strict=True)])
+    axes.set_yticks([(i + end) / 2 for i, end in zip(named, ends, strict=True)])
     axes.set_yticklabels([panel.rows[i] for i in named])
     if len(named) < len(panel.rows):
         for i in named[1:]:
-            axes.axhline(tops[i], color=MUTED, linewidth=0.6)
+            axes.axhline(i, color=MUTED, linewidth=0.6)
     every = -(-len(panel.columns) // 16)
     axes.set_xticks(np.arange(0, len(panel.columns), every) + 0.5, panel.columns[::every])
     axes.tick_params(length=0)
-    axes.xaxis.labelpad = 1
+    axes.xaxis.labelpad = 2
     axes.spines[["left", "bottom"]].set_visible(False)
     axes.set_title(panel.title, loc="left", size=9, pad=4)
 

@@ -84,9 +84,8 @@ def _drift_cell(drift: Number | None) -> dict:
     if drift is None:
         return _plain_cell(NONE, None)
     known = drift.low is not None and drift.high is not None
-    return _plain_cell(f"{drift.value:.3f}", drift.value) | {
-        "interval": f"[{drift.low:.3f}, {drift.high:.3f}]" if known else ""
-    }
+    interval = f"[{drift.low:.3f}, {drift.high:.3f}]".replace("-", "−") if known else ""
+    return _plain_cell(f"{drift.value:.3f}", drift.value) | {"interval": interval}
 
 
 def summary_table(found: list[Entry]) -> dict:
@@ -315,9 +314,9 @@ def report(results: str | Path | Sequence[str | Path], out_dir: str | Path, rema
 
     Args:
         results: a ``results.json``, a ``compare.json``, the ``matrix.json`` of tasks learned in turn, a folder that
-            holds the first or the last, or several of these. The first run is what the others are compared with; runs
-            that differ in nothing but the seed are put together. Beside its ``results.json`` a run may have its
-            ``adapter`` and an ``inspect.json`` (`lorasculpt.report.inside`).
+            holds the first or the last, or several of these; a comparison may be one of sequences. The first run is
+            what the others are compared with; runs that differ in nothing but the seed are put together. Beside its
+            ``results.json`` a run may have its ``adapter`` and an ``inspect.json`` (`lorasculpt.report.inside`).
         out_dir: folder to write to, made if need be. The same results give the same bytes.
         remark: a sentence that a reader should have beside the headline.
 
@@ -419,6 +418,5 @@ def _in_turn(paths: list[Path]) -> _Part:
     whole, each = sequences.summary_table(found), [sequences.matrix_table(matrix) for matrix in found]
     page = {"turns": {"whole": whole, "each": [(m["label"], table) for m, table in zip(found, each, strict=True)]}}
     title = f"Learned in turn: {listed(found[0]['tasks'])}"
-    content = {"schema": 1, "sequences": found}
-    versions = found[0].get("versions", {})
-    return _Part(title, sequences.headline(found), [], "", [whole, *each], content, page, versions)
+    content = {"schema": 1, "sequences": sequences.as_json(found)}
+    return _Part(title, sequences.headline(found), [], "", [whole, *each], content, page, found[0]["versions"])

@@ -47,7 +47,7 @@ STYLE = {
 }
 SIDES: dict[str, Any] = {"source": "-", "target": (0, (3, 2))}  # and the dashes of its line
 WIDTH = 4.7  # inches: wide enough for a column of a page, and still readable when a phone shrinks it
-LETTERS = 66  # of a label that so many inches hold
+LETTERS = 70  # that so many inches hold; a mark counts as eight
 
 
 def colour(i: int) -> str:
@@ -61,9 +61,13 @@ def marker(i: int) -> str:
 
 
 def _legend(figure: Figure, handles: list[Any]) -> None:
-    """A legend above the axes, in as many columns as the longest label leaves room for; the figure grows by it."""
-    longest = max(len(handle.get_label()) for handle in handles)
-    columns = int(np.clip(LETTERS // (longest + 8), 1, 3))
+    """A legend above the axes, in as many columns as there is room for; the figure grows by it."""
+    lengths = [len(handle.get_label()) for handle in handles]
+
+    def fits(columns: int) -> bool:
+        return sum(max(part, default=0) + 8 for part in np.array_split(lengths, columns)) <= LETTERS
+
+    columns = next((columns for columns in (3, 2) if fits(columns)), 1)
     figure.set_figheight(figure.get_figheight() + 0.2 * max(-(-len(handles) // columns) - 2, 0))
     figure.legend(handles=handles, loc="outside upper left", ncols=columns)
 
@@ -276,6 +280,8 @@ def drift(entries: list[Entry]) -> str | None:
             seen += [x for x, _ in (*line, end)]
         if min(seen) > 0 and max(seen) > 30 * min(seen):
             axes.set_xscale("log")
+            axes.xaxis.set_major_formatter("{x:g}")
+            axes.xaxis.set_minor_formatter("")
         shown = dict.fromkeys(i for i, _ in drifted)
         _legend(
             figure, [Line2D([], [], color=colour(i), marker=marker(i), label=entries[i].label, ls="") for i in shown]

@@ -1,15 +1,16 @@
-"""Tasks learned in turn: what ``matrix.json`` says of each method, as tables."""
+"""Tasks learned in turn: what ``matrix.json``, or a comparison of several methods, says of each, as tables."""
 
 from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from ..errors import UserError
-from .results import load
-from .words import NONE, listed, percent
+from .results import Number, load
+from .words import NONE, bracket, listed, percent
 
 MATRIX = "matrix.json"
 NUMBERS = {
@@ -21,7 +22,7 @@ NUMBERS = {
 
 
 def split(paths: Sequence[Path]) -> tuple[list[Path], list[Path]]:
-    """``paths`` of runs, and those of tasks learned in turn: files of a matrix, and folders that hold one."""
+    """``paths`` of runs, and those of tasks learned in turn: files that tell of them, and folders of a matrix."""
     others: list[Path] = []
     matrices: list[Path] = []
     for path in paths:
@@ -36,28 +37,53 @@ def _is_matrix(path: Path) -> bool:
         content = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return False  # whoever reads it next says what is wrong
-    return isinstance(content, dict) and {"tasks", "rows"} <= set(content)
+    return isinstance(content, dict) and "tasks" in content and ("rows" in content or "sequences" in content)
 
 
 def read(paths: Sequence[Path]) -> list[dict[str, Any]]:
-    """The matrices, each with a ``label``: its method, and its seed where there are several of that method.
+    """The matrices in ``paths``: ``label``, ``tasks``, ``rows`` as in ``matrix.json``, and ``numbers`` by name.
+
+    A ``label`` is the method, with its seed where there are several of that method; a row of a comparison has its own,
+    and the mean over its seeds.
 
     Raises:
-        UserError: one cannot be read, or has no row after any task, or their tasks are not the same.
+        UserError: a file cannot be read, or has no row after any task, or their tasks are not the same.
     """
-    found = [load(path) for path in paths]
-    for path, matrix in zip(paths, found, strict=True):
-        if len(matrix["rows"]) < 2:
-            raise UserError(f"{path}: no task has been learned yet; run lorasculpt train first.")
-        if matrix["tasks"] != found[0]["tasks"]:
+    found: list[dict[str, Any]] = []
+    for path in paths:
+        content = load(path)
+        some = _of_comparison(content) if "sequences" in content else [_of_run(content, path)]
+        if not some or any(len(matrix["rows"]) < 2 for matrix in some):
+            raise UserError(f"{path}: no task has been learned yet; go on with what wrote it first.")
+        found += some
+        if content["tasks"] != found[0]["tasks"]:
             raise UserError(f"{path}: its tasks are not those of {paths[0]}; report them apart.")
-    methods = [matrix["method"] for matrix in found]
-    names = [f"{m['method']}, seed {m['seed']}" if methods.count(m["method"]) > 1 else m["method"] for m in found]
-    twice = {name for name in names if names.count(name) > 1}
-    labels = [
-        f"{name} ({path.parent.name})" if name in twice else name for name, path in zip(names, paths, strict=True)
-    ]
-    return [matrix | {"label": label} for matrix, label in zip(found, labels, strict=True)]
+    for names in (("seed", ", seed {}"), ("folder", " ({})")):  # what tells the equal apart
+        labels = [matrix["label"] for matrix in found]
+        for matrix in found:
+            if labels.count(matrix["label"]) > 1 and names[0] in matrix:
+                matrix["label"] += names[1].format(matrix[names[0]])
+    return found
+
+
+def _of_run(content: dict[str, Any], path: Path) -> dict[str, Any]:
+    numbers = {name: Number(content[name]) for name in NUMBERS if content.get(name) is not None}
+    kept = {key: content[key] for key in ("tasks", "rows", "seed")}
+    kept |= {"versions": content.get("versions", {}), "complete": len(content["rows"]) > len(content["tasks"])}
+    return kept | {"label": content["method"], "folder": path.parent.name, "numbers": numbers}
+
+
+def _of_comparison(content: dict[str, Any]) -> list[dict[str, Any]]:
+    about = {"tasks": content["tasks"], "versions": content["versions"], "complete": content["complete"]}
+    found = []
+    for row in content["table"]:
+        stages = zip([None, *content["tasks"]], row["matrix"], row["source"], strict=True)
+        rows = [{"after": after, "accuracy": accuracy, "source": source} for after, accuracy, source in stages]
+        known = {name: row[name] for name in NUMBERS if row[name]["mean"] is not None}
+        numbers = {name: Number(each["mean"], each["low"], each["high"]) for name, each in known.items()}
+        label = f"{row['label']} ({len(row['seeds'])} seeds)" if len(row["seeds"]) > 1 else row["label"]
+        found.append(about | {"label": label, "rows": rows, "numbers": numbers})
+    return found
 
 
 def _cell(text: str, value: float | None, share: float | None = None) -> dict[str, Any]:
@@ -71,14 +97,17 @@ def _scored(value: float | None, tinted: bool = True) -> dict[str, Any]:
 
 def summary_table(found: Sequence[dict[str, Any]]) -> dict[str, Any]:
     """One row for each method: what its matrix comes to, and the source before and after."""
-    numbers = {name: head for name, head in NUMBERS.items() if any(matrix.get(name) is not None for matrix in found)}
+    heads = {name: head for name, head in NUMBERS.items() if any(name in matrix["numbers"] for matrix in found)}
     rows = []
     for matrix in found:
-        first, last = matrix["rows"][0], matrix["rows"][-1]
-        cells = [_scored(matrix.get(name), tinted=False) for name in numbers]
-        cells += [_scored(row["source"], tinted=False) for row in (first, last)]
+        cells = []
+        for name in heads:
+            number = matrix["numbers"].get(name)
+            cell = _scored(None if number is None else number.value, tinted=False)
+            cells.append(cell | {"interval": "" if number is None else bracket(number)})
+        cells += [_scored(matrix["rows"][i]["source"], tinted=False) for i in (0, -1)]
         rows.append({"name": matrix["label"], "cells": cells})
-    return {"head": ["Method", *numbers.values(), "Source before (%)", "Source after (%)"], "rows": rows}
+    return {"head": ["Method", *heads.values(), "Source before (%)", "Source after (%)"], "rows": rows}
 
 
 def matrix_table(matrix: dict[str, Any]) -> dict[str, Any]:
@@ -95,14 +124,22 @@ def headline(found: Sequence[dict[str, Any]]) -> list[str]:
     tasks = found[0]["tasks"]
     said = []
     for matrix in found:
-        last = matrix["rows"][-1]
-        scores = last["accuracy"][: len(matrix["rows"]) - 1]
+        scores = matrix["rows"][-1]["accuracy"][: len(matrix["rows"]) - 1]
         text = f"{matrix['label']} has {percent(sum(scores) / len(scores), 0)}\u00a0% on average"
-        if matrix.get("backward") is not None:
-            text += f" ({'+' * (matrix['backward'] > 0)}{percent(matrix['backward'])} points since each was learned)"
+        if (change := matrix["numbers"].get("backward")) is not None:
+            text += f" ({'+' * (change.value > 0)}{percent(change.value)} points since each was learned)"
         said.append(text)
     sentences = [f"After {listed(tasks)}, learned in turn: {'; '.join(said)}."]
-    unfinished = [matrix["label"] for matrix in found if len(matrix["rows"]) <= len(tasks)]
-    if unfinished:
-        sentences.append(f"Not all tasks are learned yet: {listed(unfinished)}.")
+    if not all(matrix["complete"] for matrix in found):
+        unfinished = ", ".join(matrix["label"] for matrix in found if not matrix["complete"])
+        sentences.append(f"Not everything is learned yet: {unfinished}.")
     return sentences
+
+
+def as_json(found: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The matrices, ready for JSON."""
+    return [
+        {key: matrix[key] for key in ("label", "tasks", "rows")}
+        | {name: asdict(number) for name, number in matrix["numbers"].items()}
+        for matrix in found
+    ]

@@ -128,21 +128,21 @@ def verdict(a: Entry, b: Entry) -> str:
 def headline(entries: list[Entry]) -> list[str]:
     """The result in a few sentences: what each entry learned and kept, and which differences are more than noise.
 
-    Every entry is compared with the first. Of more than ``MANY`` the first sentence tells the first entry and those on
-    the Pareto front.
+    Every entry is compared with the first. Of more than ``MANY`` the first sentence tells the one with the highest
+    harmonic mean and the first, and the second the Pareto front.
     """
     task = listed(list(entries[0].target))
     first, *others = entries
-    told, few = others, ""
+    told, before, after = entries, "", []
     if len(entries) > MANY:
-        ahead = front(ends(entries))
-        told = [entry for entry in others if entry.label in ahead]
-        few = f" These are {first.label} and the best of {len(entries)}: none does better than they on both counts."
-        if first.label in ahead:
-            few = f" These are the best of {len(entries)}: none does better than they on both counts."
-    said = [_learned(first, f" {task} to") + " of what the model knew" * (first.numbers["retention"].value >= 0)]
-    said += [_learned(entry, "") for entry in told]
-    sentences = ["; ".join(said) + "." + few]
+        top = max(entries, key=lambda entry: entry.numbers["h_mean"].value)
+        told = [top, first] if top is not first else [top]
+        before = f"Highest of {len(entries)} in the harmonic mean of source and target: "
+        ahead = ", ".join(front(ends(entries)))
+        after = [f"On the Pareto front, where no other equals or beats them on both counts: {ahead}."]
+    said = [_learned(told[0], f" {task} to") + " of what the model knew" * (first.numbers["retention"].value >= 0)]
+    said += [_learned(entry, "") for entry in told[1:]]
+    sentences = [before + "; ".join(said) + ".", *after]
     for entry in entries:
         low = entry.numbers["gain"].low
         if low is not None and low <= 0:

@@ -314,6 +314,19 @@ def test_the_base_is_asked_without_dropout_or_cache(cached):
     assert not torch.allclose(tuned, expected, atol=1e-3)
 
 
+def test_a_scaled_loss_scales_it_too():
+    found = []
+    for scaler in (None, torch.amp.GradScaler("cpu", init_scale=8.0)):
+        model = sharp()
+        clock = Clock(model, sgd(model), scaler=scaler)
+        clock.begin_step()
+        (0 * model(**batch()).logits.sum()).backward()
+        clock.close()
+        found.append([parameter.grad for parameter in trained(model)])
+    for plain_gradient, scaled in zip(*found, strict=True):
+        torch.testing.assert_close(scaled, 8 * plain_gradient)
+
+
 def state_of(model):
     """Hooks, modes and what is trained."""
     modules = [(len(m._forward_hooks), len(m._forward_pre_hooks), m.training) for m in model.modules()]

@@ -106,6 +106,7 @@ class Teacher:
         else:
             self._counted = None
 
+    @torch.compiler.disable  # modes and switches are turned: nothing that a graph could hold
     def _ask(self, body: nn.Module, args: tuple, kwargs: dict[str, Any], output: Any) -> Any:
         if self._asking or not torch.is_grad_enabled():
             return None

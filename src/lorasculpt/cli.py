@@ -210,10 +210,15 @@ def compare(
 
 @app.command()
 def report(
-    results: Annotated[list[Path], typer.Argument(help="One or more results.json files.", show_default=False)],
+    results: Annotated[list[Path], typer.Argument(help="results.json, compare.json or matrix.json files.", show_default=False)],
     out: Annotated[Path, typer.Option(help="The folder to write into.")] = Path("report"),
 ) -> None:
-    """Make one self-contained page (report.html), and the same numbers as Markdown and JSON."""
+    """Make one self-contained page (report.html), and the same numbers as Markdown and JSON.
+
+    Where a run's folder has its adapter the page shows what it is made of; which expert serves what it shows after
+
+        lorasculpt inspect RUN/adapter --base BASE --data FILE --json RUN/inspect.json
+    """
     from .report import report as go
 
     print(f"report: {go(results, out)}")

@@ -14,7 +14,7 @@ from made_up import lora, run, write
 from lorasculpt.inspect import inspect, write_json
 from lorasculpt.report import report
 from lorasculpt.report.heat import FAINT, Panel, even, heat, scale
-from lorasculpt.report.inside import inside
+from lorasculpt.report.inside import _loads, inside
 from lorasculpt.report.results import entries, read
 
 
@@ -27,10 +27,10 @@ def one(folder: Path, label: str, densities: list[float], **options) -> Path:
 
 def routed() -> dict:
     """An inspection of two linears of three experts and two tasks, as ``lorasculpt inspect --json`` writes it."""
-    about = {"part": "model", "kind": "q_proj", "energy": {}, "relative": {}, "load": [1.0, 1.0, 1.0], "entropy": 1.0}
+    about = {"part": "model", "kind": "q_proj", "energy": {}, "load": [1.0, 1.0, 1.0], "entropy": 1.0}
     loads = [{"a": [3.0, 0.0, 0.0], "b": [0.0, 1.5, 1.5]}, {"a": [1.0, 1.0, 1.0], "b": [1.0, 1.0, 1.0]}]
     linears = [
-        about | {"name": f"model.layers.{i}.q_proj", "block": i, "tasks": tasks, "apart": 1.0 - i}
+        about | {"name": f"model.layers.{i}.q_proj", "block": i, "tasks": tasks, "apart": 1.0 - i, "relative": {"a": i}}
         for i, tasks in enumerate(loads)
     ]
     return {"schema": 1, "folder": "x", "base": "y", "method": "m", "records": {"a": 2, "b": 2}, "linears": linears}
@@ -122,12 +122,17 @@ def test_routing(tmp_path):
     (tmp_path / "a" / "inspect.json").write_text(json.dumps(routed()))
     found = inside(entries(read([path])))
     assert (found["totals"], found["notes"]) == ({}, [])
-    spread, loads = found["maps"]
+    spread, loads, sizes = found["maps"]
     assert spread["title"].startswith("Routing by task")
     assert loads["title"].startswith("Loads of the experts")
     assert loads["even"] == []
     assert ">made, a<" in loads["svg"]
     assert ">made, b<" in loads["svg"]
+    assert sizes["title"].startswith("Size of the update")
+    # of the first expert in the first layer alone
+    edges = scale([_loads("", task, routed()["linears"]) for task in "ab"], 0.1)
+    first = cells(heat([panel := _loads("", "a", routed()["linears"])], edges, "map", "A map"), panel)
+    assert np.argwhere(first == 1).tolist() == [[0, 0]]
     assert "Inside the adapters" in report(path, tmp_path / "out").read_text()
 
 

@@ -40,6 +40,11 @@ ROUTED = (
     ("entropy", "Spread of the experts' loads (1: all alike, 0: a single one)", 0.05),
     ("apart", "Routing by task: the largest difference between two tasks (0: alike, 1: no expert in common)", 0.05),
 )
+# and of each task
+BY_TASK = (
+    ("load", "Loads of the experts (1: a fair share)", 0.1),
+    ("relative", "Size of the update against that of the base weight (%)", 0.1),
+)
 TOTALS = {
     "density_a": "Density of A (%)",
     "density_b": "of B (%)",
@@ -68,7 +73,7 @@ def inside(found: Sequence[Entry]) -> dict[str, Any]:
             said = str(error) if isinstance(error, UserError) else f"its {INSPECTION} or adapter cannot be read."
             notes.append(f"{entry.label} is not shown here: {said}")
     maps = []
-    for name, title, least in (*MAPS, *ROUTED, ("load", "Loads of the experts (1: a fair share)", 0.1)):
+    for name, title, least in (*MAPS, *ROUTED, *BY_TASK):
         panels = [(label, panel) for label, (_, own) in known.items() for panel in own.get(name, ())]
         if not panels:
             continue
@@ -141,6 +146,13 @@ def _routed(label: str, inspection: dict[str, Any]) -> dict[str, list[Panel]]:
     if routed and max(len(linear["load"]) for linear in routed) <= EXPERTS:
         panels = [_loads(f"{label}, {task}", task, routed) for task in inspection["records"]]
         found["load"] = [panel for panel in panels if not np.isnan(panel.values).all()]
+    sizes: dict[str, dict[tuple[str, int | None], list[float]]] = {}
+    for linear in linears:
+        for task, size in linear["relative"].items():
+            sizes.setdefault(task, {}).setdefault((linear["kind"], linear["block"]), []).append(100 * size)
+    if sizes:
+        means = {task: {cell: fmean(values) for cell, values in cells.items()} for task, cells in sizes.items()}
+        found["relative"] = [_panel(f"{label}, {task}", cells) for task, cells in means.items()]
     return found
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 
+import numpy as np
 import pico
 import pytest
 import torch
@@ -13,16 +14,17 @@ from peft import PeftModel
 from peft.tuners.tuners_utils import BaseTunerLayer
 from safetensors.torch import load_file
 
-from lorasculpt import cli
+from lorasculpt import cli, corda
 from lorasculpt.adapters.load import load as load_adapter
 from lorasculpt.config import RunConfig
+from lorasculpt.data.batches import Collator, rows
 from lorasculpt.errors import UserError
 from lorasculpt.evaluation.strength import fixed, strength
 from lorasculpt.export import export
 from lorasculpt.kinds import OF_PEFT, taken_over
 from lorasculpt.measure import measure
 from lorasculpt.models.load import load
-from lorasculpt.train import _write, prepare, train, trained_on
+from lorasculpt.train import _write, adapter_config, prepare, train, trained_on
 
 SMALL = {
     "shira": {"r": 2},
@@ -200,6 +202,24 @@ def test_corda_reads_what_it_is_to_preserve_or_what_it_is_to_learn(run, tmp_path
     assert {record.question for record in seen[0]} == {pico.QUESTIONS["side"]}
     assert {record.question for record in seen[1]} == {pico.QUESTIONS["color"]}
     assert [len(record.images) for record in sorted(seen[2], key=lambda record: len(record.images))] == [0, 1]
+
+
+def test_the_covariance_is_that_of_what_a_layer_sees(run):
+    config = run("method={name: corda, r: 3, lora_alpha: 3}")
+    model, processor = load(config.base)
+    layer, seen, records = model.get_submodule("model.language_model.layers.1.mlp.up_proj"), [], trained_on(config)
+    collate, table = Collator(processor), rows(records)
+    with layer.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0][0].numpy())), torch.no_grad():
+        for i in range(len(records)):
+            model.eval()(**{key: value for key, value in collate([table[i]]).items() if key != "labels"})
+    corda.prepare(model, processor, adapter_config(model, config), records, None)
+    scaled = [x / np.abs(x.max()) for x in seen]
+    C = sum(x.T @ x for x in scaled) / len(scaled)
+    C += 0.01 * C.diagonal().mean() * np.eye(len(C))
+    U, S, Vt = np.linalg.svd(layer.weight.detach().numpy() @ C)
+    smallest = (U[:, : len(S)] * S)[:, -3:] @ Vt[len(S) - 3 : len(S)] @ np.linalg.inv(C)
+    found = layer.eigens.U_WC * layer.eigens.S_WC @ layer.eigens.V_WC.T
+    np.testing.assert_allclose(found.numpy(), smallest, rtol=1e-2, atol=1e-4)
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import sys
 from types import SimpleNamespace
 
@@ -31,6 +32,18 @@ def test_it_is_the_peak_since_it_was_asked_for_and_not_of_what_was_before():
     assert 150 * MEGABYTE < grown - start < 300 * MEGABYTE
     assert peak.bytes() == grown  # it does not sink with what is in use
     assert Peak(CPU).bytes() < grown - 100 * MEGABYTE
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="elsewhere there is no peak to be set back")
+def test_what_was_freed_before_does_not_count():
+    if not memory._reset() or not hasattr(ctypes.CDLL(None), "malloc_trim"):
+        pytest.skip("this system does not let a process set its peak back, or its C library gives nothing back")
+    start = Peak(CPU).bytes()
+    blocks = [torch.ones(10_000) for _ in range(5000)]  # 200 MB in blocks that malloc keeps
+    last = torch.ones(10)  # above all of them
+    del blocks
+    assert Peak(CPU).bytes() - start < 50 * MEGABYTE
+    assert last.sum() == 10
 
 
 @pytest.mark.parametrize(("lives", "expected"), [((500, 700), 700), ((500, 500), None), ((None, None), None)])

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import ctypes
+import gc
 import re
 import sys
 from pathlib import Path
@@ -13,8 +15,8 @@ class Peak:
     """The peak from the making of this object until :meth:`bytes` is asked for.
 
     With CUDA it is that of torch's tensors on the device, whatever the allocator holds in reserve. On a CPU it is the
-    resident size of this process: the interpreter, its libraries and the model, and what earlier work has left, but no
-    other process. Two such numbers compare what is done in the same way in processes of their own.
+    resident size of this process: the interpreter, its libraries, the model and whatever else is alive, but no other
+    process. What earlier work has freed is given back to the system first, as far as the C library can.
 
     Args:
         device: where the work is done.
@@ -28,6 +30,8 @@ class Peak:
         self.of = "cuda" if device.type == "cuda" else "process"
         if device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(device)
+        if device.type == "cpu":
+            _give_back()
         self._reset = device.type == "cpu" and _reset()
         self._before = _of_life() if device.type == "cpu" else None
 
@@ -41,6 +45,14 @@ class Peak:
             return _high_water()
         now = _of_life() if self._before is not None else None
         return now if now is not None and now > (self._before or 0) else None
+
+
+def _give_back() -> None:
+    """Return memory that is free but still held by the process to the system; glibc alone can."""
+    gc.collect()
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if sys.platform.startswith("linux") else None
+    if trim is not None:
+        trim(0)
 
 
 def _reset(path: Path = Path("/proc/self/clear_refs")) -> bool:

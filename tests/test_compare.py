@@ -17,6 +17,7 @@ import torch
 import yaml
 
 from lorasculpt import UserError, cli, compare, posthoc, sequence
+from lorasculpt import train as training
 from lorasculpt.compare import Comparison, commands, planned
 from lorasculpt.comparison import edits, sequences
 from lorasculpt.comparison.drift import drift_and_loss, rank_correlation, spearman
@@ -134,6 +135,22 @@ def test_every_method_sees_the_same_rows_in_the_same_order_and_never_those_set_a
         seen.clear()
     assert orders[0] == orders[1]
     assert len(set(orders[0])) == 7
+
+
+def test_all_runs_are_measured_on_the_same_texts_of_the_base(run, monkeypatch):
+    sampled = []
+
+    def self_prompts(model, processor, n, **options):
+        sampled.append(options["path"].is_file())
+        return prompts(model, processor, n, **options)
+
+    prompts = training.self_prompts
+    monkeypatch.setattr(training, "self_prompts", self_prompts)
+    path = compare.compare(run("evaluate.drift=2"), METHODS, seeds=1, rates=[0.01], progress=False)
+    assert sampled == [False, True]
+    first, second = (found.read_text() for found in path.parent.glob("test/*/drift.jsonl"))
+    assert first == second
+    assert all(made["drift"]["n"] == 2 for made in json.loads(path.read_text())["runs"])
 
 
 def test_the_cost_is_told_as_soon_as_a_run_is_done(run, capsys, monkeypatch):

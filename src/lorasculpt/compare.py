@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import json
 import shlex
+import shutil
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -36,7 +37,7 @@ from .errors import UserError
 from .measure import RESULTS_FILE, measure, versions
 from .report.words import duration
 from .sequence import grown, learn
-from .train import RUN_FILE, check_output, general, train
+from .train import DRIFT_FILE, RUN_FILE, check_output, general, train
 
 COMPARISON_FILE = "compare.json"
 RATES = (2e-4, 5e-4, 1.5e-3)
@@ -114,6 +115,7 @@ class Comparison:
             general(config)  # a row that is measured is told now, not after the trials
         self._results: dict[Path, dict[str, Any]] = {}
         self._before: dict[str, dict] = {}  # what the base answers, to each group of questions
+        self._texts: Path | None = None  # what it says by itself, for the drift
 
     def _check(self, config: RunConfig) -> None:
         """Raise :class:`UserError` unless ``config`` says what to train on and what to measure."""
@@ -187,13 +189,16 @@ class Comparison:
         return content["runs"][0] | edited | {"versions": content["versions"]}
 
     def make(self, run: Run, progress: bool = True) -> None:
-        """Train ``run`` and measure it, where that is still to be done; the base is measured once for all."""
+        """Train ``run`` and measure it, where that is still to be done; the base is asked once for all."""
         if run.edit and run.of:
             edits.apply(run.edit, run.config, run.of)
         else:
             train(run.config, progress=progress)
-        group = run.config.output.parent.name
+        texts, group = run.config.output / DRIFT_FILE, run.config.output.parent.name
+        if self._texts and not texts.is_file():
+            shutil.copy(self._texts, texts)
         _, self._before[group] = measure(run.config, before=self._before.get(group), progress=progress)
+        self._texts = texts if texts.is_file() else self._texts
 
     def command(self, run: Run) -> str:
         """The shell line that does what :meth:`make` would."""

@@ -202,6 +202,7 @@ class Evaluate(_Section):
         batch: Questions at a time.
         max_new_tokens: Longest answer.
         strengths: Where the curve of source against target is taken, between 0 (base) and 1 (adapter).
+        curve: Questions per task at each of these strengths. Default: those of ``limit``.
         as_task: For an adapter that knows tasks: the one as which it answers questions of tasks that it does not know,
             as those of ``source`` mostly are.
         metric: Metric of a task by its name. Default of a task: ``exact``.
@@ -224,6 +225,7 @@ class Evaluate(_Section):
     batch: Positive = 32
     max_new_tokens: Positive = 16
     strengths: list[Annotated[float, Field(gt=0, lt=1)]] = Field(default_factory=lambda: [0.25, 0.5, 0.75])
+    curve: Positive | None = None
     as_task: Annotated[str, Field(min_length=1)] | None = None
     metric: dict[str, Literal["exact", "contains", "vqa", "choice"]] = Field(default_factory=dict)
     drift: Positive | None = None

@@ -31,7 +31,6 @@ def measure(
     *,
     before: dict | None = None,
     strengths: Sequence[float] | None = None,
-    curve_limit: int | None = None,
     progress: bool = True,
 ) -> tuple[Path, dict]:
     """Measure the adapter of a finished run against its base and write ``results.json`` into the run's folder.
@@ -41,7 +40,6 @@ def measure(
         before: what :func:`measure` returned for another run on the same base and tasks; saves measuring the base.
         strengths: where the curve of source against target is taken, between 0 and 1. Default:
             ``config.evaluate.strengths``.
-        curve_limit: items per task on the curve; None takes all.
 
     Returns:
         The file, and the measurement of the base for ``before``.
@@ -80,7 +78,7 @@ def measure(
     if prompts := drift_prompts(config, model, processor, options["precision"]):
         told = {key: value for key, value in options.items() if key != "max_new_tokens"}
         drifted = drift(model, processor, prompts, progress=f"{name} drift" if progress else None, **told)
-    small_source, small_target = held_out(config, curve_limit or config.evaluate.limit)
+    small_source, small_target = held_out(config, config.evaluate.curve)
     points = []
     if config.projector != "full" and fixed(model) is None:  # a replaced projector has no strength
         strengths = config.evaluate.strengths if strengths is None else strengths

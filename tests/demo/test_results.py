@@ -29,6 +29,15 @@ def test_the_weight_for_a_tenth_scales_with_the_measured_ratio(tmp_path):
 def test_the_comparison_can_be_made_as_it_is_planned(target, tmp_path, monkeypatch):
     monkeypatch.setattr(run.base, "folder", lambda: tmp_path)
     monkeypatch.setattr(results, "write_data", lambda folder, name: None)
+    (tmp_path / "data").mkdir()
+    for file in (
+        "source_test",
+        "source_validation",
+        "general",
+        *(f"{target}_{s}" for s in ("train", "validation", "test")),
+    ):
+        row = {"question": f"What is {file}?", "answer": "data", "task": file}
+        (tmp_path / "data" / f"{file}.jsonl").write_text(json.dumps(row) + "\n")
     comparison = Comparison(RunConfig.load(results.plan(tmp_path, target)), seeds=results.SEEDS, rates=results.RATES)
     assert list(comparison.labels) == list(results.COMPARED)
     assert {label: what.seeds for label, what in comparison.labels.items() if what.seeds != results.SEEDS} == {
@@ -47,5 +56,5 @@ def test_the_comparison_can_be_made_as_it_is_planned(target, tmp_path, monkeypat
     assert [path.name for path in first.config.evaluate.source] == ["source_validation.jsonl"]
 
 
-def test_the_readme_quotes_the_results_as_they_are():
-    subprocess.run([sys.executable, ROOT / "scripts" / "readme", "--check"], check=True)
+def test_the_pages_quote_the_results_as_they_are():
+    subprocess.run([sys.executable, ROOT / "scripts" / "results", "--check"], check=True)

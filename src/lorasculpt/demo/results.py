@@ -8,6 +8,7 @@ on where it was stopped, and the file it writes says whether it is complete.
 from __future__ import annotations
 
 import json
+import random
 from pathlib import Path
 from typing import Any
 
@@ -17,12 +18,14 @@ import yaml
 from ..compare import Comparison, compare
 from ..config import RunConfig
 from ..train import LOG_FILE
+from . import world
 from .run import METHODS, settings, write_data
 from .tower import remembering
 
 RATES = (2e-4, 5e-4, 1.5e-3)
 SEEDS = 3
 WHOLE = [2e-5, 5e-5, 2e-4]  # rates of methods that train whole weights, which the others' would break
+GENERAL = "general.jsonl"
 TENTH = 2.1  # weight of the penalty at which its gradient is a tenth of the task's (``penalty`` in the results)
 SCULPT = METHODS["lorasculpt"]["method"]
 AS_SCULPT = SCULPT | {"lr": "lorasculpt"}  # LoRASculpt with something changed, at the rate that it chose
@@ -43,23 +46,37 @@ COMPARED: dict[str, dict[str, Any]] = {
     "l2": {"name": "regularized", "penalty": "l2"},
     "orth": {"name": "regularized", "penalty": "orth"},
     "spider": {"rates": WHOLE},
+    "lwf": {},
+    "ewc": {"name": "regularized", "penalty": "ewc", "fisher_texts": 48},
+    "replay": {"name": "lora", "replay": 0.1},
+    "full": {"rates": WHOLE},
+    "half": {"name": "full", "select": "half", "rates": WHOLE},
+    "magnitude": {"name": "full", "select": "magnitude", "rates": WHOLE},
     # density, and the weight of the penalty up to where it acts
     **{f"density-{density:g}": AS_SCULPT | {"density": density} for density in (0.02, 0.05, 0.2, 0.5)},
     **{f"penalty-{weight:g}": AS_SCULPT | {"cmr_weight": weight} for weight in (TENTH, 10 * TENTH, 100 * TENTH)},
     **{f"omega-{omega:g}": AS_SCULPT | {"cmr_weight": 10 * TENTH, "omega": omega} for omega in (0.3, 3.0, 10.0)},
+    "pissa": {},
+    "corda": {},
+    "osf": {"rates": WHOLE},
+    "shira": {},
 }
 
 
 def plan(work: Path, target: str = "digits") -> Path:
     """Write the data and the YAML file of the comparison on ``target`` into ``work``; returns the file."""
     write_data(work / "data", target)
+    if not (work / "data" / GENERAL).is_file():  # of the drawings and words that the base has seen
+        world.write(work / "data", random.Random(GENERAL).sample(world.source_items("train"), 1000), GENERAL)
     made = settings("lora", target=target, output=target, limit=500)
     made["methods"] = COMPARED
+    made["data"]["general"] = f"data/{GENERAL}"
     made["training"].pop("lr")  # each label has its own
     made["evaluate"] |= {
         "validation": [f"data/{target}_validation.jsonl"],
         "validation_source": ["data/source_validation.jsonl"],
         "drift": 64,
+        "curve": 100,
     }
     path = work / f"{target}.yaml"
     path.write_text(yaml.safe_dump(made, sort_keys=False))

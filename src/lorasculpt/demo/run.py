@@ -81,7 +81,7 @@ def demo(out: Path, *, target: str = "digits", full: bool = False) -> list[Path]
     before = None
     with remembering():
         for name in METHODS:
-            every = {"every": STEPS // 3, "during": 20}
+            every = {"every": STEPS // 3, "during": 20, "curve": None if full else QUICK // 2}
             run = settings(name, target=target, limit=None if full else QUICK)
             run["evaluate"] |= every
             path = out / f"{name}.yaml"
@@ -89,7 +89,7 @@ def demo(out: Path, *, target: str = "digits", full: bool = False) -> list[Path]
             config = RunConfig.load(path)
             print(f"\n{name}: training on {target} (lorasculpt train {path})")
             train(config)
-            result, before = measure(config, before=before, curve_limit=None if full else QUICK // 2)
+            result, before = measure(config, before=before)
             results.append(result)
     page = report(results, out / "report", REMARK if target == "digits" else None)
     print(f"\nDone in {(time.monotonic() - began) / 60:.1f} minutes. Open {page}")

@@ -52,6 +52,7 @@ TOGETHER: dict[str, dict[str, Any]] = {
     "mosld": {"name": "mosld"},
     "malora": {"name": "malora"},
     "mixlora": {"name": "mixlora"},
+    "mixlora-prompt": {"name": "mixlora", "pool": "prompt"},  # reads no answer where it chooses
     "lora": {"name": "lora", "r": 32, "lora_alpha": 64},
 }
 TASKS = ("digits", "flags", "emoji_category")
@@ -134,7 +135,7 @@ def tasks(work: Path, path: Path) -> Path:
         for name, method in TOGETHER.items():
             made = _several(name, method)
             entry, before = _measured(work / f"together-{name}.yaml", made, before)
-            found["runs"].append(entry)
+            found["runs"].append(entry | {"label": name})
             write(path, found)
         in_turn: dict[str, dict[str, Any]] = {
             "am_lora": {"name": "am_lora", "r": 32, "lora_alpha": 64},

@@ -55,7 +55,7 @@ for (const svg of document.querySelectorAll("svg")) {
     if (across > 2 && down > 5) found.overlapping.push([one, other]);
   }));
 }
-found.letters = [...document.querySelectorAll(".map text")].map((text) => text.getBoundingClientRect().height);
+found.letters = [...document.querySelectorAll("svg text")].map((text) => text.getBoundingClientRect().height);
 found.width = [document.documentElement.scrollWidth, innerWidth];
 found.paper = getComputedStyle(document.body).backgroundColor;
 found.plot = getComputedStyle(document.querySelector("svg text")).fill;
@@ -133,7 +133,7 @@ def test_many_methods_on_a_phone_and_on_a_desk(crowded, tmp_path):
     assert {"table", "heat map"} <= set(phone["scrolling"])  # but what is too wide does, in its box
     assert desk["width"][0] <= desk["width"][1]
     assert phone["overlapping"] == desk["overlapping"] == []
-    assert min(phone["letters"]) >= 10  # pixels: maps do not shrink with the page
+    assert min(phone["letters"]) >= 10  # pixels: maps do not shrink with the page, nor plots with their legends
     assert len(phone["first"]) == 13
     assert desk["gain"][0][-1] == "base model"
 

@@ -136,7 +136,7 @@ def test_routing(tmp_path):
     assert "Inside the adapters" in report(path, tmp_path / "out").read_text()
 
 
-@pytest.mark.parametrize("spoil", ["cut", "dora", "json", "shape", "yaml", "base"])
+@pytest.mark.parametrize("spoil", ["cut", "dora", "routed", "json", "shape", "yaml", "base"])
 def test_a_report_never_fails_because_of_an_adapter(tmp_path, spoil):
     path = one(tmp_path / "a", "spoiled", [0.2, 0.5], base=tmp_path / "base")
     weights, settings = (tmp_path / "a" / "adapter" / f for f in ("adapter_model.safetensors", "adapter_config.json"))
@@ -144,6 +144,8 @@ def test_a_report_never_fails_because_of_an_adapter(tmp_path, spoil):
         weights.write_bytes(weights.read_bytes()[:40])
     elif spoil == "dora":
         settings.write_text(json.dumps(json.loads(settings.read_text()) | {"use_dora": True}))
+    elif spoil == "routed":
+        (tmp_path / "a" / "adapter" / "lorasculpt.json").write_text('{"schema": 1, "method": "mixlora"}')
     elif spoil == "json":
         (tmp_path / "a" / "inspect.json").write_text("{")
     elif spoil == "shape":
@@ -154,4 +156,5 @@ def test_a_report_never_fails_because_of_an_adapter(tmp_path, spoil):
         (tmp_path / "base" / "model.safetensors").unlink()
     text = report(path, tmp_path / "out").read_text()
     assert ("spoiled is not shown here" in text) == (spoil != "base")
+    assert ("takes its model to look into; run lorasculpt inspect" in text) == (spoil == "routed")
     assert ('class="scroll map"' in text) == (spoil == "base")

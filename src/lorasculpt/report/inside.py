@@ -18,6 +18,7 @@ import yaml
 
 from ..errors import UserError
 from ..inspect import LARGE, in_order, inspect, order, read_adapter
+from ..inspect_update import config_of
 from .heat import Panel, even, heat, scale
 from .results import Entry
 
@@ -103,6 +104,11 @@ def _measured(home: Path) -> dict[str, Any]:
     Raises:
         UserError: it is no plain LoRA, or cannot be read.
     """
+    if config_of(home / "adapter") is not None:
+        raise UserError(
+            "it is no plain LoRA, and takes its model to look into; run lorasculpt inspect with --base, --data and "
+            f"--json {INSPECTION} in the run's folder first."
+        )
     pairs = read_adapter(home / "adapter").pairs
     settings = home / "run.yaml"
     base = yaml.safe_load(settings.read_text(encoding="utf-8")).get("base") if settings.is_file() else None

@@ -47,7 +47,7 @@ STYLE = {
 }
 SIDES: dict[str, Any] = {"source": "-", "target": (0, (3, 2))}  # and the dashes of its line
 WIDTH = 4.7  # inches: wide enough for a column of a page, and still readable when a phone shrinks it
-LETTERS = 66  # that so many inches hold; a mark counts as ten
+LETTERS = 76  # that so many inches hold; a mark counts as eleven
 
 
 def colour(i: int) -> str:
@@ -65,7 +65,7 @@ def _legend(figure: Figure, handles: list[Any]) -> None:
     lengths = [len(handle.get_label()) for handle in handles]
 
     def fits(columns: int) -> bool:
-        return sum(max(part, default=0) + 10 for part in np.array_split(lengths, columns)) <= LETTERS
+        return sum(max(part, default=0) + 11 for part in np.array_split(lengths, columns)) <= LETTERS
 
     columns = next((columns for columns in (3, 2) if fits(columns)), 1)
     figure.set_figheight(figure.get_figheight() + 0.2 * max(-(-len(handles) // columns) - 2, 0))

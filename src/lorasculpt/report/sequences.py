@@ -131,7 +131,7 @@ def headline(found: Sequence[dict[str, Any]]) -> list[str]:
         said.append(text)
     sentences = [f"After {listed(tasks)}, learned in turn: {'; '.join(said)}."]
     if not all(matrix["complete"] for matrix in found):
-        unfinished = ", ".join(matrix["label"] for matrix in found if not matrix["complete"])
+        unfinished = "; ".join(matrix["label"] for matrix in found if not matrix["complete"])
         sentences.append(f"Not everything is learned yet: {unfinished}.")
     return sentences
 

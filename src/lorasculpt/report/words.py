@@ -138,7 +138,7 @@ def headline(entries: list[Entry]) -> list[str]:
         top = max(entries, key=lambda entry: entry.numbers["h_mean"].value)
         told = [top, first] if top is not first else [top]
         before = f"Highest of {len(entries)} in the harmonic mean of source and target: "
-        ahead = ", ".join(front(ends(entries)))
+        ahead = "; ".join(front(ends(entries)))
         after = [f"On the Pareto front, where no other equals or beats them on both counts: {ahead}."]
     said = [_learned(told[0], f" {task} to") + " of what the model knew" * (first.numbers["retention"].value >= 0)]
     said += [_learned(entry, "") for entry in told[1:]]

@@ -209,6 +209,9 @@ def test_over_seeds():
     assert (number.low, number.high) == pytest.approx((0.6 - (half**2 + 0.01) ** 0.5, 0.6 + half), abs=1e-6)
     many = over_seeds([Number(x) for x in np.linspace(0, 1, 12)])
     assert many.high - many.value == pytest.approx(2.201 * np.std(np.linspace(0, 1, 12), ddof=1) / 12**0.5, rel=1e-3)
+    # no share lies outside 0 and 1, whatever two seeds say
+    assert (over_seeds([Number(0.02), Number(0.9)]).low, over_seeds([Number(0.02), Number(0.9)]).high) == (0, 1)
+    assert over_seeds([Number(0.02), Number(0.9)], -1.0, np.inf).high > 1
 
 
 def test_settings_set_entries_apart():

@@ -145,11 +145,12 @@ def measured(found: dict, name: str) -> Number:
     return Number(value, None if unknown else low, None if unknown else high)
 
 
-def over_seeds(values: Sequence[Number]) -> Number:
+def over_seeds(values: Sequence[Number], least: float = 0.0, most: float = 1.0) -> Number:
     """One run's number as it is; of several seeds the mean, with an interval for seeds and test items together.
 
     The seeds are tested on the same items, so that their spread alone (Student's interval of the mean) does not tell
-    how sure the items make us: the runs' own intervals, averaged, are added to it in quadrature.
+    how sure the items make us: the runs' own intervals, averaged, are added to it in quadrature. It ends at ``least``
+    and ``most``, which bound the number, as 0 and 1 do a share.
     """
     if len(values) == 1:
         return values[0]
@@ -157,7 +158,8 @@ def over_seeds(values: Sequence[Number]) -> Number:
     half = quantile(len(x) - 1) * stdev(x) / math.sqrt(len(x))
     below = mean(0.0 if number.low is None else number.value - number.low for number in values)
     above = mean(0.0 if number.high is None else number.high - number.value for number in values)
-    return Number(mean(x), mean(x) - math.hypot(half, below), mean(x) + math.hypot(half, above))
+    low, high = mean(x) - math.hypot(half, below), mean(x) + math.hypot(half, above)
+    return Number(mean(x), max(low, least), min(high, most))
 
 
 def _over_tasks(runs: list[dict], side: str) -> dict[str, dict]:
@@ -190,7 +192,11 @@ def _curve(runs: list[dict], numbers: dict[str, Number]) -> list[dict]:
 
 def _entry(label: str, runs: list[dict]) -> Entry:
     found = {name: [measured(run["summary"], name) for run in runs] for name in NUMBERS}
-    numbers = {name: values[0] if name.endswith("_before") else over_seeds(values) for name, values in found.items()}
+    bounds = {"retention": (0.0, math.inf), "gain": (-1.0, 1.0)}
+    numbers = {
+        name: values[0] if name.endswith("_before") else over_seeds(values, *bounds.get(name, ()))
+        for name, values in found.items()
+    }
     mean_of = {
         key: mean(known) if (known := [run[key] for run in runs if run.get(key) is not None]) else None
         for key in ("seconds", "adapter_bytes")
@@ -205,7 +211,7 @@ def _entry(label: str, runs: list[dict]) -> Entry:
         _over_tasks(runs, "target"),
         _curve(runs, numbers),
         **mean_of,
-        drift=over_seeds(drifts) if len(drifts) == len(runs) else None,
+        drift=over_seeds(drifts, 0.0, math.inf) if len(drifts) == len(runs) else None,
         memory_bytes=min(peaks) if len(peaks) == len(runs) else None,
     )
 

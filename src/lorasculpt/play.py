@@ -10,7 +10,9 @@ import copy
 import importlib.util
 import os
 import random
+import signal
 import tempfile
+import threading
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -229,6 +231,8 @@ def play(
             )
         except OSError as error:
             raise UserError(f"the page has no port ({error}); name a free one with --port.") from error
+        if threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGTERM, signal.default_int_handler)  # who is ended forgets the pictures too
         print(f"page: {address} (Ctrl-C closes it)", flush=True)
         blocks.block_thread()
 

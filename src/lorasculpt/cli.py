@@ -90,16 +90,26 @@ def train(run: Run, overrides: Overrides = None) -> None:
 
 @app.command("eval")
 def evaluate(run: Run, overrides: Overrides = None) -> None:
-    """Measure RUN's base and adapter on its source and target tasks; writes results.json into the run's folder."""
+    """Measure RUN's base and adapter on its source and target tasks; writes results.json into the run's folder.
+
+    Without source tasks, evaluate: {drift: 32} tells how far the adapter moved from the base. With evaluate: {retain:
+    0.97} the adapter that learns the most among those that keep that share is left in the run's folder too.
+    """
     from .config import RunConfig
     from .evaluation.budget import told
-    from .measure import measure
+    from .measure import measure, retained
 
-    path, _ = measure(RunConfig.load(run, overrides or []))
+    config = RunConfig.load(run, overrides or [])
+    path, _ = measure(config)
     _summary([path])
     for found in json.loads(path.read_text())["runs"]:
         if "budget" in found:
             print(told(found["budget"]))
+            print(retained(config, found["budget"]))
+            if not config.evaluate.validation and "fixed" not in found["budget"]:
+                print(
+                    "It was chosen on the target itself, which flatters it there: name evaluate.validation for another."
+                )
     print(f"results: {path}")
 
 
@@ -210,7 +220,9 @@ def compare(
 
 @app.command()
 def report(
-    results: Annotated[list[Path], typer.Argument(help="results.json, compare.json or matrix.json files.", show_default=False)],
+    results: Annotated[
+        list[Path], typer.Argument(help="results.json, compare.json or matrix.json files.", show_default=False)
+    ],
     out: Annotated[Path, typer.Option(help="The folder to write into.")] = Path("report"),
 ) -> None:
     """Make one self-contained page (report.html), and the same numbers as Markdown and JSON.

@@ -209,9 +209,11 @@ class Evaluate(_Section):
         drift: How many texts, sampled from the base, the drift is measured on (`lorasculpt.evaluation.drift`), half of
             them about pictures of ``source``, or else ``target``; during training on the first ``during`` of them. Not
             measured where the base's own weights move (``projector: full``, and while PiSSA and its like are trained).
-            Default: none.
-        retain: Share of the source to keep, in (0, 1]: it is told which strength of the adapter learns the most among
-            those that do. Default: none.
+            ``lorasculpt eval`` measures it at each of ``strengths`` as well: every time two forward passes over these
+            texts, one of them the base's. Default: none.
+        retain: Share of the source to keep, in (0, 1], or of exp(-drift) where no source is given: ``lorasculpt eval``
+            leaves the adapter at the strength that learns the most among those that do. It is chosen on ``validation``
+            where that is given, whose questions are then asked at every strength too. Default: none.
     """
 
     source: Paths = Field(default_factory=list)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import platform
+import tempfile
 from collections.abc import Sequence
 from importlib.metadata import version
 from pathlib import Path
@@ -12,6 +13,7 @@ from typing import Any
 
 from peft import PeftConfig
 
+from . import posthoc
 from .adapters.load import load as load_adapter
 from .adapters.update import UpdateConfig
 from .config import RunConfig
@@ -20,10 +22,14 @@ from .evaluation import comparison, curve, drift, evaluate, gallery
 from .evaluation.budget import within
 from .evaluation.run import curve_point
 from .evaluation.strength import fixed
+from .evaluation.tasks import Task
 from .models.load import load
+from .posthoc.files import RECORD
 from .train import ADAPTER, LOG_FILE, check_tasks, drift_prompts, held_out, precision
 
-RESULTS_FILE = "results.json"
+RESULTS_FILE, RETAINED = "results.json", "adapter-retained"
+TEXTS = 32  # of the drift, where a budget needs one and the run says nothing
+AT_BASE = {"value": 0.0, "interval": [0.0, 0.0]}  # the drift of the base from itself
 
 
 def measure(
@@ -35,6 +41,11 @@ def measure(
 ) -> tuple[Path, dict]:
     """Measure the adapter of a finished run against its base and write ``results.json`` into the run's folder.
 
+    Without source tasks, forgetting is told by the drift alone (on ``evaluate.drift`` texts, or 32 where only
+    ``evaluate.retain`` is given), and what needs source accuracy is null in the file. The strength for
+    ``evaluate.retain`` is chosen on ``evaluate.validation`` where there is one, which has the tuned model answer that
+    at every strength as well: a strength that is chosen on the test flatters the test.
+
     Args:
         config: the run.
         before: what :func:`measure` returned for another run on the same base and tasks; saves measuring the base.
@@ -45,7 +56,7 @@ def measure(
         The file, and the measurement of the base for ``before``.
 
     Raises:
-        UserError: if there is no trained adapter or nothing to measure it with.
+        UserError: there is no trained adapter, nothing to measure it with, or no source and no drift either.
     """
     if config.data.sequence:
         raise config.error("data.sequence", "is measured while it is learned; lorasculpt train shows the numbers.")
@@ -53,15 +64,22 @@ def measure(
     if not (folder / "adapter_config.json").is_file():
         raise UserError(f"{config.output} holds no trained adapter yet; run lorasculpt train first.")
     source, target = held_out(config)
-    if not source or not target:
+    if not target or not (source or config.evaluate.drift or config.evaluate.retain):
         raise config.error(
             "evaluate",
-            "must name what to measure: source (to be kept) and target (to be learned); without source "
-            "lorasculpt dial goes by drift.",
+            "must name what to measure: target (to be learned) and source (to be kept), or without source data drift, "
+            "such as drift: 32.",
         )
+    if not source:
+        if config.projector == "full":
+            raise config.error("projector", "is full, so there is no drift to measure; name evaluate.source.")
+        asked = config.evaluate.model_copy(update={"drift": config.evaluate.drift or TEXTS})
+        config = config.model_copy(update={"evaluate": asked})
+    choosing = _choosing(config)
     saved = PeftConfig.from_pretrained(str(folder))
     if isinstance(saved, UpdateConfig) and saved.multitask:
-        check_tasks(config, saved.tasks, [*source, *target])  # before the base is measured, which may take long
+        asked_of = [*source, *target, *(task for side in choosing for task in side)]
+        check_tasks(config, saved.tasks, asked_of)  # before the base is measured, which may take long
     model, processor = load(config.base)
     options: dict[str, Any] = {
         "precision": precision(config, model),
@@ -75,16 +93,31 @@ def measure(
     model = load_adapter(model, folder)
     after = evaluate(model, processor, source, target, progress=name if progress else None, **options)
     drifted = None
-    if prompts := drift_prompts(config, model, processor, options["precision"]):
+    prompts = drift_prompts(config, model, processor, options["precision"])
+    if not source and not prompts:
+        raise UserError(f"{folder} has no drift, because its base is no longer there; name evaluate.source.")
+    if prompts:
         told = {key: value for key, value in options.items() if key != "max_new_tokens"}
         drifted = drift(model, processor, prompts, progress=f"{name} drift" if progress else None, **told)
     small_source, small_target = held_out(config, config.evaluate.curve)
-    points = []
-    if config.projector != "full" and fixed(model) is None:  # a replaced projector has no strength
-        strengths = config.evaluate.strengths if strengths is None else strengths
-        words = name if progress else None
-        points = curve(model, processor, small_source, small_target, strengths, progress=words, **options)
-        points = [curve_point(0.0, before), *points, curve_point(1.0, after)]
+    strengths = config.evaluate.strengths if strengths is None else strengths
+    obstacle = "the projector was replaced" if config.projector == "full" else fixed(model)
+    if obstacle is not None:
+        strengths = ()
+    options["progress"] = name if progress else None
+    points = curve(model, processor, small_source, small_target, strengths, prompts=prompts, **options)
+    at_base = AT_BASE if drifted else None
+    points = [curve_point(0.0, before, at_base), *points, curve_point(1.0, after, drifted)]
+    budget: dict[str, Any] = {}
+    if (share := config.evaluate.retain) is not None:
+        if obstacle is not None:
+            budget = within(points, share) | {"fixed": obstacle}
+        elif choosing:
+            again = curve(model, processor, *choosing, [point["strength"] for point in points], **options)
+            again = [point | other for point, other in zip(points, again, strict=True)]  # the drift is the same
+            budget = within(again, share) | {"on": "validation", "points": again}
+        else:
+            budget = within(points, share)
     training = json.loads((config.output / LOG_FILE).read_text())
     run = {
         "method": name,
@@ -101,8 +134,8 @@ def measure(
         "memory_of": training.get("memory_of"),
         "adapter_bytes": sum(path.stat().st_size for path in folder.glob("*.safetensors")),
         "trainable": training["trainable"],
-        "curve": points,
-        **({"budget": within(points, config.evaluate.retain)} if config.evaluate.retain and points else {}),
+        "curve": points if obstacle is None else [],
+        **({"budget": budget} if budget else {}),
         "training": training["history"],
         "gallery": [
             entry | {"image": os.path.relpath(entry["image"], config.output)}
@@ -112,6 +145,50 @@ def measure(
     path = config.output / RESULTS_FILE
     path.write_text(json.dumps({"schema": 1, "versions": versions(), "runs": [run]}, indent=1) + "\n")
     return path, before
+
+
+def _choosing(config: RunConfig) -> tuple[()] | tuple[list[Task], list[Task]]:
+    """Source and target tasks by which a strength is chosen; none where it is chosen on those that are measured."""
+    asked = config.evaluate
+    if not (asked.retain and asked.validation):
+        return ()
+    instead = {"source": asked.validation_source or asked.source, "target": asked.validation}
+    return held_out(config.model_copy(update={"evaluate": asked.model_copy(update=instead)}), asked.curve)
+
+
+def retained(config: RunConfig, budget: dict[str, Any]) -> str:
+    """Leave the adapter of a run at the strength that ``budget`` chose in ``adapter-retained``, as a plain LoRA.
+
+    One that an earlier budget left there goes. None is written where no strength keeps enough, where it is 1, and where
+    the adapter is no plain LoRA.
+
+    Args:
+        config: the run.
+        budget: what :func:`measure` wrote of it under ``budget``.
+
+    Returns:
+        Where the adapter of that budget is, or why there is none, in a sentence.
+
+    Raises:
+        UserError: ``adapter-retained`` is there and was not made by this.
+    """
+    adapter, out, chosen = config.output / ADAPTER, config.output / RETAINED, budget["strength"]
+    if out.exists():
+        if not (out / RECORD).is_file():
+            raise UserError(f"{out} was not made by lorasculpt eval, so it is not replaced; move it away.")
+        with tempfile.TemporaryDirectory(prefix=f".{RETAINED}-", dir=config.output) as gone:
+            out.rename(Path(gone) / RETAINED)  # at once: half of it is never there under its name
+    if chosen is None:
+        return "So no adapter of this run is there to take for that share."
+    if chosen == 1:
+        return f"That is the adapter itself: {adapter}"
+    try:
+        plain = posthoc.read(adapter)
+    except UserError as error:
+        return f"It is not written at that strength, which only a plain LoRA can be: {error}"
+    made = {"edit": "scale", "by": chosen, "retain": budget["retain"], "kept": budget["kept"]}
+    posthoc.write(posthoc.scale(plain, chosen), out, made=made)
+    return f"The adapter at that strength: {out}"
 
 
 def versions() -> dict[str, str]:

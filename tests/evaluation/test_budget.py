@@ -51,3 +51,14 @@ def test_the_base_itself_is_no_answer():
 
 def test_of_equal_targets_the_smaller_strength():
     assert within(points((0, 0.7, 0.7, 0.7), source=(1, 1, 1, 1)), 0.97)["strength"] == 0.25
+
+
+def test_on_what_it_was_chosen_and_that_there_was_no_choice():
+    budget = within(points((0.1, 0.5, 0.7, 0.9), source=(0.8, 0.8, 0.76, 0.4)), 0.95)
+    assert "(target 70.0 % on evaluate.validation) of" in told(budget | {"on": "validation"})
+    assert told(budget | {"fixed": "DoRA is so"}).endswith("keeps 95.0 %. It has no other strength than 1: DoRA is so.")
+    none = within(points((0.1, 0.5, 0.7, 0.9), drift=(0, 9, 9, 9)), 0.95) | {"on": "validation", "fixed": "so"}
+    assert told(none) == (
+        "No strength of this adapter keeps 95 % of the base's probability of its own texts on evaluate.validation. "
+        "It has no other strength than 1: so."
+    )

@@ -85,3 +85,11 @@ def test_comparison():
     }
     assert result["target"]["t"]["after"] == 0.5
     assert (result["summary"]["retention"], result["summary"]["gain"]) == (0.5, 0.5)
+
+
+def test_a_side_without_tasks_has_no_numbers():
+    numbers = summary({}, {}, {"t": [0, 1]}, {"t": [1, 1]})
+    assert (numbers["gain"], numbers["target_after"]) == (0.5, 1)
+    for name in ("source_before", "source_after", "retention", "h_mean", "average"):
+        assert math.isnan(numbers[name])
+        assert np.isnan(numbers[f"{name}_interval"]).all()

@@ -47,11 +47,17 @@ def within(points: Sequence[dict[str, Any]], retain: float) -> dict[str, Any]:
 
 
 def told(budget: dict[str, Any]) -> str:
-    """What ``within`` found, in a sentence."""
+    """What ``within`` found, in a sentence.
+
+    With ``on``, the setting whose questions it was chosen on, it names that too; with ``fixed`` it says why the adapter
+    has no strength but 1.
+    """
+    on = f" on evaluate.{budget['on']}" if "on" in budget else ""
+    only = f" It has no other strength than 1: {budget['fixed']}." if "fixed" in budget else ""
     what = "the source" if budget["by"] == "source" else "the base's probability of its own texts"
     if budget["strength"] is None:
-        return f"No strength of this adapter keeps {100 * budget['retain']:g} % of {what}."
+        return f"No strength of this adapter keeps {100 * budget['retain']:g} % of {what}{on}.{only}"
     return (
-        f"Strength {budget['strength']:g} learns the most (target {100 * budget['target']:.1f} %) of those that keep "
-        f"at least {100 * budget['retain']:g} % of {what}: it keeps {100 * budget['kept']:.1f} %."
+        f"Strength {budget['strength']:g} learns the most (target {100 * budget['target']:.1f} %{on}) of those that "
+        f"keep at least {100 * budget['retain']:g} % of {what}: it keeps {100 * budget['kept']:.1f} %.{only}"
     )

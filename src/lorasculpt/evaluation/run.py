@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from .answer import answer, choose
+from .drift import Prompt, drift
 from .score import interval, score
 from .strength import strength
 from .summary import average_interval, paired_bootstrap, summary, task_average
@@ -88,27 +89,30 @@ def curve(
     target: Sequence[Task],
     strengths: Sequence[float] = (0.25, 0.5, 0.75),
     *,
+    prompts: Sequence[Prompt] = (),
     progress: str | None = None,
     **options,
 ) -> list[dict]:
     """Source and target average with the adapter at each of ``strengths``, as the ``curve`` of a results file.
 
-    Strengths 0 and 1 are the model before and after training, which are measured anyway. ``options`` go to
-    ``evaluate``.
+    Strengths 0 and 1 are the model before and after training, which are measured anyway. Where there are ``prompts``,
+    every point has the drift on them too. ``options`` go to ``evaluate``, and to ``drift`` what it takes of them.
     """
+    of_drift = {key: value for key, value in options.items() if key != "max_new_tokens"}
     points = []
     for value in strengths:
         words = None if progress is None else f"{progress} strength {value:g}"
         with strength(model, value):
             measured = evaluate(model, processor, source, target, progress=words, **options)
-        points.append(curve_point(value, measured))
+            moved = drift(model, processor, prompts, progress=words, **of_drift) if prompts else None
+        points.append(curve_point(value, measured, moved))
     return points
 
 
-def curve_point(value: float, measured: dict) -> dict:
-    """A result of ``evaluate`` with the adapter at strength ``value`` as one point of a ``curve``.
+def curve_point(value: float, measured: dict, moved: dict | None = None) -> dict:
+    """Results of ``evaluate`` and ``drift`` with the adapter at strength ``value`` as one point of a ``curve``.
 
-    A side without tasks is left out.
+    A side without tasks is left out, and so is the drift where it is None.
     """
     point: dict = {"strength": value}
     for side in ("source", "target"):
@@ -117,7 +121,7 @@ def curve_point(value: float, measured: dict) -> dict:
         scores = _scores(measured, side)
         point[side] = task_average(scores)
         point[f"{side}_interval"] = average_interval(scores, paired_bootstrap(scores, scores)[0])
-    return point
+    return point | ({"drift": moved["value"], "drift_interval": moved["interval"]} if moved else {})
 
 
 def gallery(

@@ -16,8 +16,8 @@ Scores = Mapping[str, Sequence[float]]
 
 
 def task_average(scores: Scores) -> float:
-    """Mean of the tasks' mean scores."""
-    return float(np.mean([np.mean(values) for values in scores.values()]))
+    """Mean of the tasks' mean scores; nan without tasks."""
+    return float(np.mean([np.mean(values) for values in scores.values()])) if scores else float("nan")
 
 
 def retention(before, after):
@@ -35,7 +35,7 @@ def h_mean(source, target):
     """Harmonic mean 2ST / (S + T) of source and target average after training; 0 if both are."""
     source, target = np.asarray(source, float), np.asarray(target, float)
     total = source + target
-    return np.divide(2 * source * target, total, out=np.zeros_like(total), where=total > 0)[()]
+    return np.divide(2 * source * target, total, out=np.zeros_like(total), where=total != 0)[()]
 
 
 def average(source, target):
@@ -48,6 +48,7 @@ def paired_bootstrap(before: Scores, after: Scores, *, resamples: int = 2000, se
 
     An item's scores before and after are drawn together: a hard question is hard for both models, and a difference
     or ratio of the two rows has the smaller spread that this leaves.
+    Without tasks all are nan.
     """
     if {name: len(values) for name, values in before.items()} != {name: len(values) for name, values in after.items()}:
         raise ValueError("scores before and after must be of the same items of the same tasks")
@@ -58,7 +59,7 @@ def paired_bootstrap(before: Scores, after: Scores, *, resamples: int = 2000, se
         n = pairs.shape[1]
         for i in range(resamples):
             total[:, i] += pairs[:, rng.integers(n, size=n)].mean(axis=1)
-    return total / len(before)
+    return total / len(before) if before else np.full_like(total, np.nan)
 
 
 def bounds(draws: np.ndarray, level: float = 0.95) -> list[float]:
@@ -80,7 +81,8 @@ def summary(
     """Every number of a run with its 95 % interval under ``<name>_interval``.
 
     The intervals of retention, gain, H-mean and average are percentiles of one paired bootstrap over items (2000
-    resamples): they tell how sure the test sets make us, not how much another seed of training would change.
+    resamples): they tell how sure the test sets make us, not how much another seed of training would change. Where
+    a side has no tasks, its numbers and those that need both sides are nan.
     """
     source = paired_bootstrap(source_before, source_after, seed=seed)
     target = paired_bootstrap(target_before, target_after, seed=seed + 1)

@@ -96,7 +96,7 @@ def read(paths: Sequence[Path]) -> list[dict]:
     file says of all its runs, ``compared`` whether it is a comparison's.
 
     Raises:
-        UserError: a file is missing, is no JSON, has another schema, or lacks a part of a run.
+        UserError: a file is missing, is no JSON, has another schema, or lacks a part of a run, or a run has no source.
     """
     runs: list[dict] = []
     for path in paths:
@@ -108,6 +108,11 @@ def read(paths: Sequence[Path]) -> list[dict]:
             missing += [key for key in NUMBERS if key not in run.get("summary", NUMBERS)]
             if missing:
                 raise UserError(f"{path}: run {number} has no {missing[0]!r}; evaluate it again.")
+            if not run["source"]:
+                raise UserError(
+                    f"{path}: run {number} was measured without source tasks, and a report sets what is learned "
+                    "against what is forgotten; name evaluate.source and evaluate it again, or use lorasculpt dial."
+                )
             about = {"versions": content.get("versions", {}), "complete": content.get("complete", True)}
             about["equal_target"] = content.get("equal_target") if len(paths) == 1 else None
             about["compared"] = "table" in content

@@ -1,0 +1,154 @@
+"""A run measured without source data, and the adapter that a budget leaves."""
+
+from __future__ import annotations
+
+import json
+import sys
+
+import pico
+import pytest
+import torch
+import yaml
+from peft import PeftModel
+
+from lorasculpt import UserError, cli
+from lorasculpt.config import RunConfig
+from lorasculpt.evaluation import strength
+from lorasculpt.measure import measure, retained
+from lorasculpt.models.load import load
+from lorasculpt.train import train
+
+
+@pytest.fixture
+def run(tmp_path, pico_folder):
+    """A run of the tiny llava; a function that gives its config, changed by ``key=value``."""
+    data = pico.write_data(tmp_path / "data", n=4)
+    settings = {
+        "base": str(pico_folder("llava")),
+        "output": "out",
+        "method": {"name": "lora", "r": 4},
+        "data": {"train": str(data)},
+        "training": {"steps": 2, "batch": 2, "lr": 0.01, "precision": "fp32", "report_to": []},
+        "evaluate": {"target": [str(data)], "max_new_tokens": 2, "strengths": [0.5]},
+    }
+    path = tmp_path / "run.yaml"
+    path.write_text(yaml.safe_dump(settings))
+    return lambda *overrides: RunConfig.load(path, overrides)
+
+
+def entry(config) -> dict:
+    return json.loads(measure(config, progress=False)[0].read_text())["runs"][0]
+
+
+def said(*arguments, capsys, monkeypatch) -> tuple[int, str]:
+    """Exit code, and what one command line printed in all, in one line."""
+    monkeypatch.setattr(sys, "argv", ["lorasculpt", *map(str, arguments)])
+    with pytest.raises(SystemExit) as stop:
+        cli.main()
+    printed = capsys.readouterr()
+    return int(stop.value.code or 0), " ".join((printed.out + printed.err).split())
+
+
+def test_without_source_the_adapter_that_keeps_enough_is_left(run, tmp_path, capsys, monkeypatch):
+    config = run("evaluate.retain=0.5", "evaluate.drift=4")
+    adapter, out = train(config, progress=False), config.output / "adapter-retained"
+    file, share = tmp_path / "run.yaml", "evaluate.retain=0.5"
+    code, words = said("eval", file, share, "evaluate.drift=4", capsys=capsys, monkeypatch=monkeypatch)
+    assert code == 0, words
+    assert f"The adapter at that strength: {out}" in words  # the target is the same at both, so the smaller is taken
+    assert "chosen on the target itself" in words
+    found = json.loads((config.output / "results.json").read_text())["runs"][0]
+    assert found["source"] == {}
+    assert found["target"]
+    assert [found["summary"][key] for key in ("source_before", "retention", "h_mean", "average")] == [None] * 4
+    assert found["summary"]["gain"] is not None
+    points = found["curve"]
+    assert [point["strength"] for point in points] == [0, 0.5, 1]
+    assert points[0]["drift"] == 0 < points[1]["drift"] < points[2]["drift"] == found["drift"]["value"]
+    assert found["budget"]["by"] == "drift"
+    assert found["budget"]["strength"] == 0.5
+
+    inputs = {"input_ids": torch.arange(4, 20)[None]}
+    tuned = PeftModel.from_pretrained(load(config.base)[0], str(adapter)).eval()
+    written = PeftModel.from_pretrained(load(config.base)[0], str(out)).eval()
+    with torch.no_grad():
+        with strength(tuned, 0.5):
+            turned_down = tuned(**inputs).logits
+        torch.testing.assert_close(written(**inputs).logits, turned_down, atol=1e-5, rtol=1e-4)
+        assert not torch.allclose(tuned(**inputs).logits, turned_down, atol=1e-4)
+
+    code, words = said("report", config.output, "--out", tmp_path / "page", capsys=capsys, monkeypatch=monkeypatch)
+    assert code == 2
+    assert "measured without source tasks" in words
+    code, words = said("compare", file, share, capsys=capsys, monkeypatch=monkeypatch)
+    assert code == 2
+    assert "must name what to measure: source" in words
+
+    budget = found["budget"]
+    assert str(out) in retained(config, budget | {"strength": 0.25})  # again: it is replaced,
+    assert json.loads((out / "posthoc.json").read_text())["made"]["by"] == 0.25
+    assert {path.name for path in config.output.glob("*adapter*")} == {"adapter", "adapter-retained"}
+    assert retained(config, budget | {"strength": 1}) == f"That is the adapter itself: {adapter}"
+    assert not out.exists()  # or goes
+    retained(config, budget)
+    assert "no adapter of this run" in retained(config, budget | {"strength": None})
+    assert not out.exists()
+    out.mkdir()
+    (out / "notes.txt").write_text("mine")
+    with pytest.raises(UserError, match="was not made by lorasculpt eval"):
+        retained(config, budget)
+    assert (out / "notes.txt").read_text() == "mine"
+
+
+def test_it_is_chosen_on_validation_where_there_is_one(run, tmp_path, monkeypatch):
+    data, others = (pico.write_data(tmp_path / name, n=2) for name in ("kept", "others"))
+    config = run("evaluate.retain=0.5", "evaluate.drift=4", f"evaluate.source={data}", f"evaluate.validation={others}")
+    train(config, progress=False)
+    asked = []
+
+    def known(model, processor, source, target, **options):
+        """Half the source is lost at strength 1 on the test, and nothing on the other questions."""
+        asked.append(images := [record.images[0].parent.parent.name for task in target for record in task.records])
+        lost = len(asked) != 1 and "others" not in images
+        return {
+            "source": {"kept": measured([1.0, 1.0 - lost])},
+            "target": {"learned": measured([0.0, float(len(asked) > 1)])},
+        }
+
+    def measured(scores):
+        return {"value": sum(scores) / 2, "low": 0, "high": 1, "n": 2, "scores": scores, "answers": ["a"] * 8}
+
+    monkeypatch.setattr("lorasculpt.measure.evaluate", known)
+    monkeypatch.setattr("lorasculpt.evaluation.run.evaluate", known)
+    monkeypatch.setattr("lorasculpt.measure.gallery", lambda *_: [])
+    found = entry(config)
+    assert [set(images) for images in asked] == [{"data"}] * 3 + [{"others"}] * 3
+    assert all("drift" in point for point in [*found["curve"], *found["budget"]["points"]])
+    assert found["budget"]["on"] == "validation"
+    assert (found["budget"]["by"], found["budget"]["kept"]) == ("source", 1.0)
+
+
+def test_what_has_no_such_adapter(run):
+    routed = run("method={name: mosld, r: 4, lora_alpha: 8}", "evaluate.drift=4", "evaluate.retain=0.5")
+    train(routed, progress=False)
+    budget = entry(routed)["budget"]
+    assert budget["strength"] == 0.5
+    assert "only a plain LoRA can be" in retained(routed, budget)
+    assert not (routed.output / "adapter-retained").exists()
+
+    dora = run("method.use_dora=true", "output=dora", "evaluate.retain=0.01")
+    adapter = train(dora, progress=False)
+    found = entry(dora)
+    assert found["drift"]["n"] == 32  # as many where nothing is said
+    assert found["curve"] == []
+    assert found["budget"]["strength"] == 1
+    assert "DoRA" in found["budget"]["fixed"]
+    assert retained(dora, found["budget"]) == f"That is the adapter itself: {adapter}"
+
+    for overrides, words in (
+        ((), "without source data drift"),
+        (("evaluate.target=[]", "evaluate.drift=4"), "must name what to measure: target"),
+        (("evaluate.drift=4", "projector=full"), "projector.* is full, so there is no drift"),
+    ):
+        with pytest.raises(UserError, match=words):
+            measure(run("output=dora", *overrides), progress=False)

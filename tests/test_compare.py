@@ -871,7 +871,7 @@ def test_the_screen_shows_tests_and_rates_at_the_edge(run, capsys, monkeypatch):
     record["table"][1] |= {"memory": 1.25, "memory_bytes": 10}
     record["drift"] = {"runs": {"rho": 0.831, "low": 0.412, "high": 0.97, "n": 12}}
     record["drift"]["curve"] = {"rho": None, "low": None, "high": None, "n": 36}
-    compare.write(path, record)
+    compare.write_json(path, record)
     show(json.loads(path.read_text()))
     out = capsys.readouterr().out
     assert "against lora" in out

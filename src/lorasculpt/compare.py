@@ -34,7 +34,7 @@ from .comparison.launch import launch
 from .comparison.table import equal_target, pareto, table
 from .config import RunConfig
 from .errors import UserError
-from .measure import RESULTS_FILE, measure, versions
+from .measure import RESULTS_FILE, measure, versions, write_json
 from .report.words import duration
 from .sequence import grown, learn
 from .train import DRIFT_FILE, RUN_FILE, check_output, general, train
@@ -424,7 +424,7 @@ def compare(
     comparison = planned(config, methods, seeds, rates)
     path = out or config.output / COMPARISON_FILE
     if cluster:
-        launch(comparison, cluster, job or {}, done=lambda: write(path, comparison.record()), progress=progress)
+        launch(comparison, cluster, job or {}, done=lambda: write_json(path, comparison.record()), progress=progress)
     costs: list[tuple[tuple[str, str], float]] = []
     if progress and (left := comparison.left()):
         print(f"{len(left)} runs are to be made; what they take is told after the first.")
@@ -433,10 +433,10 @@ def compare(
         run.write()
         comparison.make(run, progress)
         costs.append((run.kind, time.monotonic() - began))
-        write(path, comparison.record())
+        write_json(path, comparison.record())
         if progress:
             print(cost(run.name, costs, [kind for _, kind in comparison.left()]))
-    return write(path, comparison.record())
+    return write_json(path, comparison.record())
 
 
 def cost(name: str, costs: Sequence[tuple[tuple[str, str], float]], left: Sequence[tuple[str, str]]) -> str:
@@ -478,12 +478,3 @@ def commands(comparison: Comparison) -> Iterator[str]:
     if waiting:
         names = ", ".join(dict.fromkeys(waiting))
         yield f"# {len(waiting)} more runs, of {names}, when what they are edits of is there: ask again then."
-
-
-def write(path: Path, found: dict[str, Any]) -> Path:
-    """``found`` as JSON, whole or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_suffix(".partial")
-    partial.write_text(json.dumps(found, indent=1) + "\n")
-    partial.rename(path)
-    return path

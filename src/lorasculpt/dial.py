@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -17,12 +16,12 @@ from .evaluation import drift, evaluate, strength
 from .evaluation.budget import within
 from .evaluation.run import curve_point
 from .evaluation.strength import fixed
-from .measure import versions
+from .measure import TEXTS, versions, write_json
 from .models.load import load
 from .train import ADAPTER, check_tasks, drift_prompts, held_out, precision
 
 DIAL_FILE = "dial.json"
-RETAIN, TEXTS = 0.97, 32  # where the run says nothing
+RETAIN = 0.97  # where the run says nothing
 
 
 def dial(
@@ -84,10 +83,7 @@ def dial(
             moved = drift(model, processor, prompts, progress=words, **options)
         points.append(curve_point(value, found) | {"drift": moved["value"], "drift_interval": moved["interval"]})
     content: dict[str, Any] = {"schema": 1, "versions": versions(), "points": points, "budget": within(points, retain)}
-    path = config.output / DIAL_FILE
-    partial = path.with_name(f".{path.name}")
-    partial.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
-    partial.replace(path)
+    path = write_json(config.output / DIAL_FILE, content)
     if plain is not None and write is not None:
         chosen = content["budget"]["strength"]
         if chosen is None:

@@ -143,8 +143,7 @@ def measure(
         ],
     }
     path = config.output / RESULTS_FILE
-    path.write_text(json.dumps({"schema": 1, "versions": versions(), "runs": [run]}, indent=1) + "\n")
-    return path, before
+    return write_json(path, {"schema": 1, "versions": versions(), "runs": [run]}), before
 
 
 def _choosing(config: RunConfig) -> tuple[()] | tuple[list[Task], list[Task]]:
@@ -195,3 +194,12 @@ def versions() -> dict[str, str]:
     """What the numbers were made with."""
     names = ("lorasculpt", "torch", "transformers", "peft", "trl", "accelerate")
     return {"python": platform.python_version(), **{name: version(name) for name in names}}
+
+
+def write_json(path: Path, content: dict[str, Any]) -> Path:
+    """``content`` as JSON, whole or not at all."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_suffix(".partial")
+    partial.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+    partial.replace(path)
+    return path

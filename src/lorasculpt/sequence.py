@@ -38,7 +38,7 @@ from .data.records import read
 from .errors import UserError
 from .evaluation import Task, evaluate
 from .evaluation.summary import task_average
-from .measure import versions
+from .measure import versions, write_json
 from .models.load import load
 from .switch import add_task
 from .train import ADAPTER, RUN_FILE, check_output, held_out, kind_of, precision, thaw_projector, train
@@ -225,9 +225,7 @@ class _Matrix:
         measured = [row["accuracy"] for row in self.record["rows"]]
         if len(measured) > len(self.tasks):
             self.record |= transfer(measured)
-        partial = self.path.with_suffix(".partial")
-        partial.write_text(json.dumps(self.record, indent=1) + "\n")
-        partial.rename(self.path)
+        write_json(self.path, self.record)
 
 
 def _asked(config: RunConfig, stage: Stage) -> Task:

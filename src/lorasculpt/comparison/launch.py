@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 import yaml
 
 from ..errors import UserError
+from ..measure import write_json
 
 if TYPE_CHECKING:
     from ..compare import Comparison
@@ -102,10 +103,7 @@ def _command(line: str) -> Any:
 
 
 def _note(comparison: Comparison, ids: dict[str, str]) -> None:
-    path = comparison.config.output / JOBS / SUBMITTED
-    partial = path.with_suffix(".partial")
-    partial.write_text(json.dumps(ids, indent=1) + "\n")
-    partial.rename(path)
+    write_json(comparison.config.output / JOBS / SUBMITTED, ids)
 
 
 def options_of(text: str | None) -> dict[str, Any]:

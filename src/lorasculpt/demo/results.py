@@ -17,6 +17,7 @@ import yaml
 
 from ..compare import Comparison, compare
 from ..config import RunConfig
+from ..measure import write_json
 from ..train import LOG_FILE
 from . import world
 from .run import METHODS, settings, write_data
@@ -90,8 +91,7 @@ def results(work: Path, path: Path, *, target: str = "digits") -> Path:
         compare(config, seeds=SEEDS, rates=RATES, out=path)
     first = next(run for run in Comparison(config, seeds=SEEDS, rates=RATES).tests() if run.label == "lorasculpt")
     found = json.loads(path.read_text()) | {"target": target, "penalty": tenth(first.config.output, SCULPT)}
-    path.write_text(json.dumps(found, indent=1) + "\n")
-    return path
+    return write_json(path, found)
 
 
 def tenth(folder: Path, method: dict[str, Any]) -> dict[str, float]:

@@ -17,12 +17,11 @@ from typing import Any
 import torch
 import yaml
 
-from ..compare import write
 from ..config import RunConfig
 from ..data.records import read
 from ..evaluation import evaluate
 from ..evaluation import tasks as grouped
-from ..measure import RESULTS_FILE, measure, versions
+from ..measure import RESULTS_FILE, measure, versions, write_json
 from ..models.load import autocast_dtype, load
 from ..sequence import learn
 from ..train import train
@@ -83,7 +82,7 @@ def knows(work: Path, path: Path) -> Path:
                 for name, entry in measured["source"].items():
                     numbers = {key: entry[key] for key in ("value", "low", "high", "n")}
                     found["tasks"].setdefault(name, {})[f"{metric}, {pictures}"] = numbers
-    return write(path, found)
+    return write_json(path, found)
 
 
 def study(work: Path, path: Path) -> Path:
@@ -100,9 +99,9 @@ def study(work: Path, path: Path) -> Path:
             items = {side: sum(task["n"] for task in entry[side].values()) for side in ("source", "target")}
             del entry["source"]
             found["runs"].append(entry | {"label": label, "items": items})
-            write(path, found)
+            write_json(path, found)
     found["complete"] = True
-    return write(path, found)
+    return write_json(path, found)
 
 
 def _measured(path: Path, made: dict[str, Any], before: dict | None) -> tuple[dict[str, Any], dict | None]:
@@ -139,7 +138,7 @@ def tasks(work: Path, path: Path) -> Path:
             made = _several(name, method)
             entry, before = _measured(work / f"together-{name}.yaml", made, before)
             found["runs"].append(entry | {"label": name})
-            write(path, found)
+            write_json(path, found)
         in_turn: dict[str, dict[str, Any]] = {
             "am_lora": {"name": "am_lora", "r": 32, "lora_alpha": 64},
             "lora": METHODS["lora"]["method"],
@@ -154,9 +153,9 @@ def tasks(work: Path, path: Path) -> Path:
             config_path.write_text(yaml.safe_dump(made, sort_keys=False))
             _, matrix = learn(RunConfig.load(config_path))
             found["sequences"].append({"method": name, "steps": TASK_STEPS // 2} | json.loads(matrix.read_text()))
-            write(path, found)
+            write_json(path, found)
     found["complete"] = True
-    return write(path, found)
+    return write_json(path, found)
 
 
 def _write_tasks(folder: Path) -> None:

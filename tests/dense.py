@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from pathlib import Path
 
 import numpy as np
 import pico
 import torch
-from contract import close, sgd, texts, train, trained
+from contract import close, equal, sgd, texts, train, trained, weights
 from peft import PeftConfig, PeftModel, get_peft_model
 from torch import nn
 
+import lorasculpt
 from lorasculpt import Clock
 from lorasculpt.adapters.update import updates
 
@@ -100,3 +102,24 @@ def check_plain(model: PeftModel) -> None:
     found = {name: update.base_weight() + update.weight() for name, update in names.items()}
     close(found, {name: base.get_submodule(name).weight for name in names}, rtol=1e-4)
     assert any(not torch.allclose(found[name], start[name], atol=1e-3) for name in names)
+
+
+def check_resumed(fresh: Callable[[], PeftModel], folder: Path) -> None:
+    """Two of five steps after a load, and again after going back in memory, end as five without a stop."""
+    windows = [[batch] for batch in texts(number=5)]
+    whole = fresh()
+    train(whole, windows)
+    model = fresh()
+    clock = Clock(model, optimizer := sgd(model))
+    train(model, windows[:3], optimizer, clock=clock)
+    held, state = weights(model), clock.state_dict()
+    model.save_pretrained(folder)
+    loaded = lorasculpt.load(pico.build("llama")[0], folder, trainable=True)
+    train(loaded, windows[3:])
+    assert equal(weights(loaded), weights(whole))
+    train(model, windows[3:], optimizer, clock=clock)
+    for name, update in updates(model).items():  # back to where it was, in memory
+        update.D.data.copy_(held[f"{name}.D"])
+    clock.load_state_dict(state)
+    train(model, windows[3:], optimizer, clock=clock)
+    assert equal(weights(model), weights(whole))

@@ -12,7 +12,7 @@ import pytest
 import torch
 import yaml
 from contract import close, equal, sgd, start, texts, train, trained, weights
-from dense import LINEARS, by_hand, check, check_plain
+from dense import LINEARS, by_hand, check, check_plain, check_resumed
 from peft import get_peft_model
 from torch import nn
 
@@ -311,23 +311,7 @@ def test_stopping_and_going_on_equals_never_stopping(select, tmp_path):
     def fresh():
         return start("llama", "full", **{"select": select, "round_steps": None, **SETTINGS[select]})[0]
 
-    windows = [[batch] for batch in texts(number=5)]
-    whole = fresh()
-    train(whole, windows)
-    model = fresh()
-    clock = Clock(model, optimizer := sgd(model))
-    train(model, windows[:3], optimizer, clock=clock)  # in the middle of a round
-    held, state = weights(model), clock.state_dict()
-    model.save_pretrained(tmp_path)
-    loaded = lorasculpt.load(pico.build("llama")[0], tmp_path, trainable=True)
-    train(loaded, windows[3:])
-    assert equal(weights(loaded), weights(whole))
-    train(model, windows[3:], optimizer, clock=clock)
-    for name, update in updates(model).items():  # back to where it was, in memory
-        update.D.data.copy_(held[f"{name}.D"])
-    clock.load_state_dict(state)
-    train(model, windows[3:], optimizer, clock=clock)
-    assert equal(weights(model), weights(whole))
+    check_resumed(fresh, tmp_path)  # in the middle of a round
 
 
 def test_a_round_that_is_forgotten_is_noticed(tmp_path):

@@ -6,13 +6,13 @@ import numpy as np
 import pico
 import pytest
 import torch
-from contract import adapt, equal, logits, sgd, start, texts, train, trained, weights
-from dense import LINEARS, by_hand, check, check_plain
+from contract import adapt, logits, sgd, start, texts, train, trained, weights
+from dense import LINEARS, by_hand, check, check_plain, check_resumed
 from peft import get_peft_model
 from torch import nn
 
 import lorasculpt
-from lorasculpt import Clock, SpiderConfig, method_logs
+from lorasculpt import SpiderConfig, method_logs
 from lorasculpt.adapters.context import Context
 from lorasculpt.adapters.dense import DenseUpdate
 from lorasculpt.adapters.method import methods_of
@@ -202,23 +202,7 @@ def test_low_memory_trains_nearly_the_same_and_keeps_less():
 
 @pytest.mark.parametrize("memory", ["full", "low"])
 def test_stopping_and_going_on_equals_never_stopping(memory, tmp_path):
-    windows = [[batch] for batch in texts(number=5)]
-    whole = start("llama", "spider", memory=memory)[0]
-    train(whole, windows)
-    model = start("llama", "spider", memory=memory)[0]
-    clock = Clock(model, optimizer := sgd(model))
-    train(model, windows[:3], optimizer, clock=clock)
-    held, state = weights(model), clock.state_dict()
-    model.save_pretrained(tmp_path)
-    loaded = lorasculpt.load(pico.build("llama")[0], tmp_path, trainable=True)
-    train(loaded, windows[3:])
-    assert equal(weights(loaded), weights(whole))
-    train(model, windows[3:], optimizer, clock=clock)
-    for name, update in updates(model).items():  # back to where it was, in memory
-        update.D.data.copy_(held[f"{name}.D"])
-    clock.load_state_dict(state)
-    train(model, windows[3:], optimizer, clock=clock)
-    assert equal(weights(model), weights(whole))
+    check_resumed(lambda: start("llama", "spider", memory=memory)[0], tmp_path)
 
 
 # --- layers ---------------------------------------------------------------------------------------------------------

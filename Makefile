@@ -41,6 +41,7 @@ results: .venv/.installed-dev
 	$(BIN)/lorasculpt demo knows
 	$(BIN)/lorasculpt demo results
 	$(BIN)/lorasculpt demo results --target flags --out results/flags.json
+	$(BIN)/lorasculpt demo results --others --out results/others.json
 	$(BIN)/lorasculpt demo tasks
 	$(BIN)/lorasculpt demo study
 	$(BIN)/python scripts/results

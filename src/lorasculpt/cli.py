@@ -388,6 +388,7 @@ def results(
     work: Annotated[Path, typer.Option(help="Where the runs go; what is done there is not done again.")] = Path("runs"),
     out: Annotated[Path, typer.Option(help="The file to write.")] = Path("results/demo.json"),
     target: Annotated[str, typer.Option(help="What is learned: digits, or flags (harder).")] = "digits",
+    others: Annotated[bool, typer.Option("--others", help="More baselines, beside LoRA and LoRASculpt.")] = False,
 ) -> None:
     """Make the project's own evidence: every method, rates chosen on validation, several seeds (many hours).
 
@@ -395,7 +396,7 @@ def results(
     """
     from .demo.results import results as go
 
-    print(f"results: {go(work, out, target=_target(target))}")
+    print(f"results: {go(work, out, target=_target(target), others=others)}")
 
 
 @demo_app.command()

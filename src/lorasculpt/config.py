@@ -202,7 +202,8 @@ class Evaluate(_Section):
         batch: Questions at a time.
         max_new_tokens: Longest answer.
         strengths: Where the curve of source against target is taken, between 0 (base) and 1 (adapter).
-        curve: Questions per task at each of these strengths. Default: those of ``limit``.
+        curve: Questions at each of these strengths: so many about the source, shared evenly by its tasks, and so many
+            about the target, whose averages are drawn. Default: ``limit`` questions of each task.
         as_task: For an adapter that knows tasks: the one as which it answers questions of tasks that it does not know,
             as those of ``source`` mostly are.
         metric: Metric of a task by its name. Default of a task: ``exact``.

@@ -99,7 +99,7 @@ def measure(
     if prompts:
         told = {key: value for key, value in options.items() if key != "max_new_tokens"}
         drifted = drift(model, processor, prompts, progress=f"{name} drift" if progress else None, **told)
-    small_source, small_target = held_out(config, config.evaluate.curve)
+    small_source, small_target = held_out(config, each=config.evaluate.curve)
     strengths = config.evaluate.strengths if strengths is None else strengths
     obstacle = "the projector was replaced" if config.projector == "full" else fixed(model)
     if obstacle is not None:
@@ -152,7 +152,7 @@ def _choosing(config: RunConfig) -> tuple[()] | tuple[list[Task], list[Task]]:
     if not (asked.retain and asked.validation):
         return ()
     instead = {"source": asked.validation_source or asked.source, "target": asked.validation}
-    return held_out(config.model_copy(update={"evaluate": asked.model_copy(update=instead)}), asked.curve)
+    return held_out(config.model_copy(update={"evaluate": asked.model_copy(update=instead)}), each=asked.curve)
 
 
 def retained(config: RunConfig, budget: dict[str, Any]) -> str:

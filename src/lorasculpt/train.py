@@ -13,13 +13,14 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import json
+import math
 import os
 import random
 import re
 import shutil
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -48,6 +49,7 @@ from .evaluation.tasks import asked_as
 from .kinds import KINDS, built, settings_of, started, words
 from .memory import Peak
 from .methods import METHODS
+from .models.head import answers_alone
 from .models.load import autocast_dtype, load
 from .models.parts import parts, target_regex
 
@@ -106,7 +108,8 @@ def train(
     (output / RUN_FILE).write_text(config.to_yaml())
     try:
         _inform(config, trainer.model, processor, records, autocast, progress)
-        trainer.train(resume_from_checkpoint=str(resume) if resume else None)
+        with nullcontext() if trainer.args.device.type == "cuda" else answers_alone(model.get_base_model()):
+            trainer.train(resume_from_checkpoint=str(resume) if resume else None)
     except (UserError, ValueError) as error:
         # some settings can only be judged once the steps are counted
         key = _setting(config, error) if isinstance(error, ValueError) else None
@@ -374,10 +377,11 @@ def precision(config: RunConfig, model: nn.Module) -> torch.dtype | None:
     return {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}[wanted]
 
 
-def held_out(config: RunConfig, limit: int | None = None) -> tuple[list[Task], list[Task]]:
-    """The source and target tasks of ``config.evaluate``, at most ``limit`` items of each.
+def held_out(config: RunConfig, limit: int | None = None, *, each: int | None = None) -> tuple[list[Task], list[Task]]:
+    """The source and target tasks of ``config.evaluate``, with at most ``limit`` questions a task.
 
-    What ``data.validation`` sets aside takes the place of the target.
+    With ``each``, the tasks of the source share about so many questions evenly, and so do those of the target. What
+    ``data.validation`` sets aside takes the place of the target.
     """
     found = []
     limit = config.evaluate.limit if limit is None else limit
@@ -385,7 +389,8 @@ def held_out(config: RunConfig, limit: int | None = None) -> tuple[list[Task], l
     for files, instead in ((config.evaluate.source, []), (config.evaluate.target, aside)):
         records = instead or [record for file in files for record in read(file, images=config.evaluate.images)]
         grouped = tasks(records)
-        kept = [dataclasses.replace(task, records=task.records[:limit]) for task in grouped]
+        count = limit if each is None or not grouped else math.ceil(each / len(grouped))
+        kept = [dataclasses.replace(task, records=task.records[:count]) for task in grouped]
         metrics = config.evaluate.metric
         found.append([dataclasses.replace(task, metric=metrics.get(task.name, task.metric)) for task in kept])
     return found[0], found[1]

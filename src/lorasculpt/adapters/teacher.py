@@ -61,9 +61,9 @@ class Teacher:
     def attach(self) -> None:
         """Listen to the forward passes from now on."""
         if not self._handles:
-            self._handles = [
-                self.model.register_forward_pre_hook(self._read, with_kwargs=True),
-                self.body.register_forward_hook(self._ask, with_kwargs=True),
+            self._handles = [  # before any hook that leaves some of the tokens out
+                self.model.register_forward_pre_hook(self._read, with_kwargs=True, prepend=True),
+                self.body.register_forward_hook(self._ask, with_kwargs=True, prepend=True),
             ]
 
     def detach(self) -> None:

@@ -81,7 +81,7 @@ def demo(out: Path, *, target: str = "digits", full: bool = False) -> list[Path]
     before = None
     with remembering():
         for name in METHODS:
-            every = {"every": STEPS // 3, "during": 20, "curve": None if full else QUICK // 2}
+            every = {"every": STEPS // 3, "during": 20, "curve": None if full else 3 * QUICK // 2}
             run = settings(name, target=target, limit=None if full else QUICK)
             run["evaluate"] |= every
             path = out / f"{name}.yaml"

@@ -18,8 +18,7 @@ from lorasculpt.adapters import carrier, clock
 from lorasculpt.adapters.context import Context
 from lorasculpt.adapters.method import methods_of
 from lorasculpt.adapters.update import Place, updates
-from lorasculpt.methods.smora import SMoRAUpdate
-from lorasculpt.ops.routing import largest
+from lorasculpt.methods.smora import SMoRAUpdate, largest
 
 ROWS, LENGTH, IN, OUT = 3, 4, 5, 4
 REAL = torch.tensor([[0, 0, 1, 1], [1, 1, 1, 1], [1, 1, 1, 0]], dtype=torch.bool)

@@ -1,19 +1,35 @@
-"""The list of methods: this is the registry. A new method is one more line here."""
+"""The list of methods: this is the registry, and what ``lorasculpt`` exports of them. A new method is added here."""
 
 from __future__ import annotations
 
-from .am_lora import AMLoRAConfig as AMLoRAConfig
-from .full import FullConfig as FullConfig
-from .loramoe import LoRAMoEConfig as LoRAMoEConfig
-from .lorasculpt import LoRASculptConfig as LoRASculptConfig
-from .lwf import LwFConfig as LwFConfig
-from .malora import MALoRAConfig as MALoRAConfig
-from .mixlora import MixLoRAConfig as MixLoRAConfig
-from .mosld import MoSLDConfig as MoSLDConfig
-from .mtl_lora import MTLLoRAConfig as MTLLoRAConfig
-from .regularized import RegularizedConfig as RegularizedConfig
-from .smora import SMoRAConfig as SMoRAConfig
-from .spider import SpiderConfig as SpiderConfig
+from .am_lora import AMLoRAConfig
+from .full import FullConfig
+from .loramoe import LoRAMoEConfig
+from .lorasculpt import LoRASculptConfig
+from .lwf import LwFConfig
+from .malora import MALoRAConfig
+from .mixlora import MixLoRAConfig
+from .mosld import MoSLDConfig
+from .mtl_lora import MTLLoRAConfig
+from .regularized import RegularizedConfig
+from .smora import SMoRAConfig
+from .spider import SpiderConfig
+
+__all__ = [
+    "METHODS",
+    "AMLoRAConfig",
+    "FullConfig",
+    "LoRAMoEConfig",
+    "LoRASculptConfig",
+    "LwFConfig",
+    "MALoRAConfig",
+    "MTLLoRAConfig",
+    "MixLoRAConfig",
+    "MoSLDConfig",
+    "RegularizedConfig",
+    "SMoRAConfig",
+    "SpiderConfig",
+]
 
 METHODS = {
     config.method: config

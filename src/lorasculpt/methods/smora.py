@@ -43,7 +43,7 @@ from ..adapters.carrier import across
 from ..adapters.layers import sharded_like
 from ..adapters.method import Method
 from ..adapters.update import Update, UpdateConfig, UpdateMethod, register_update
-from ..ops.routing import largest, scores
+from ..ops.routing import scores
 
 
 class SMoRAUpdate(Update):
@@ -80,6 +80,12 @@ class SMoRAUpdate(Update):
             v = v.masked_fill(~kept, -math.inf).softmax(-1)
         v = v.clamp_min(1e-12) * kept  # what a token takes is counted, however little it weighs
         return taken * v / v.sum(-1, keepdim=True)  # (3)
+
+
+def largest(scores: Tensor, k: int) -> Tensor:
+    """(..., groups) True for the k largest of ``scores``; where groups tie, for the first ones, on every device."""
+    first = scores.argsort(dim=-1, descending=True, stable=True)[..., :k]  # topk leaves open which of them it takes
+    return torch.zeros_like(scores, dtype=torch.bool).scatter(-1, first, True)
 
 
 class SMoRA(UpdateMethod):

@@ -62,9 +62,3 @@ def switch_balance(chosen: Tensor, probability: Tensor, tokens: Tensor) -> Tenso
     """
     share = chosen / chosen.sum().clamp_min(1e-12)
     return len(share) * (share.detach() * probability / tokens.clamp_min(1)).sum()
-
-
-def largest(scores: Tensor, k: int) -> Tensor:
-    """(..., experts) True for the k largest of ``scores``; where entries tie, for the first ones, on every device."""
-    first = scores.argsort(dim=-1, descending=True, stable=True)[..., :k]  # topk leaves open which of them it takes
-    return torch.zeros_like(scores, dtype=torch.bool).scatter(-1, first, True)

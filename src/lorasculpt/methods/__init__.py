@@ -12,7 +12,6 @@ from .mixlora import MixLoRAConfig
 from .mosld import MoSLDConfig
 from .mtl_lora import MTLLoRAConfig
 from .regularized import RegularizedConfig
-from .smora import SMoRAConfig
 from .spider import SpiderConfig
 
 __all__ = [
@@ -27,7 +26,6 @@ __all__ = [
     "MixLoRAConfig",
     "MoSLDConfig",
     "RegularizedConfig",
-    "SMoRAConfig",
     "SpiderConfig",
 ]
 
@@ -40,7 +38,6 @@ METHODS = {
         MTLLoRAConfig,
         MoSLDConfig,
         MALoRAConfig,
-        SMoRAConfig,
         AMLoRAConfig,
         SpiderConfig,
         RegularizedConfig,

@@ -32,6 +32,7 @@ from lorasculpt import (
     MoSLDConfig,
     MTLLoRAConfig,
     RegularizedConfig,
+    SMoRAConfig,
     SpiderConfig,
 )
 from lorasculpt.adapters.context import TASK_IDS
@@ -97,6 +98,12 @@ CASES: dict[str, Row] = {
         {"r": 2, "lora_alpha": 4, "lora_dropout": 0.0, "num_experts": 4, "shared_rank": 4, "balance_weight": 0.5},
         additive={"balance_weight": 0.0},
         smooth={"top_k": 4},
+    ),
+    "smora": Row(
+        SMoRAConfig,
+        {"r": 8, "lora_alpha": 4, "top_k": 4, "rank_partition": 2, "bias_rate": 0.05},
+        smooth={"top_k": 8},
+        moves=("bias",),
     ),
     "am_lora": Row(
         AMLoRAConfig,

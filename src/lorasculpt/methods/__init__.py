@@ -12,6 +12,7 @@ from .mixlora import MixLoRAConfig
 from .mosld import MoSLDConfig
 from .mtl_lora import MTLLoRAConfig
 from .regularized import RegularizedConfig
+from .smora import SMoRAConfig
 from .spider import SpiderConfig
 
 __all__ = [
@@ -26,6 +27,7 @@ __all__ = [
     "MixLoRAConfig",
     "MoSLDConfig",
     "RegularizedConfig",
+    "SMoRAConfig",
     "SpiderConfig",
 ]
 
@@ -38,6 +40,7 @@ METHODS = {
         MTLLoRAConfig,
         MoSLDConfig,
         MALoRAConfig,
+        SMoRAConfig,
         AMLoRAConfig,
         SpiderConfig,
         RegularizedConfig,

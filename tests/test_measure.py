@@ -16,7 +16,7 @@ from lorasculpt.config import RunConfig
 from lorasculpt.evaluation import strength
 from lorasculpt.measure import measure, retained
 from lorasculpt.models.load import load
-from lorasculpt.train import train
+from lorasculpt.train import held_out, train
 
 
 @pytest.fixture
@@ -152,3 +152,14 @@ def test_what_has_no_such_adapter(run):
     ):
         with pytest.raises(UserError, match=words):
             measure(run("output=dora", *overrides), progress=False)
+
+
+def test_the_tasks_of_a_side_share_the_questions_of_a_curve(run, tmp_path):
+    several = pico.write_data(tmp_path / "several", n=4, tasks=("color", "shape", "side"))
+    config = run(f"evaluate.source=[{several}]", "evaluate.limit=3")
+    source, target = held_out(config, each=4)
+    assert [len(task.records) for task in (*source, *target)] == [2, 2, 2, 4]  # 4 / 3, rounded up; and 4
+    assert [len(task.records) for group in held_out(config) for task in group] == [3, 3, 3, 3]  # those of the limit
+    config = run(f"evaluate.source=[{several}]")
+    assert [len(task.records) for group in held_out(config, each=10**6) for task in group] == [4, 4, 4, 4]
+    assert held_out(run(), each=2)[0] == []  # a side without tasks

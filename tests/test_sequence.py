@@ -6,10 +6,12 @@ import json
 import shutil
 import sys
 
+import numpy as np
 import pico
 import pytest
 import torch
 import yaml
+from peft import LoraConfig, PeftModel
 from safetensors.torch import load_file
 
 from lorasculpt import UserError, cli
@@ -18,10 +20,11 @@ from lorasculpt.adapters.load import load as load_adapter
 from lorasculpt.config import RunConfig
 from lorasculpt.measure import measure
 from lorasculpt.models.load import load
-from lorasculpt.sequence import continued, learn, stages_of, transfer
+from lorasculpt.sequence import continued, learn, placed_beside, stages_of, transfer
 from lorasculpt.train import train
 
 TASKS = ("color", "shape")
+OLORA = "{name: regularized, penalty: olora, weight: 0.5, r: 4, lora_alpha: 6}"
 
 
 @pytest.fixture
@@ -72,11 +75,12 @@ class Killed(Exception):
     pass
 
 
-@pytest.mark.parametrize("stop", [2, 4, 5])
-def test_a_killed_sequence_goes_on_as_if_it_had_never_stopped(run, monkeypatch, stop):
+@pytest.mark.parametrize(("stop", "method"), [(2, "am_lora"), (4, "am_lora"), (5, "am_lora"), (5, "olora")])
+def test_a_killed_sequence_goes_on_as_if_it_had_never_stopped(run, monkeypatch, stop, method):
     """Killed at a step of the first task, at the first step of the second, or in the middle of it."""
-    whole, expected = learn(run(), progress=False)
-    config, begun = run("output=broken", "training.save_every=1"), []
+    overrides = [f"method={OLORA}"] if method == "olora" else []
+    whole, expected = learn(run(*overrides), progress=False)
+    config, begun = run("output=broken", "training.save_every=1", *overrides), []
     original = ClockCallback.on_step_begin
 
     def kill(self, args, state, control, **kwargs):
@@ -147,6 +151,60 @@ def test_plain_lora_goes_on_from_task_to_task(run):
         assert any(not torch.equal(later[key], value) for key, value in earlier.items())
 
 
+def factors(folder) -> dict[str, tuple[np.ndarray, np.ndarray]]:
+    """A and B of every linear in an adapter folder, in fp64."""
+    saved = {key: value.double().numpy() for key, value in weights(folder).items()}
+    names = {key.rpartition(".lora_")[0]: None for key in saved}
+    return {name: (saved[f"{name}.lora_A.weight"], saved[f"{name}.lora_B.weight"]) for name in names}
+
+
+def test_with_olora_an_adapter_is_the_sum_of_a_lora_for_each_task(run):
+    """The last checkpoint of a task holds what it has trained alone."""
+    settings = [stage.model_dump(mode="json") for stage in run().data.sequence]
+    data = {"sequence": [*settings, settings[0] | {"name": "again"}]}
+    config = run(f"data={json.dumps(data)}", f"method={OLORA}", "training.save_every=3")
+    learn(config, progress=False)
+    stages = stages_of(config)
+    own = [factors(stage.output / "checkpoint-3") for stage in stages]
+    model = PeftModel.from_pretrained(load(config.base)[0], stages[2].output / "adapter")
+    assert type(model.peft_config["default"]) is LoraConfig
+    assert model.peft_config["default"].r == 12
+    for name in own[0]:
+        deltas = [6 / 4 * B @ A for A, B in (each[name] for each in own)]
+        found = model.get_submodule(name).get_delta_weight("default").numpy()
+        np.testing.assert_allclose(found, sum(deltas), atol=1e-6)
+        assert min(np.abs(delta).max() for delta in deltas) > 1e-4
+    first, second, third = (weights(stage.output / "adapter") for stage in stages)
+    starts = []
+    for key, value in first.items():  # what was learned earlier is there to the bit
+        side = 0 if "lora_A" in key else 1
+        assert torch.equal(second[key].narrow(side, 4, 4), value)
+        assert torch.equal(third[key].narrow(side, 4, 8), second[key])
+        starts.append(abs(torch.corrcoef(second[key].reshape(2, -1))[0, 1])) if side == 0 else None
+    assert max(starts) < 0.7  # a task does not begin as the one before did
+
+
+def test_with_olora_the_earlier_tasks_act_and_are_kept_off(run):
+    overlap = {}
+    for weight in (0, 0.5):
+        overrides = (f"method.weight={weight}", f"output=weight-{weight}", "training.save_every=3", "training.lr=0.03")
+        config = run(f"method={OLORA}", *overrides)
+        learn(config, progress=False)
+        first, second = stages_of(config)
+        one, two = factors(first.output / "checkpoint-3"), factors(second.output / "checkpoint-3")
+        overlap[weight] = sum(np.abs(two[name][0] @ one[name][0].T).sum() for name in one)
+    assert overlap[0.5] < 0.7 * overlap[0]
+
+    ids, earlier = torch.arange(4, 20)[None], first.output / "adapter"
+    training = placed_beside(earlier, 1)(load(config.base)[0], second).eval()
+    with torch.no_grad():
+        expected = load_adapter(load(config.base)[0], earlier).eval()(input_ids=ids).logits
+        torch.testing.assert_close(training(input_ids=ids).logits, expected)
+        training.load_adapter(second.output / "checkpoint-3", "default")
+        expected = load_adapter(load(config.base)[0], second.output / "adapter").eval()(input_ids=ids).logits
+        torch.testing.assert_close(training(input_ids=ids).logits, expected)
+
+
 @pytest.mark.parametrize(
     ("override", "part"),
     [
@@ -154,6 +212,8 @@ def test_plain_lora_goes_on_from_task_to_task(run):
         ("method.name=am_lorra", "which is no method"),
         ("method.gate=all", "method.gate is refused"),
         ("method.tasks=[color]", "method.tasks is what data.sequence says"),
+        (f"method={OLORA[:-1]}, earlier: [a]}}", "method.earlier is what data.sequence says"),
+        (f"method={OLORA[:-1]}, modules_to_save: [lm_head]}}", "method.modules_to_save is of whole modules"),
         ("data.sequence=[{name: a, train: none.jsonl, test: none.jsonl}]", "none.jsonl"),
     ],
 )

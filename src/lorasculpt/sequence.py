@@ -15,13 +15,14 @@ evaluate: {source: general/test.jsonl}
 Every task is a run of its own in ``output/<number>-<name>``, with the same settings, that goes on from the adapter of
 the task before. A method that learns sequences gets a new task each time (`lorasculpt.add_task`); of any other one
 adapter goes on from task to task, with what it has pruned or summed up, which is what such a method has to be better
-than.
+than. O-LoRA has a LoRA for each task, and ``adapter`` is the sum of those so far, a plain LoRA.
 """
 
 from __future__ import annotations
 
 import json
 import os
+import random
 import re
 import shutil
 from collections.abc import Callable, Sequence
@@ -29,10 +30,14 @@ from pathlib import Path
 from statistics import mean
 from typing import Any
 
+import torch
 from peft import PeftModel
 from torch import nn
 
+from .adapters.beside import put_beside
 from .adapters.load import load as load_adapter
+from .adapters.load import load_projector
+from .adapters.method import MethodConfig
 from .config import Data, RunConfig, Stage
 from .data.records import read
 from .errors import UserError
@@ -41,7 +46,7 @@ from .evaluation.summary import task_average
 from .measure import versions, write_json
 from .models.load import load
 from .switch import add_task
-from .train import ADAPTER, RUN_FILE, check_output, held_out, kind_of, precision, thaw_projector, train
+from .train import ADAPTER, RUN_FILE, attach, check_output, held_out, kind_of, precision, thaw_projector, train
 
 MATRIX_FILE = "matrix.json"
 
@@ -79,7 +84,11 @@ def learn(config: RunConfig, *, before: dict[str, Any] | None = None, progress: 
     try:
         for number, stage in enumerate(stages):
             earlier = stages[number - 1].output / ADAPTER if number else None
-            start = continued(earlier, names[number] if grows else None) if earlier else None
+            start = None
+            if earlier and _apart(config) is not None:
+                start = placed_beside(earlier, number)
+            elif earlier:
+                start = continued(earlier, names[number] if grows else None)
             adapter = train(stage, progress=progress, start=start)
             measured.before(before)  # the base, once; only now, so that a mistake in the file is told first
             following = names[number + 1] if grows and stage is not stages[-1] else None
@@ -95,7 +104,8 @@ def grown(config: RunConfig) -> bool:
     """Whether the adapter of ``config.method`` gets a new task each time; otherwise one goes on from task to task.
 
     Raises:
-        UserError: for a method that has to be told the task of every question, which a sequence does not.
+        UserError: for a method that has to be told the task of every question, which a sequence does not, or a setting
+            that a sequence does not leave open.
     """
     kind = kind_of(config)
     if getattr(kind, "multitask", False):
@@ -104,13 +114,29 @@ def grown(config: RunConfig) -> bool:
     grows = getattr(kind, "sequence", False)
     if grows and "tasks" in config.method:
         raise config.error("method.tasks", "is what data.sequence says; leave it out.")
+    if (own := _apart(config)) is not None:
+        for key in own:
+            if key in config.method:
+                raise config.error(f"method.{key}", "is what data.sequence says; leave it out.")
+        if config.method.get("modules_to_save"):
+            raise config.error("method.modules_to_save", "is of whole modules, of which no sum is kept; leave it out.")
     return grows
+
+
+def _apart(config: RunConfig, earlier: Sequence[str] = ()) -> dict[str, Any] | None:
+    """What `MethodConfig.apart` says: settings of a method with a LoRA for each task, None for any other."""
+    kind = kind_of(config)
+    return kind.apart(config.method, earlier) if issubclass(kind, MethodConfig) else None
 
 
 def stages_of(config: RunConfig) -> list[RunConfig]:
     """The runs of the tasks, one after the other."""
     grows = grown(config)
-    return [_stage(config, number, grows) for number in range(len(config.data.sequence))]
+    stages: list[RunConfig] = []
+    for number in range(len(config.data.sequence)):
+        earlier = [str(stage.output / ADAPTER) for stage in stages[-1:]]
+        stages.append(_stage(config, number, grows, earlier))
+    return stages
 
 
 def transfer(accuracy: Sequence[Sequence[float]]) -> dict[str, float | None]:
@@ -137,17 +163,18 @@ def transfer(accuracy: Sequence[Sequence[float]]) -> dict[str, float | None]:
     }
 
 
-def _stage(config: RunConfig, number: int, grows: bool) -> RunConfig:
-    """The run of one task."""
+def _stage(config: RunConfig, number: int, grows: bool, earlier: Sequence[str]) -> RunConfig:
+    """The run of one task, ``earlier`` being the adapter of the one before, if there is one."""
     stage = config.data.sequence[number]
-    names = [earlier.name for earlier in config.data.sequence[: number + 1]]
+    names = [known.name for known in config.data.sequence[: number + 1]]
     folder = re.sub(r"[^\w-]+", "_", stage.name)
+    own = {"tasks": names} if grows else _apart(config, earlier)
     target = config.evaluate.target or [stage.test]
     changes: dict[str, Any] = {
         "output": config.output / f"{number + 1}-{folder}",
         "evaluate": config.evaluate.model_copy(update={"target": target}),
         "data": Data(train=stage.train, images=config.data.images, limit=config.data.limit),
-        "method": config.method | ({"tasks": names} if grows else {}),
+        "method": config.method | (own or {}),
     }
     return config.model_copy(update=changes)
 
@@ -160,6 +187,20 @@ def continued(earlier: Path, task: str | None) -> Callable[[nn.Module, RunConfig
         if task is not None:
             add_task(adapted, task)
         thaw_projector(adapted, config)
+        return adapted
+
+    return start
+
+
+def placed_beside(earlier: Path, number: int) -> Callable[[nn.Module, RunConfig], PeftModel]:
+    """What gives a base a fresh adapter for the task ``number`` beside the sum of those before, which is frozen."""
+
+    def start(model: nn.Module, config: RunConfig) -> PeftModel:
+        load_projector(model, earlier)
+        # a seed of its own: with that of the run every A would begin as the first one did
+        torch.manual_seed(random.Random(f"{config.seed} {number}").getrandbits(32))
+        adapted = attach(model, config)
+        put_beside(adapted, earlier)
         return adapted
 
     return start

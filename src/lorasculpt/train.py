@@ -32,6 +32,7 @@ from transformers import TrainerCallback, set_seed
 from trl import SFTConfig, SFTTrainer
 
 from . import corda
+from .adapters.beside import beside
 from .adapters.clock import ClockCallback
 from .adapters.load import PROJECTOR_FILE
 from .adapters.method import methods_of
@@ -87,7 +88,7 @@ def train(
     if start is None:
         prepare(model, processor, named, records)
     model = (start or attach)(model, named)
-    residual = taken(model)
+    others = taken(model) or beside(model)
     autocast = precision(config, model)
     measured = [_Measure(config, model, processor, autocast)] if config.evaluate.every else []
     resume = _last_checkpoint(output)
@@ -120,7 +121,7 @@ def train(
             raise
         raise config.error(key, f"is refused: {error}") from error
     if trainer.is_world_process_zero():
-        _write(output, config, trainer, cost, residual)
+        _write(output, config, trainer, cost, others)
     return adapter
 
 
@@ -564,7 +565,7 @@ def save_projector(model: nn.Module, folder: Path) -> None:
     save_file(tensors, folder / PROJECTOR_FILE)
 
 
-def _write(output: Path, config: RunConfig, trainer: SFTTrainer, cost: _Cost, residual: dict[str, Tensor]) -> None:
+def _write(output: Path, config: RunConfig, trainer: SFTTrainer, cost: _Cost, others: dict[str, Tensor]) -> None:
     """``training.json`` and then ``adapter``, whose presence says that the run is done."""
     trained = sum(p.numel() for p in trainer.model.parameters() if p.requires_grad)
     record = cost.record() | {"steps": trainer.state.global_step, "trainable": trained}
@@ -572,8 +573,8 @@ def _write(output: Path, config: RunConfig, trainer: SFTTrainer, cost: _Cost, re
     (output / LOG_FILE).write_text(json.dumps(record, indent=1) + "\n")
     partial = output / ".partial" / ADAPTER
     trainer.model.save_pretrained(partial)
-    if residual:
-        write_plain(partial, residual)
+    if others:
+        write_plain(partial, others)
     if config.projector == "full":
         save_projector(trainer.model, partial)
     partial.rename(output / ADAPTER)

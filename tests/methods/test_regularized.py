@@ -445,7 +445,7 @@ def test_the_fisher_information_is_needed_for_training_alone(fisher, tmp_path):
         ({"weight": -1e-3}, "at least 0; got -0.001"),
         ({"weight": math.nan}, "got nan"),
         ({"weight": math.inf}, "got inf"),
-        ({"penalty": "olora"}, "give both or neither; got penalty='olora' and earlier=[]"),
+        ({"penalty": "olora"}, "give both or neither; got penalty='olora' and earlier=None"),
         ({"earlier": ["a"]}, "give both or neither; got penalty='l2' and earlier=['a']"),
         ({"penalty": "olora", "earlier": "a"}, "earlier is a list of folders; got 'a'"),
         ({"use_dora": True}, "does not support use_dora"),

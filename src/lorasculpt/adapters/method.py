@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -158,6 +159,12 @@ class MethodConfig(LoraConfig):
     def exports(cls) -> tuple[str, ...]:
         """What ``lorasculpt export`` can make of such an adapter: a plain LoRA, a merged model."""
         return "lora", "merged"
+
+    @classmethod
+    def apart(cls, settings: Mapping[str, Any], earlier: Sequence[str]) -> dict[str, Any] | None:
+        """What ``settings`` have to say besides, where each task of a sequence gets a LoRA of its own and those of the
+        tasks before, in the folders ``earlier``, stay beside it, frozen; None where it does not."""
+        return None
 
     def wants_fisher(self) -> int | None:
         """Of how many texts a run is to make the Fisher information of the base; None if none is needed, or given."""

@@ -48,15 +48,16 @@ code:
 
 * The code adds (4) in every micro-batch, so that accumulation without DeepSpeed multiplies it. Here it counts once in
   an optimizer step.
-* The code keeps the earlier LoRAs beside the new one. Here they are merged into the base before (``lorasculpt export
-  --to merged``), and what comes out is a plain LoRA.
+* The code keeps the earlier LoRAs beside the new one. So does a run of a sequence of tasks (`lorasculpt.sequence`):
+  every task gets a LoRA of its own, and what is written after each is the sum of all so far, one plain LoRA. In any
+  other run they are to be merged into the base before (``lorasculpt export --to merged``).
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar
 
@@ -87,7 +88,7 @@ class Regularized(Method):
         self._value: dict[str, float] = {}
 
     def begin(self, total_steps):
-        self.earlier = _read(self.config.earlier, self.sites)
+        self.earlier = _read(self.config.earlier or (), self.sites)
         if self.config.penalty == "ewc" and self.config.weight:
             self._read_fisher()
 
@@ -209,8 +210,9 @@ class RegularizedConfig(MethodConfig):
         penalty: "l2", "orth", "olora" or "ewc": equation (2), (3), (4) or (5).
         weight: lambda of equation (1), at least 0. No paper has one for a LoRA but that of O-LoRA, whose code takes
             0.5.
-        earlier: folders of the plain LoRAs that "olora" keeps off, relative to the working directory. They are read
-            when training begins or goes on, and the base should have them merged into it.
+        earlier: folders of the plain LoRAs that "olora" keeps off, relative to the working directory; an empty list
+            where there are none yet. They are read when training begins or goes on, and the base should have them
+            merged into it. A sequence of tasks says it by itself.
         fisher: file of F for "ewc", as ``lorasculpt.evaluation.fisher`` writes it, relative to the working directory;
             it is read when training begins or goes on. Where a run of the command line leaves it out, F is made before
             training and kept in the run's folder: of the answers in ``data.general``, or without it of texts that the
@@ -239,7 +241,7 @@ class RegularizedConfig(MethodConfig):
 
     penalty: str = "l2"
     weight: float = 1e-2
-    earlier: list[str] = field(default_factory=list)
+    earlier: list[str] | None = None
     fisher: str | None = None
     fisher_texts: int = 200
     fisher_scale: str = "mean"
@@ -252,8 +254,8 @@ class RegularizedConfig(MethodConfig):
             raise ValueError(f"weight is the weight of the penalty, at least 0; got {self.weight}.")
         if isinstance(self.earlier, str):
             raise ValueError(f"earlier is a list of folders; got {self.earlier!r}.")
-        self.earlier = [str(folder) for folder in self.earlier]
-        if (self.penalty == "olora") != bool(self.earlier):
+        self.earlier = None if self.earlier is None else [str(folder) for folder in self.earlier]
+        if self.earlier is None if self.penalty == "olora" else self.earlier:
             raise ValueError(
                 "earlier lists the LoRAs that penalty='olora' keeps off: give both or neither; "
                 f"got penalty={self.penalty!r} and earlier={self.earlier}."
@@ -268,6 +270,11 @@ class RegularizedConfig(MethodConfig):
             raise ValueError(f"fisher_texts is at least 1; got {self.fisher_texts}.")
         if self.fisher_scale not in ("mean", "raw"):
             raise ValueError(f"fisher_scale is 'mean' or 'raw'; got {self.fisher_scale!r}.")
+
+    @classmethod
+    def apart(cls, settings, earlier):
+        """As of ``MethodConfig``."""
+        return {"earlier": list(earlier)} if settings.get("penalty") == "olora" else None
 
     def wants_fisher(self):
         """As of ``MethodConfig``."""

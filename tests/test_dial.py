@@ -1,20 +1,24 @@
-"""The dial of a finished run: its curve, its choice, the adapter that it writes, and its mistakes."""
+"""The dial of a finished run: its curves, its choice, the adapter that it writes, its picture, and its mistakes."""
 
 from __future__ import annotations
 
 import json
+import shutil
 import sys
 
+import numpy as np
 import pico
 import pytest
 import torch
 import yaml
 from peft import LoraConfig, PeftModel, get_peft_model
+from safetensors.numpy import load_file, save_file
 
 from lorasculpt import UserError, cli
+from lorasculpt import dial as dialing
 from lorasculpt.config import RunConfig
-from lorasculpt.dial import dial
-from lorasculpt.evaluation import strength
+from lorasculpt.dial import dial, plot
+from lorasculpt.evaluation import drift, evaluate, strength
 from lorasculpt.evaluation.drift import _unspoken
 from lorasculpt.measure import measure
 from lorasculpt.models.load import load
@@ -83,10 +87,148 @@ def test_with_source_on_the_command_line(run, tmp_path, capsys, monkeypatch):
     found = json.loads((config.output / "dial.json").read_text())
     assert all("source" in point for point in found["points"])
     results, _ = measure(config, progress=False)
-    assert json.loads(results.read_text())["runs"][0]["budget"] == found["budget"]
+    assert json.loads(results.read_text())["runs"][0]["budget"] | {"density": None} == found["budget"]
 
 
-def test_what_has_no_dial(run, tmp_path):
+# --- pruned as well -------------------------------------------------------------------------------------------------
+
+SCULPTED = "method={name: lorasculpt, r: 4, density: 0.5, prune_step: 1}"
+
+
+@pytest.fixture
+def trained(run):
+    """Runs of the tiny llava, trained: a plain LoRA, or a sculpted one."""
+
+    def go(*overrides):
+        config = run(*overrides)
+        train(config, progress=False)
+        return config
+
+    return go
+
+
+def by_hand(adapter, out, density, by):
+    """A copy of a LoRA folder, pruned and scaled in numpy: entry by entry, from the largest down."""
+    out.mkdir()
+    shutil.copy(adapter / "adapter_config.json", out)
+    tensors = load_file(adapter / "adapter_model.safetensors")
+    for key, factor in tensors.items():
+        flat = factor.reshape(-1)
+        found = np.zeros_like(flat)
+        for i in sorted(range(flat.size), key=lambda i: -abs(flat[i]))[: int(density * flat.size)]:
+            found[i] = flat[i] * (by if ".lora_B." in key else 1)
+        tensors[key] = found.reshape(factor.shape)
+    save_file(tensors, out / "adapter_model.safetensors", metadata={"format": "pt"})
+    return out
+
+
+@torch.no_grad()
+def logits(model):
+    return model(input_ids=torch.arange(4, 40)[None]).logits
+
+
+def stock(config, folder):
+    return PeftModel.from_pretrained(load(config.base)[0], str(folder)).eval()
+
+
+@pytest.mark.parametrize("method", ["method={name: lora, r: 4}", SCULPTED])
+def test_what_is_measured_pruned_is_what_stock_peft_loads(trained, tmp_path, monkeypatch, method):
+    config = trained(method)
+    adapter, curve, models, seen = config.output / "adapter", dialing.curve, [], []
+
+    def watched(model, processor, source, target, strengths, *, prompts, progress, **options):
+        for value in strengths:
+            with strength(model, value):
+                answers = evaluate(model, processor, source, target, **options)
+                seen.append((logits(model), answers["target"], (processor, target, prompts, options)))
+        models.append(model)
+        return curve(model, processor, source, target, strengths, prompts=prompts, progress=progress, **options)
+
+    monkeypatch.setattr(dialing, "curve", watched)
+    densities = (0.5, 1, 0.125)
+    out = tmp_path / "small"
+    path, found = dial(config, retain=0.5, densities=densities, write=out, progress=False)
+    points = found["points"]
+    settings = [(point["density"], point["strength"]) for point in points]
+    assert settings == [(1, 0), (1, 0.5), (1, 1), (0.5, 0.5), (0.5, 1), (0.125, 0.5), (0.125, 1)]
+    assert json.loads(path.read_text()) == found
+
+    said = [each[0] for each in seen]
+    torch.testing.assert_close(said[0], logits(load(config.base)[0]))
+    for i, (density, by) in enumerate(settings[1:], start=1):
+        expected = stock(config, by_hand(adapter, tmp_path / f"{i}", density, by))
+        torch.testing.assert_close(said[i], logits(expected), atol=1e-5, rtol=1e-4)
+        answers, (processor, target, prompts, options) = seen[i][1:]
+        assert evaluate(expected, processor, [], target, **options)["target"] == answers
+        moved = drift(expected, processor, prompts, batch=options["batch"])
+        assert points[i]["drift"] == pytest.approx(moved["value"], rel=1e-3, abs=1e-7)
+    assert (points[3]["drift"] == points[1]["drift"]) == (method == SCULPTED)  # half of that is zero already
+    assert not torch.allclose(said[5], said[1], atol=1e-4)
+    torch.testing.assert_close(logits(models[0]), logits(stock(config, adapter)))  # it has its own factors again
+
+    chosen = found["budget"]  # the target is 0 everywhere
+    assert (chosen["strength"], chosen["density"]) == (0.5, 0.125)
+    torch.testing.assert_close(said[5], logits(stock(config, out)), atol=1e-5, rtol=1e-4)
+    assert json.loads((out / "posthoc.json").read_text())["made"] == {
+        "edit": "prune and scale",
+        "density": 0.125,
+        "adapters": [str(adapter)],
+        "by": 0.5,
+        "retain": 0.5,
+        "kept": chosen["kept"],
+    }
+
+
+def test_densities_on_the_command_line(trained, tmp_path, capsys, monkeypatch):
+    config = trained()
+
+    def call(*arguments):
+        monkeypatch.setattr(sys, "argv", ["lorasculpt", "dial", str(tmp_path / "run.yaml"), *arguments])
+        with pytest.raises(SystemExit) as stop:
+            cli.main()
+        return stop.value.code, capsys.readouterr()
+
+    code, said = call("--retain", "0.5", "--densities", "1,0.25", "--plot", str(tmp_path / "plots" / "dial.png"))
+    assert not code
+    assert "┃ density ┃" in said.out
+    assert "Strength 0.5 at density 0.25 learns the most" in said.out  # the target is 0 everywhere
+    assert (tmp_path / "plots" / "dial.png").read_bytes().startswith(b"\x89PNG")
+    assert [path.name for path in (tmp_path / "plots").iterdir()] == ["dial.png"]
+    code, said = call("--retain", "0.5")
+    assert not code
+    assert "density" not in said.out
+    before = (config.output / "dial.json").read_text()
+    for wrong, words in (
+        (("--densities", "0"), r"the densities are [0]; name one or more"),
+        (("--densities", "1,1.5"), "each above 0 and not above 1"),
+        (("--densities", "nan"), "each above 0 and not above 1"),
+        (("--densities", "half"), "--densities is 'half'; it must be numbers"),
+        (("--densities", "1,"), "--densities is '1,'; it must be numbers"),
+        (("--densities", "1e-5"), "keeps no entry"),
+        (("--plot", "dial.jpg"), "must end in .png or .svg"),
+        (("--retain", "0"), "the share to keep is 0"),
+    ):
+        code, said = call(*wrong)
+        assert code == 2
+        assert words in said.err
+        assert len(said.err.splitlines()) == 1
+    assert (config.output / "dial.json").read_text() == before
+
+
+def test_a_plot_of_what_nothing_kept(tmp_path):
+    points = [
+        {"strength": strength, "density": density, "target": target, "drift": moved}
+        for strength, density, target, moved in ((0, 1, 0.1, 0), (0.5, 0.2, 0.4, 0.1), (1, 0.2, 0.6, 0.4))
+    ]
+    budget = {"retain": 0.97, "by": "drift", "strength": None, "density": None, "kept": None, "target": None}
+    plot({"points": points, "budget": budget}, tmp_path / "dial.svg")
+    assert (tmp_path / "dial.svg").read_text().count("<svg") == 1
+
+
+# --- mistakes -------------------------------------------------------------------------------------------------------
+
+
+def test_what_has_no_dial(run, tmp_path, monkeypatch):
     with pytest.raises(UserError, match="no trained adapter"):
         dial(run(), progress=False)
     routed = run("method={name: mosld, r: 4, lora_alpha: 8}", "output=routed")
@@ -106,6 +248,12 @@ def test_what_has_no_dial(run, tmp_path):
             dial(config, progress=False)
     with pytest.raises(UserError, match="above 0"):
         dial(run(), retain=1.5, progress=False)
+    with pytest.raises(UserError, match="name one or more"):
+        dial(run(), densities=(), progress=False)
+    monkeypatch.setattr(dialing, "load", lambda _: pytest.fail("the base was loaded"))
+    for config, words in ((run("output=dora"), "sets use_dora"), (routed, "only LORA can be read here")):
+        with pytest.raises(UserError, match=words):
+            dial(config, densities=(1, 0.5), progress=False)
 
 
 def test_no_text_holds_a_mark():

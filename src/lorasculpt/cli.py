@@ -120,28 +120,44 @@ def dial(
     retain: Annotated[
         float | None, typer.Option(help="Share of the base to keep. Default: evaluate.retain, or 0.97.")
     ] = None,
+    densities: Annotated[
+        str, typer.Option(help="Shares of the entries of A and of B to keep, such as 1,0.5,0.2: the adapter pruned.")
+    ] = "1",
     write: Annotated[
-        Path | None, typer.Option(help="A new folder for the adapter at the chosen strength.", show_default=False)
+        Path | None, typer.Option(help="A new folder for the adapter at the chosen setting.", show_default=False)
     ] = None,
+    plot: Annotated[Path | None, typer.Option(help="Draw the curves into this PNG or SVG.")] = None,
 ) -> None:
-    """Show what each strength of RUN's adapter learns and keeps, and choose one; works without source tasks.
+    """Show what RUN's adapter learns and keeps, turned down and pruned, and choose; works without source tasks.
 
-    Chosen is the strength with the largest target among those that keep enough: of the source where RUN names one, or
-    else of the probability that the base gives to texts of its own (exp(-drift)).
+    It is measured at each of evaluate.strengths, with --densities pruned as well. Chosen is what has the largest target
+    among those that keep enough: of the source where RUN names one, or else of the probability that the base gives to
+    texts of its own (exp(-drift)).
     """
     from .config import RunConfig
     from .dial import dial as go
+    from .dial import plot as draw
     from .evaluation.budget import kept, told
 
-    path, found = go(RunConfig.load(run, overrides or []), retain=retain, write=write)
-    by, shares = kept(found["points"])
-    table = Table("strength", "target", "source", "drift", f"kept, by {by}")
-    for point, share in zip(found["points"], shares, strict=True):
-        cells = [f"{100 * point[side]:.1f} %" if side in point else "-" for side in ("target", "source")]
-        table.add_row(f"{point['strength']:g}", *cells, f"{point['drift']:.3f}", f"{100 * share:.1f} %")
+    try:
+        shares = [float(share) for share in densities.split(",")]
+    except ValueError:
+        raise UserError(f"--densities is {densities!r}; it must be numbers, such as 1,0.5,0.2.") from None
+    if plot and plot.suffix not in (".png", ".svg"):
+        raise UserError(f"--plot is {plot}; its name must end in .png or .svg.")
+    path, found = go(RunConfig.load(run, overrides or []), retain=retain, densities=shares, write=write)
+    several = len({point["density"] for point in found["points"]}) > 1
+    by, left = kept(found["points"])
+    table = Table("strength", *(["density"] if several else []), "target", "source", "drift", f"kept, by {by}")
+    for point, share in zip(found["points"], left, strict=True):
+        cells = [f"{point['strength']:g}", *([f"{point['density']:g}"] if several else [])]
+        cells += [f"{100 * point[side]:.1f} %" if side in point else "-" for side in ("target", "source")]
+        table.add_row(*cells, f"{point['drift']:.3f}", f"{100 * share:.1f} %")
     Console().print(table)
     print(told(found["budget"]))
-    print(f"dial: {path}" + (f"\nadapter: {write}" if write else ""))
+    if plot:
+        draw(found, plot)
+    print(f"dial: {path}" + (f"\nadapter: {write}" if write else "") + (f"\nplot: {plot}" if plot else ""))
 
 
 @app.command()

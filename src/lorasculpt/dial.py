@@ -1,21 +1,26 @@
-"""A trained run → ``dial.json``: what each strength of its adapter learns and keeps, and which one to take."""
+"""A trained run → ``dial.json``: what its adapter learns and keeps, turned down and pruned, and what to take of it."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
+import torch
 from peft import PeftConfig
+from torch import Tensor, nn
 
 from . import posthoc
+from .adapters.layers import sites
 from .adapters.load import load as load_adapter
 from .adapters.update import UpdateConfig
 from .config import RunConfig
 from .errors import UserError
-from .evaluation import drift, evaluate, strength
-from .evaluation.budget import within
-from .evaluation.run import curve_point
+from .evaluation import curve
+from .evaluation.budget import kept, within
 from .evaluation.strength import fixed
+from .inspect import Adapter
 from .measure import TEXTS, versions, write_json
 from .models.load import load
 from .train import ADAPTER, check_tasks, drift_prompts, held_out, precision
@@ -25,18 +30,25 @@ RETAIN = 0.97  # where the run says nothing
 
 
 def dial(
-    config: RunConfig, *, retain: float | None = None, write: str | Path | None = None, progress: bool = True
+    config: RunConfig,
+    *,
+    retain: float | None = None,
+    densities: Sequence[float] = (1.0,),
+    write: str | Path | None = None,
+    progress: bool = True,
 ) -> tuple[Path, dict[str, Any]]:
-    """Measure the adapter of a finished run at every strength, choose one, and write ``dial.json`` into its folder.
+    """Measure the adapter of a finished run at every setting, choose one, and write ``dial.json`` into its folder.
 
-    Target, source where the run names one, and drift (on ``evaluate.drift`` texts, or 32) are measured at 0, at
-    ``evaluate.strengths`` and at 1. The target is ``evaluate.validation`` where there is one: a strength that is chosen
-    on the test flatters the test.
+    Target, source where the run names one, and drift (on ``evaluate.drift`` texts, or 32) are measured at strength 0,
+    and for each density at ``evaluate.strengths`` and at 1. The target is ``evaluate.validation`` where there is one: a
+    setting that is chosen on the test flatters the test.
 
     Args:
         config: the run.
         retain: the share of the base to keep, in (0, 1]. Default: ``evaluate.retain``, or 0.97.
-        write: a new folder for the adapter at the strength chosen, as a plain LoRA whose B is multiplied by it.
+        densities: shares of the entries of every A and of every B to keep, in (0, 1]; the largest ones stay, as in
+            :func:`lorasculpt.posthoc.prune`. 1 is the adapter as it is, which may be sparse already.
+        write: a new folder for the adapter at what was chosen: a plain LoRA, pruned, its B multiplied by the strength.
         progress: whether to show progress bars.
 
     Returns:
@@ -44,12 +56,17 @@ def dial(
         returns.
 
     Raises:
-        UserError: there is no trained adapter or no target, the adapter has no strength, it is to be written but is no
-            plain LoRA or its folder is taken, or no strength keeps enough for writing one.
+        UserError: there is no trained adapter or no target, the adapter has no strength, it is to be pruned or written
+            but is no plain LoRA, its folder is taken, a density is out of its range or keeps no entry of some factor,
+            or no setting keeps enough for writing one.
     """
-    retain = retain or config.evaluate.retain or RETAIN
+    retain = (config.evaluate.retain or RETAIN) if retain is None else retain
     if not 0 < retain <= 1:
         raise UserError(f"the share to keep is {retain:g}; it must lie above 0 and not above 1.")
+    densities = sorted(set(densities), reverse=True)
+    if not densities or not all(0 < density <= 1 for density in densities):
+        words = ", ".join(f"{density:g}" for density in densities)
+        raise UserError(f"the densities are [{words}]; name one or more, each above 0 and not above 1.")
     folder = config.output / ADAPTER
     if not (folder / "adapter_config.json").is_file():
         raise UserError(f"{config.output} holds no trained adapter yet; run lorasculpt train first.")
@@ -57,7 +74,10 @@ def dial(
         raise config.error("projector", "is full, and a projector that was replaced has no strength to turn down.")
     if write is not None and Path(write).exists():
         raise UserError(f"{write} exists; name a folder that does not.")
-    plain = None if write is None else posthoc.read(folder)
+    pruned: dict[float, Adapter] = {}
+    if write is not None or min(densities) < 1:
+        plain = posthoc.read(folder)
+        pruned = {density: posthoc.prune(plain, density) for density in densities}
     asked = config.evaluate
     changes: dict[str, Any] = {"drift": asked.drift or TEXTS, "target": asked.validation or asked.target}
     config = config.model_copy(update={"evaluate": asked.model_copy(update=changes)})
@@ -72,21 +92,79 @@ def dial(
     if (obstacle := fixed(model)) is not None:
         raise UserError(f"{folder} cannot be turned down: {obstacle}.")
     options: dict[str, Any] = {"precision": precision(config, model), "batch": asked.batch, "as_task": asked.as_task}
-    prompts = drift_prompts(config, model, processor, options["precision"])
+    options["prompts"] = drift_prompts(config, model, processor, options["precision"])
+    options["max_new_tokens"] = asked.max_new_tokens
     points: list[dict[str, Any]] = []
-    for value in sorted({0.0, *asked.strengths, 1.0}):
-        words = f"strength {value:g}" if progress else None
-        with strength(model, value):
-            found = evaluate(
-                model, processor, source, target, max_new_tokens=asked.max_new_tokens, progress=words, **options
-            )
-            moved = drift(model, processor, prompts, progress=words, **options)
-        points.append(curve_point(value, found) | {"drift": moved["value"], "drift_interval": moved["interval"]})
-    content: dict[str, Any] = {"schema": 1, "versions": versions(), "points": points, "budget": within(points, retain)}
+    strengths = sorted({*asked.strengths, 1.0})
+    for density, turned in [(1.0, [0.0]), *((density, strengths) for density in densities)]:
+        words = "adapter" if density == 1 else f"density {density:g}"
+        with nullcontext() if density == 1 else _holding(model, pruned[density]):
+            found = curve(model, processor, source, target, turned, progress=words if progress else None, **options)
+        points += [point | {"density": density} for point in found]
+    chosen = within(points, retain)
+    content: dict[str, Any] = {"schema": 1, "versions": versions(), "points": points, "budget": chosen}
     path = write_json(config.output / DIAL_FILE, content)
-    if plain is not None and write is not None:
-        chosen = content["budget"]["strength"]
-        if chosen is None:
+    if write is not None:
+        density, by = chosen["density"], chosen["strength"]
+        if by is None:
             raise UserError(f"no strength keeps {retain:g} of the base, so {write} was not written; retain less.")
-        posthoc.write(posthoc.scale(plain, chosen), write, made={"edit": "scale", "by": chosen})
+        edit = {"edit": "scale"} if density == 1 else {"edit": "prune and scale", "density": density}
+        made = edit | {"adapters": [str(folder)], "by": by, "retain": retain, "kept": chosen["kept"]}
+        posthoc.write(posthoc.scale(pruned[density], by), write, made=made)
     return path, content
+
+
+@contextmanager
+def _holding(model: nn.Module, adapter: Adapter) -> Iterator[None]:
+    """Within the block the linears of ``model`` have the factors of ``adapter``, and afterwards their own again."""
+    own = sites(model)
+    weights = [weight for pair in adapter.pairs for weight in (own[pair.name].a.weight, own[pair.name].b.weight)]
+    before = [weight.detach().clone() for weight in weights]
+    factors = [factor for pair in adapter.pairs for factor in (pair.A, pair.B)]
+    try:
+        _fill(weights, factors)
+        yield
+    finally:
+        _fill(weights, before)
+
+
+@torch.no_grad()
+def _fill(weights: Sequence[Tensor], values: Sequence[Tensor]) -> None:
+    for weight, value in zip(weights, values, strict=True):
+        weight.copy_(value)
+
+
+def plot(content: dict[str, Any], path: str | Path) -> None:
+    """One picture, ``.png`` or ``.svg`` by the name of ``path``: target and share kept over strength.
+
+    One line for each density. A star is what was chosen, a dashed line the share that was to be kept.
+
+    Args:
+        content: of ``dial.json``.
+        path: the file; its folder is made if need be.
+    """
+    from matplotlib.figure import Figure  # slow to import, and not needed for the numbers
+
+    points, chosen = content["points"], content["budget"]
+    by, shares = kept(points)
+    base, *others = [point | {"kept": share} for point, share in zip(points, shares, strict=True)]
+    densities = list(dict.fromkeys(point["density"] for point in others))
+    figure = Figure(figsize=(6, 6), layout="constrained")
+    above, below = figure.subplots(2, 1, sharex=True)
+    for key, axes in (("target", above), ("kept", below)):
+        for density in densities:
+            line = [base, *(point for point in others if point["density"] == density)]
+            xs, ys = [point["strength"] for point in line], [100 * point[key] for point in line]
+            axes.plot(xs, ys, marker="o", markersize=4, label=f"density {density:g}")
+        if chosen["strength"] is not None:
+            axes.plot(chosen["strength"], 100 * chosen[key], "k*", markersize=12, label="chosen")
+    below.axhline(100 * chosen["retain"], color="0.5", linewidth=1, linestyle="--", zorder=0)
+    above.set(ylabel="target, %")
+    below.set(xlabel="strength", ylabel=f"kept, by {by}, %")
+    if len(densities) > 1:
+        above.legend(fontsize="small", frameon=False)
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_suffix(".partial")
+    figure.savefig(partial, format=path.suffix[1:], dpi=150)
+    partial.replace(path)

@@ -53,6 +53,29 @@ def test_of_equal_targets_the_smaller_strength():
     assert within(points((0, 0.7, 0.7, 0.7), source=(1, 1, 1, 1)), 0.97)["strength"] == 0.25
 
 
+def test_over_densities():
+    found = [{"strength": 0, "density": 1, "target": 0.1, "source": 0.8}] + [
+        {"strength": strength, "density": density, "target": target, "source": source}
+        for strength, density, target, source in (
+            (0.5, 1, 0.6, 0.80),
+            (1, 1, 0.9, 0.40),
+            (0.5, 0.5, 0.7, 0.78),
+            (1, 0.5, 0.8, 0.60),
+            (0.5, 0.2, 0.7, 0.80),
+            (1, 0.2, 0.7, 0.80),
+        )
+    ]
+    budget = within(found, 0.97)
+    assert budget == {"retain": 0.97, "by": "source", "strength": 0.5, "density": 0.2, "kept": 1, "target": 0.7}
+    assert within(found[::-1], 0.97) == budget
+    assert told(budget).startswith("Strength 0.5 at density 0.2 learns the most (target 70.0 %) of those that keep")
+    assert within(found, 0.7)["density"] == 0.5
+    assert "density" not in told(within(found, 0.4))  # of all the largest target: strength 1 as it is
+    none = within(found[:3], 1.1)
+    assert (none["strength"], none["density"]) == (None, None)
+    assert told(none).startswith("No strength of this adapter keeps")
+
+
 def test_on_what_it_was_chosen_and_that_there_was_no_choice():
     budget = within(points((0.1, 0.5, 0.7, 0.9), source=(0.8, 0.8, 0.76, 0.4)), 0.95)
     assert "(target 70.0 % on evaluate.validation) of" in told(budget | {"on": "validation"})

@@ -1,4 +1,4 @@
-"""A budget for forgetting: of an adapter's strengths, the one that learns the most and keeps enough. No torch."""
+"""A budget for forgetting: of an adapter's settings, the one that learns the most and keeps enough. No torch."""
 
 from __future__ import annotations
 
@@ -28,22 +28,26 @@ def kept(points: Sequence[dict[str, Any]]) -> tuple[str, list[float]]:
 def within(points: Sequence[dict[str, Any]], retain: float) -> dict[str, Any]:
     """The point with the largest target among those above strength 0 that keep at least ``retain``.
 
-    Of equal targets the smaller strength is taken. Shares are compared as measured, without their intervals.
+    Of equal targets the smaller strength is taken, then the smaller density. Shares are compared as measured, without
+    their intervals.
+
+    Args:
+        points: as :func:`kept` takes them; those of several densities, where they carry one, together.
+        retain: the share to keep, in (0, 1].
 
     Returns:
-        ``retain``, ``by``, and ``strength``, ``kept`` and ``target`` of the point, which are None if none keeps enough.
+        ``retain``, ``by``, and of the point ``strength``, ``density`` where points carry one, ``kept`` and ``target``,
+        which are None if none keeps enough.
     """
     by, shares = kept(points)
-    enough = [(p["target"], -p["strength"], s) for p, s in zip(points, shares, strict=True) if p["strength"] > 0]
-    enough = [found for found in enough if found[2] >= retain]
-    target, turned, share = max(enough) if enough else (None, None, None)
-    return {
-        "retain": retain,
-        "by": by,
-        "strength": None if turned is None else -turned,
-        "kept": share,
-        "target": target,
-    }
+    settings = ("strength", "density") if "density" in points[0] else ("strength",)
+    enough = [
+        point | {"kept": share}
+        for point, share in zip(points, shares, strict=True)
+        if point["strength"] > 0 and share >= retain
+    ]
+    best = max(enough, key=lambda point: (point["target"], *(-point[key] for key in settings)), default={})
+    return {"retain": retain, "by": by} | {key: best.get(key) for key in (*settings, "kept", "target")}
 
 
 def told(budget: dict[str, Any]) -> str:
@@ -57,7 +61,8 @@ def told(budget: dict[str, Any]) -> str:
     what = "the source" if budget["by"] == "source" else "the base's probability of its own texts"
     if budget["strength"] is None:
         return f"No strength of this adapter keeps {100 * budget['retain']:g} % of {what}{on}.{only}"
+    pruned = f" at density {budget['density']:g}" if budget.get("density", 1) != 1 else ""
     return (
-        f"Strength {budget['strength']:g} learns the most (target {100 * budget['target']:.1f} %{on}) of those that "
-        f"keep at least {100 * budget['retain']:g} % of {what}: it keeps {100 * budget['kept']:.1f} %.{only}"
+        f"Strength {budget['strength']:g}{pruned} learns the most (target {100 * budget['target']:.1f} %{on}) of those "
+        f"that keep at least {100 * budget['retain']:g} % of {what}: it keeps {100 * budget['kept']:.1f} %.{only}"
     )

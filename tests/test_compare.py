@@ -15,6 +15,7 @@ import pico
 import pytest
 import torch
 import yaml
+from safetensors.torch import load_file
 
 from lorasculpt import UserError, cli, compare, posthoc, sequence
 from lorasculpt import train as training
@@ -401,6 +402,103 @@ def test_sequences_are_compared_at_one_rate(run, tmp_path, capsys, monkeypatch):
     assert code == 0, err
     assert "forward" in out
     assert out.count("after shape") == 2
+
+
+def test_the_rates_of_sequences_are_chosen_by_what_is_left_of_all_tasks_on_their_validation_files(
+    run, monkeypatch, tmp_path
+):
+    files = {
+        (task, kind): pico.write_data(tmp_path / kind / task, n=2, tasks=[task])
+        for task in ("color", "shape")
+        for kind in ("train", "test", "validation")
+    }
+    other = pico.write_data(tmp_path / "other", n=2)
+    stages = [
+        {"name": task} | {kind: str(files[task, kind]) for kind in ("train", "test", "validation")}
+        for task in ("color", "shape")
+    ]
+    apart = {"name": "regularized", "penalty": "olora", "weight": 0.5, "r": 2}
+    config = run(
+        f"data={json.dumps({'sequence': stages})}",
+        f"methods={json.dumps({'apart': apart, 'both': apart | {'lr': 'apart', 'by': 'h_mean'}})}",
+        *("evaluate.target=[]", "training.steps=1", f"evaluate.validation_source={other}"),
+    )
+    # of the first trial the mean over stages is better, of the second what it ends with; the source is the other way
+    scores = iter(
+        [
+            *([0.0, 0.0, 0.9], [0.9, 0.9, 0.9], [0.4, 0.4, 0.8]),
+            *([0.1, 0.1, 0.2], [0.5, 0.4, 0.1]),
+            *([0.0, 0.0, 0.9], [0.2, 0.2, 0.2], [0.3, 0.3, 0.3]),
+            *([0.2, 0.2, 0.2], [0.3, 0.3, 0.3]),
+        ]
+    )
+    asked = []
+
+    def answered(model, processor, source, tasks, **options):
+        records = [record for task in (*source, *tasks) for record in task.records]
+        asked.append({Path(record.where.rpartition(":")[0]) for record in records})
+        *each, kept = next(scores)
+        return {
+            "source": {task.name: {"scores": [kept]} for task in source},
+            "target": {task.name: {"value": value} for task, value in zip(tasks, each, strict=True)},
+        }
+
+    monkeypatch.setattr(sequence, "evaluate", answered)
+    lines = list(commands(planned(config, seeds=1, rates=[0.001, 0.01])))
+    assert [line.rsplit("/", 1)[-1] for line in lines[:2]] == ["apart-lr0.001-seed0.yaml", "apart-lr0.01-seed0.yaml"]
+    assert lines[2].startswith("# 2 more runs, of apart, both")
+    record = json.loads(compare.compare(config, seeds=1, rates=[0.01, 0.001], progress=False).read_text())
+    assert next(scores, None) is None
+    assert record["complete"]
+    trial, test = ({files["color", kind], files["shape", kind]} for kind in ("validation", "test"))
+    assert asked == [trial | {other}] * 5 + [test | {tmp_path / "test" / "train.jsonl"}] * 5
+    assert record["rates"] == {
+        "apart": {
+            "validation": {
+                "0.001": {
+                    "source_before": 0.9,
+                    "source_after": 0.8,
+                    "target_after": 0.4,
+                    "h_mean": pytest.approx(2 * 0.8 * 0.4 / (0.8 + 0.4)),
+                },
+                "0.01": {
+                    "source_before": 0.9,
+                    "source_after": 0.1,
+                    "target_after": 0.45,
+                    "h_mean": pytest.approx(2 * 0.1 * 0.45 / (0.1 + 0.45)),
+                },
+            },
+            "chosen": 0.01,
+        },
+        "both": {"validation": {}, "chosen": 0.001, "like": "apart", "by": "h_mean"},
+    }
+    assert [(made["label"], made["lr"], made["last"]) for made in record["sequences"]] == [
+        ("apart", 0.01, 0.3),
+        ("both", 0.001, 0.3),
+    ]
+    adapter = load_file(
+        config.output / "test" / "apart-lr0.01-seed0" / "2-shape" / "adapter" / "adapter_model.safetensors"
+    )
+    assert {len(value) for key, value in adapter.items() if "lora_A" in key} == {4}
+
+
+def test_a_sequence_is_validated_whole_and_on_other_files_than_it_is_tested_on(run):
+    def data(*validation):
+        stages = [{"name": f"{n}", "train": "a", "test": f"test{n}"} for n in range(2)]
+        return (
+            f"data={json.dumps({'sequence': [stage | more for stage, more in zip(stages, validation, strict=True)]})}"
+        )
+
+    with pytest.raises(UserError, match=r"data has a sequence with validation, but none for '1'; give it to all tasks"):
+        run(data({"validation": "b"}, {}))
+    config = run(data({"validation": "b"}, {"validation": "test0"}))
+    with pytest.raises(UserError, match=r"override '.*': data\.sequence\.1\.validation is a file that is tested on"):
+        planned(config, ["lora"])
+    config = run(data({"validation": "b"}, {"validation": "c"}))
+    assert [trial.rate for trial in planned(config, ["lora"]).trials()] == list(compare.RATES)
+    assert planned(config, ["lora"], rates=[0.1]).trials() == []
+    with pytest.raises(UserError, match="--rates must be one to three"):
+        planned(config, ["lora"], rates=[1, 2, 3, 4])
 
 
 @pytest.mark.parametrize(

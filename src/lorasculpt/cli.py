@@ -173,7 +173,7 @@ def compare(
         str | None,
         typer.Option(
             help="One to three learning rates; each method gets the one that is best for it. Default: "
-            "2e-4,5e-4,1.5e-3; of a sequence training.lr.",
+            "2e-4,5e-4,1.5e-3; of a sequence without validation training.lr.",
             show_default=False,
         ),
     ] = None,
@@ -209,7 +209,7 @@ def compare(
 
     Learning rates are chosen on evaluate.validation (default: a tenth of the training rows), never on the test.
     PEFT's own (dora, pissa, osf, ...: see lorasculpt methods) are methods too. Where data is a sequence, tasks are
-    learned in turn, at one rate.
+    learned in turn, at the rate that does best on the validation file of each, or at one where they name none.
     """
     from . import compare as comparing
     from .comparison import sequences, table

@@ -8,7 +8,7 @@
 
 Everything but the method is the same: data, their order, steps, evaluation. The validation set is
 ``evaluate.validation``, or else a tenth of the training rows, set aside by a hash of each and not trained on while
-rates are chosen. The test set chooses nothing.
+rates are chosen; of tasks in turn it is ``validation`` of each. The test set chooses nothing.
 
 Every run is an ordinary run in its own folder under ``output``, with its YAML file beside it. What is there already is
 not done again: a comparison that was stopped goes on, and runs may be made elsewhere (:func:`commands`).
@@ -130,6 +130,17 @@ class Comparison:
 
     def trials(self) -> list[Run]:
         """The runs that choose the rates; none where there is one rate."""
+        return [
+            self._run("validation", label, rate, self.config.seed)
+            for label, what in self.labels.items()
+            if len(what.rates) > 1
+            for rate in what.rates
+        ]
+
+    def _asked(self, group: str) -> tuple[dict[str, Any], dict[str, Any]]:
+        """What the runs of a group, ``"validation"`` or ``"test"``, have of their own in ``data`` and ``evaluate``."""
+        if group == "test":
+            return {"validation": None}, TESTED
         config = self.config
         share = None if config.evaluate.validation else config.data.validation or SHARE
         changes = TESTED | {
@@ -139,15 +150,11 @@ class Comparison:
             "target": config.evaluate.validation or config.evaluate.target,
             "source": config.evaluate.validation_source or config.evaluate.source,
         }
-        return [
-            self._run("validation", label, rate, config.seed, share, changes)
-            for label, what in self.labels.items()
-            if len(what.rates) > 1
-            for rate in what.rates
-        ]
+        return {"validation": share}, changes
 
-    def _run(self, group: str, label: str, rate: float, seed: int, share: float | None, changes: dict[str, Any]) -> Run:
+    def _run(self, group: str, label: str, rate: float, seed: int) -> Run:
         config, what = self.config, self.labels[label]
+        data, changes = self._asked(group)
 
         def folder(label: str | None) -> Path:
             return config.output / group / f"{label}-lr{rate:g}-seed{seed}"
@@ -157,7 +164,7 @@ class Comparison:
             what.method,
             seed=seed,
             output=folder(label),
-            data=config.data.model_copy(update={"validation": share, "replay": what.replay}),
+            data=config.data.model_copy(update=data | {"replay": what.replay}),
             training=config.training.model_copy(update={"lr": rate}),
             evaluate=config.evaluate.model_copy(update=changes),
         )
@@ -212,11 +219,10 @@ class Comparison:
         It is the one that is best ``by`` the target, or by the number that the label names. A label that takes the rate
         of another, or chooses among its trials, says of which: ``like``.
         """
-        shown = ("source_before", "source_after", "target_after", "h_mean")
         scores: dict[str, dict[float, dict]] = {label: {} for label in self.labels}
         for run in self.trials():
             if (result := self.result(run)) is not None:
-                scores[run.label][run.rate] = {key: result["summary"][key] for key in shown}
+                scores[run.label][run.rate] = self._scores(result)
         found: dict[str, dict[str, Any]] = {}
         for label, what in self.labels.items():
             tried, rate = scores[label], what.rates[0] if len(what.rates) == 1 else None
@@ -234,6 +240,10 @@ class Comparison:
                 found[label] |= {"by": what.by}
         return found
 
+    def _scores(self, result: dict[str, Any]) -> dict[str, float]:
+        """What a trial says of its rate."""
+        return {key: result["summary"][key] for key in ("source_before", "source_after", "target_after", "h_mean")}
+
     def tests(self) -> list[Run]:
         """The runs at the rates that are chosen already: every label with the first seed before any with the next.
 
@@ -241,9 +251,7 @@ class Comparison:
         """
         chosen = {label: found["chosen"] for label, found in self.rates_of().items()}
         return [
-            self._run("test", label, chosen[label], seed, None, TESTED)
-            for label, seed in self._wanted()
-            if chosen[label] is not None
+            self._run("test", label, chosen[label], seed) for label, seed in self._wanted() if chosen[label] is not None
         ]
 
     def _wanted(self) -> list[tuple[str, int]]:
@@ -319,10 +327,11 @@ class Comparison:
 
 
 class Sequences(Comparison):
-    """The same of tasks learned in turn (`lorasculpt.sequence`), at one learning rate.
+    """The same of tasks learned in turn (`lorasculpt.sequence`).
 
-    The source is measured, the target is that of each task. Nothing is chosen on a validation set, since a sequence has
-    none: a label has the rate that it says, or the one of ``rates`` (default: ``training.lr``).
+    The source is measured, the target is that of each task. Where these have ``validation``, a trial is the whole
+    sequence, asked that, and the target that it reaches is ``last``. Otherwise nothing is chosen: a label has the rate
+    that it says, or the one of ``rates`` (default: ``training.lr``).
 
     Raises:
         UserError: also for a label that learns no sequence, or that a sequence cannot be learned as it says.
@@ -331,9 +340,10 @@ class Sequences(Comparison):
     def __init__(self, config, methods=None, seeds=3, rates=None):
         super().__init__(config, methods, seeds, rates)
         for label, what in self.labels.items():
-            if len(what.rates) > 1:
+            if len(what.rates) > 1 and not self._validated(config):
                 place = f"methods.{label}" if "rates" in config.methods.get(label, {}) else "data.sequence"
-                raise config.error(place, "has no validation set to choose a learning rate on; give one rate.")
+                words = "has no validation set to choose a learning rate on; give one rate, or each task such a file."
+                raise config.error(place, words)
             if what.edit or what.replay:
                 key = "edit" if what.edit else "replay"
                 raise config.error(f"methods.{label}.{key}", "is not for a sequence; remove the label.")
@@ -342,9 +352,27 @@ class Sequences(Comparison):
     def _check(self, config):
         if not config.evaluate.source:
             raise config.error("evaluate", "must name source, which is to be kept; the target is that of each task.")
+        tests = [stage.test for stage in config.data.sequence]
+        for number, stage in enumerate(config.data.sequence):
+            if stage.validation in tests:
+                place = f"data.sequence.{number}.validation"
+                raise config.error(place, "is a file that is tested on; rates may not be chosen on it.")
+
+    def _validated(self, config):
+        return all(stage.validation for stage in config.data.sequence)
 
     def _rates(self, config):
-        return [config.training.lr]
+        return RATES if self._validated(config) else [config.training.lr]
+
+    def _asked(self, group):
+        stages = [
+            stage.model_copy(update={"test": stage.test if group == "test" else stage.validation, "validation": None})
+            for stage in self.config.data.sequence
+        ]
+        return {"sequence": stages}, super()._asked(group)[1]
+
+    def _scores(self, result):
+        return sequences.scores(result)
 
     def _read(self, run):
         found = sequences.entry(run.config)
@@ -353,8 +381,9 @@ class Sequences(Comparison):
         return found
 
     def make(self, run, progress=True):
-        _, path = learn(run.config, before=self._before.get("test"), progress=progress)
-        self._before["test"] = json.loads(path.read_text())["rows"][0]
+        group = run.config.output.parent.name
+        _, path = learn(run.config, before=self._before.get(group), progress=progress)
+        self._before[group] = json.loads(path.read_text())["rows"][0]
 
     def command(self, run):
         return f"lorasculpt train {shlex.quote(str(run.write()))}"

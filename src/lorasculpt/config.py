@@ -78,11 +78,14 @@ class Stage(_Section):
         name: Of the task.
         train: Data file.
         test: Data file of what is asked after this task and after every other.
+        validation: Data file like ``test``, with other questions: by these ``lorasculpt compare`` chooses learning
+            rates. All tasks of a sequence have one, or none. Default: none.
     """
 
     name: Annotated[str, Field(min_length=1)]
     train: RelativePath
     test: RelativePath
+    validation: RelativePath | None = None
 
 
 class Data(_Section):
@@ -127,6 +130,11 @@ class Data(_Section):
         twice = next((name for name in names if names.count(name) > 1), None)
         if twice:
             raise ValueError(f"has a sequence with two tasks {twice!r}; rename one")
+        bare = [stage.name for stage in self.sequence if stage.validation is None]
+        if 0 < len(bare) < len(names):
+            raise ValueError(
+                f"has a sequence with validation, but none for {bare[0]!r}; give it to all tasks or to none"
+            )
         return self
 
 

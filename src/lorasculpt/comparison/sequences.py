@@ -12,11 +12,12 @@ from rich.table import Table
 
 from ..config import RunConfig
 from ..evaluation.student import mean_interval, paired
+from ..evaluation.summary import h_mean
 from ..report.results import REFERENCE
 from ..report.words import size
 from ..sequence import MATRIX_FILE, stages_of
 from ..train import ADAPTER, LOG_FILE
-from .table import cell, costs, grouped, ratio, tested
+from .table import cell, costs, grouped, ratio, tell_ends, tested
 
 NUMBERS = {
     "last": "Last",
@@ -61,6 +62,17 @@ def entry(config: RunConfig) -> dict[str, Any] | None:
         "trainable": logs[-1]["trainable"],
         "adapter_bytes": sum(file.stat().st_size for file in (stages[-1].output / ADAPTER).glob("*.safetensors")),
         "versions": found["versions"],
+    }
+
+
+def scores(entry: dict[str, Any]) -> dict[str, float]:
+    """What an entry says of its learning rate, in the words of a single task; the target is ``last``."""
+    before, after, last = entry["source_before"], entry["source_after"], entry["last"]
+    return {
+        "source_before": before,
+        "source_after": after,
+        "target_after": last,
+        "h_mean": float(h_mean(after, last)),
     }
 
 
@@ -119,5 +131,6 @@ def show(record: dict[str, Any]) -> None:
         "stages of those\nlearned by then; backward: what later tasks did to earlier ones; forward: what earlier tasks "
         f"did for later ones; time and memory in those of {REFERENCE}."
     )
+    tell_ends(record["rates"])
     if not record["complete"]:
         print(f"{len(record['missing'])} runs are still missing.")

@@ -155,13 +155,18 @@ def show(record: dict[str, Any]) -> None:
         words = {"runs": "runs", "curve": "points of curves"}
         told = ", ".join(_ranked(record["drift"][key], words[key]) for key in words if record["drift"][key])
         print(f"Drift and the source lost, Spearman's rank correlation (95 % interval): {told}.")
-    for label, rates in record["rates"].items():
-        tried = [float(rate) for rate in rates["validation"]]
-        for end, best, beyond in ((min, "smallest", "smaller"), (max, "largest", "larger")):
-            if tried and rates["chosen"] == end(tried):
-                print(f"{label}: of the learning rates the {best} did best; a {beyond} one may do better.")
+    tell_ends(record["rates"])
     if not record["complete"]:
         print(f"{len(record['missing'])} runs are still missing.")
+
+
+def tell_ends(rates: dict[str, dict[str, Any]]) -> None:
+    """Print which labels have a learning rate at the end of those that were tried."""
+    for label, found in rates.items():
+        tried = [float(rate) for rate in found["validation"]]
+        for end, best, beyond in ((min, "smallest", "smaller"), (max, "largest", "larger")):
+            if tried and found["chosen"] == end(tried):
+                print(f"{label}: of the learning rates the {best} did best; a {beyond} one may do better.")
 
 
 def cell(found: dict[str, float | None], unit: int = 100, digits: int = 1) -> str:

@@ -33,6 +33,13 @@ def test_a_drawing_that_looks_like_a_training_drawing_is_not_held_out(families):
     assert {item.image for item in world.source_items("train")} == {"emoji/father.png"}
 
 
+def test_a_definition_that_training_has_for_another_word_is_not_held_out(monkeypatch):
+    found = (("diary", "a daily record", "train"), ("journal", "a daily record", "test"), ("ledger", "of sums", "test"))
+    monkeypatch.setattr(world, "definitions", lambda: found)
+    assert world.words("train") == [("diary", "a daily record")]
+    assert world.words("test") == [("ledger", "of sums")]
+
+
 @pytest.mark.parametrize("split", ["train", "validation", "test"])
 def test_the_flags_of_a_split_are_of_one_hand_and_in_ways_of_holding_that_no_other_has(split, monkeypatch):
     monkeypatch.setattr(world, "flags", lambda: (("1f1eb-1f1f7", "France"), ("1f1ef-1f1f5", "Japan")))

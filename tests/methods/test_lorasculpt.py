@@ -211,12 +211,17 @@ def test_rescaling_keeps_the_norm_of_every_factor():
         assert int(torch.count_nonzero(weight)) == int(0.25 * weight.numel())
 
 
-def test_without_rescaling_the_energy_lost_is_told():
-    dense, model = llama(prune_step=50), llama(prune_step=1)
-    for each in (dense, model):
+def test_the_share_of_the_update_that_pruning_took_is_told():
+    """Of the products B A, not of their factors, and before any rescaling."""
+    dense, model, rescaled = llama(prune_step=50), llama(prune_step=1), llama(prune_step=1, rescale=True)
+    energy = []
+    for each in (dense, model, rescaled):
         train(each, [texts()])
-    energy = [sum(float(w.double().square().sum()) for w in weights(each).values()) for each in (model, dense)]
-    assert method_logs(model)["pruned_energy"] == pytest.approx(1 - energy[0] / energy[1], rel=1e-5)
+        found = weights(each)
+        pairs = [(found[key], found[f"{key.removesuffix('.B')}.A"]) for key in found if key.endswith(".B")]
+        energy.append(sum(float((B.double() @ A.double()).square().sum()) for B, A in pairs))
+    for each in (model, rescaled):
+        assert method_logs(each)["pruned_energy"] == pytest.approx(1 - energy[1] / energy[0], rel=1e-4)
 
 
 # --- the penalty ----------------------------------------------------------------------------------------------------

@@ -68,7 +68,7 @@ class Questions:
         self.rng, self.text = rng, recipe.text
         self.things = [thing for thing in world.emoji() if thing.split == "train"]
         self.names = sorted({thing.name for thing in self.things if thing.named})
-        self.entries = [(word, gloss) for word, gloss, split in world.definitions() if split == "train"]
+        self.entries = world.words("train")
         self.words = [word for word, _ in self.entries]
 
     def picture(self, thing: Emoji, image: str) -> Item:
@@ -161,7 +161,7 @@ def accuracy(model, tokenizer, pairs: list[tuple[Item, Tensor | None]], bf16: bo
 @torch.no_grad()
 def definition_nll(model, tokenizer, split: str, bf16: bool, n: int = 400) -> float:
     """Mean negative log-likelihood, in nats a token, of ``n`` WordNet definitions given their words."""
-    entries = [(word, gloss) for word, gloss, where in world.definitions() if where == split][:n]
+    entries = world.words(split)[:n]
     total, count = 0.0, 0
     for i in range(0, len(entries), 48):
         items = [Item("meaning", f"What does '{word}' mean?", gloss) for word, gloss in entries[i : i + 48]]

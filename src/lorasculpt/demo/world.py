@@ -209,6 +209,12 @@ def definitions() -> tuple[tuple[str, str, str], ...]:
     return tuple(found)
 
 
+def words(split: str) -> list[tuple[str, str]]:
+    """(word, definition) of ``split``: none that is held out has the definition of a word in training."""
+    trained = {gloss for _, gloss, where in definitions() if where == "train"} if split != "train" else set()
+    return [(word, gloss) for word, gloss, where in definitions() if where == split and gloss not in trained]
+
+
 # --- questions about one thing ------------------------------------------------------------------------------------
 
 
@@ -253,7 +259,7 @@ def pick_word(word: str, gloss: str, words: list[str], rng: random.Random) -> It
 def source_items(split: str, seed: int = 0) -> list[Item]:
     """Every source question of ``split``: four about each drawing, one about each of at most 500 words.
 
-    None that is held out is about a drawing which has a twin in training.
+    None that is held out is about a drawing which has a twin in training, or a definition which has.
     """
     rng = random.Random(f"source {split} {seed}")
     things = [thing for thing in emoji() if thing.split == split]
@@ -267,9 +273,9 @@ def source_items(split: str, seed: int = 0) -> list[Item]:
             items.append(yes_no(thing, image, names, rng))
         if thing.kind:
             items.append(pick_kind(thing, image, rng))
-    entries = [(word, gloss) for word, gloss, where in definitions() if where == split]
-    words = [word for word, _ in entries]
-    items += [pick_word(word, gloss, words, rng) for word, gloss in rng.sample(entries, min(500, len(entries)))]
+    entries = words(split)
+    names = [word for word, _ in entries]
+    items += [pick_word(word, gloss, names, rng) for word, gloss in rng.sample(entries, min(500, len(entries)))]
     rng.shuffle(items)
     return [item for item in items if item.image not in twins()]
 

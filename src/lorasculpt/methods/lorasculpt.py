@@ -67,7 +67,7 @@ class Sculpt(Method):
         super().__init__(config, model, adapter)
         self.prune_step: int | None = None if isinstance(config.prune_step, float) else config.prune_step
         self.pruned = False
-        self.removed: float | None = None  # share of the energy that pruning took, where it is known
+        self.removed: float | None = None  # share of the update's energy that pruning took, where it is known
         self._squared: dict[str, Tensor] = {}
         self._norms: dict[str, Tensor] = {}
         self._cmr: dict[str, float] = {}
@@ -114,18 +114,25 @@ class Sculpt(Method):
     @torch.no_grad()
     def prune(self) -> None:
         """Equation (2), once: keep the largest entries of every A and B and zero the others."""
-        before = after = 0.0
+        before = self._energy()
         for leaf, density in self._leaves():
-            weight = full(leaf.weight)
-            leaf.mask.copy_(magnitude_mask(weight, density))
-            energy, left = weight.float().square().sum(), (weight * leaf.mask).float().square().sum()
-            before, after = before + float(energy), after + float(left)
-            if self.config.rescale:
-                gain = (energy / left).sqrt() if left > 0 else torch.ones_like(left)
-                leaf.weight.mul_(gain.to(leaf.weight.dtype))
-        self.removed = 1 - after / before if before else 0.0
+            leaf.mask.copy_(magnitude_mask(full(leaf.weight), density))
+        self.removed = 1 - self._energy() / before if before else 0.0
+        for leaf, _ in self._leaves() if self.config.rescale else ():
+            weight = full(leaf.weight).float()
+            energy, left = weight.square().sum(), (weight * leaf.mask).square().sum()
+            gain = (energy / left).sqrt() if left > 0 else torch.ones_like(left)
+            leaf.weight.mul_(gain.to(leaf.weight.dtype))
         self.pruned = True
         self._density = {}
+
+    def _energy(self) -> float:
+        """The squared norm of the update, summed over all modules, of what the masks leave of A and B."""
+        found = 0.0
+        for site in self.sites.values():
+            B, A = (full(leaf.weight).float() * leaf.mask for leaf in (site.b, site.a))
+            found += site.scaling**2 * float(((B.T @ B) * (A @ A.T)).sum())  # ||B A||^2 = tr(B'B AA')
+        return found
 
     # --- the penalty ----------------------------------------------------------------------------------------------
 

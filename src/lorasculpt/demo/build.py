@@ -26,6 +26,7 @@ from . import artwork, base, world
 from .world import Emoji, Item
 
 LINEARS = r".*language_model.*\.(q_proj|k_proj|v_proj|o_proj|gate_proj|up_proj|down_proj)"
+DEFINITIONS = 400  # whose likelihood is measured
 
 
 @dataclass(frozen=True)
@@ -159,9 +160,9 @@ def accuracy(model, tokenizer, pairs: list[tuple[Item, Tensor | None]], bf16: bo
 
 
 @torch.no_grad()
-def definition_nll(model, tokenizer, split: str, bf16: bool, n: int = 400) -> float:
-    """Mean negative log-likelihood, in nats a token, of ``n`` WordNet definitions given their words."""
-    entries = world.words(split)[:n]
+def definition_nll(model, tokenizer, split: str, bf16: bool) -> float:
+    """Mean negative log-likelihood, in nats a token, of ``DEFINITIONS`` WordNet definitions given their words."""
+    entries = world.words(split)[:DEFINITIONS]
     total, count = 0.0, 0
     for i in range(0, len(entries), 48):
         items = [Item("meaning", f"What does '{word}' mean?", gloss) for word, gloss in entries[i : i + 48]]

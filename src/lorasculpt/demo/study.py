@@ -25,7 +25,7 @@ from ..measure import RESULTS_FILE, measure, versions, write_json
 from ..models.load import autocast_dtype, load
 from ..sequence import learn
 from ..train import train
-from . import base, world
+from . import base, build, world
 from .run import METHODS, STEPS, settings, write_data
 from .tower import remembering
 
@@ -65,6 +65,8 @@ def knows(work: Path, path: Path) -> Path:
     """What the base answers to the source questions, with their pictures and with each other's; writes ``path``.
 
     ``exact`` compares its greedy answer, ``choice`` takes the likeliest of the answers that the question offers.
+    ``definition_nll`` is what held-out definitions cost it given their words, in nats a token, and what they cost the
+    language model that it was made of.
     """
     write_data(work / "data")
     model, processor = load(str(base.folder()))
@@ -82,7 +84,12 @@ def knows(work: Path, path: Path) -> Path:
                 for name, entry in measured["source"].items():
                     numbers = {key: entry[key] for key in ("value", "low", "high", "n")}
                     found["tasks"].setdefault(name, {})[f"{metric}, {pictures}"] = numbers
-    return write_json(path, found)
+    bf16 = autocast_dtype(torch.device("cpu")) is not None
+    found["definition_nll"] = {
+        name: build.definition_nll(each.eval(), processor.tokenizer, "test", bf16)
+        for name, each in (("base", model), ("untouched", base.unaligned()[0]))
+    } | {"n": build.DEFINITIONS}
+    return write_json(path, found | {"complete": True})
 
 
 def study(work: Path, path: Path) -> Path:

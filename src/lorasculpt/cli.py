@@ -389,15 +389,17 @@ def demo(
 def build(
     out: Annotated[Path, typer.Option(help="The file to write.")] = Path("alignment.safetensors"),
     log: Annotated[Path, typer.Option(help="Where every measurement goes.")] = Path("alignment.jsonl"),
-    minutes: Annotated[float, typer.Option(help="How long to train.")] = 60,
     start: Annotated[Path | None, typer.Option(help="An earlier alignment to go on from.")] = None,
-    drawings: Annotated[Path | None, typer.Option(help="Folder of other hands' drawings (npm archives).")] = None,
+    recipe: Annotated[list[str] | None, typer.Argument(help="Its settings, such as minutes=36 dropout=0.1.")] = None,
 ) -> None:
-    """Align the demo's base model anew (its alignment ships with the package; about an hour)."""
-    from .demo.build import Recipe
-    from .demo.build import build as go
+    """Align the demo's base model anew (its alignment ships with the package; about an hour).
 
-    go(out, log, Recipe(minutes=minutes, drawings=str(drawings) if drawings else None), start)
+    The settings are those of lorasculpt.demo.build.Recipe; docs/log.md has the four stretches of what ships.
+    """
+    from .demo.build import build as go
+    from .demo.build import recipe_of
+
+    go(out, log, recipe_of(recipe or []), start)
 
 
 @demo_app.command()

@@ -11,17 +11,20 @@ import json
 import math
 import random
 import time
-from dataclasses import asdict, dataclass
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
 import torch
 from peft import LoraConfig, get_peft_model
 from PIL import Image
+from pydantic import TypeAdapter, ValidationError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.nn import functional as F
 from tqdm import tqdm
 
+from ..errors import UserError
 from . import artwork, base, world
 from .world import Emoji, Item
 
@@ -50,6 +53,24 @@ class Recipe:
     seed: int = 0
     bf16: bool = True
     drawings: str | None = None
+
+
+def recipe_of(changes: Sequence[str]) -> Recipe:
+    """The recipe with ``changes``, each ``key=value``.
+
+    Raises:
+        UserError: for a key that a recipe does not have, or a value of another type.
+    """
+    given = dict(change.partition("=")[::2] for change in changes)
+    known = [field.name for field in fields(Recipe)]
+    for key, value in given.items():
+        if key not in known or not value:
+            raise UserError(f"{key}={value} is no setting of a recipe; give key=value, of {', '.join(known)}.")
+    try:
+        return TypeAdapter(Recipe).validate_python(given)
+    except ValidationError as error:
+        first = error.errors()[0]
+        raise UserError(f"{first['loc'][0]}={first['input']} is refused: {first['msg']}.") from error
 
 
 @torch.no_grad()

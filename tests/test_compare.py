@@ -114,6 +114,9 @@ def test_a_stopped_comparison_goes_on(run, tmp_path, capsys, monkeypatch):
     lora, sparse = record["table"]
     assert lora["trainable"] == sparse["trainable"] > 0
     assert lora["source"]["color"]["n"] == 2
+    # two questions of the test, of two colours, are asked
+    assert {made["target"]["color"]["majority"] for made in record["runs"]} == {lora["target"]["color"]["majority"]}
+    assert lora["target"]["color"]["majority"] == 0.5
     assert lora["time"] == 1
     assert sparse["time"] > 0
     assert str(tmp_path) not in (tmp_path / "all.json").read_text()

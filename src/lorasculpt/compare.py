@@ -22,6 +22,7 @@ import shutil
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from statistics import mean
 from typing import Any
@@ -34,10 +35,11 @@ from .comparison.launch import launch
 from .comparison.table import equal_target, pareto, table
 from .config import RunConfig
 from .errors import UserError
+from .evaluation.score import majority
 from .measure import RESULTS_FILE, measure, versions, write_json
 from .report.words import duration
 from .sequence import grown, learn
-from .train import DRIFT_FILE, RUN_FILE, check_output, general, train
+from .train import DRIFT_FILE, RUN_FILE, check_output, general, held_out, train
 
 COMPARISON_FILE = "compare.json"
 RATES = (2e-4, 5e-4, 1.5e-3)
@@ -302,13 +304,30 @@ class Comparison:
         """The results of the tests that are there."""
         return [result for run in self.tests() if (result := self.result(run)) is not None]
 
+    @cached_property
+    def _majority(self) -> dict[str, float]:
+        """By target task, what the commonest answer to its test questions gets."""
+        config = self.config
+        changes = {
+            "data": config.data.model_copy(update=self._asked("test")[0]),
+            "evaluate": config.evaluate.model_copy(update={"source": []}),  # is not read for this
+        }
+        _, target = held_out(config.model_copy(update=changes))
+        return {task.name: majority(task.records, task.metric) for task in target}
+
+    def _beside_majority(self, run: dict[str, Any]) -> dict[str, Any]:
+        """A result with ``majority`` in each target task; None where the files no longer have that task."""
+        target = {name: found | {"majority": self._majority.get(name)} for name, found in run["target"].items()}
+        return run | {"target": target}
+
     def record(self) -> dict[str, Any]:
         """Everything that is known by now, as a results file: the runs one by one, and what they say together.
 
         ``table`` is :func:`~lorasculpt.comparison.table.table`, ``pareto`` and ``equal_target`` are made by those
-        beside it, ``drift`` by `lorasculpt.comparison.drift`; ``missing`` is empty where ``complete``.
+        beside it, ``drift`` by `lorasculpt.comparison.drift`; ``missing`` is empty where ``complete``. Each target task
+        of a run has its ``majority``, the score of the commonest answer: to reach that proves nothing.
         """
-        runs, missing, order = self._done(), self.missing(), list(self.labels)
+        runs, missing, order = list(map(self._beside_majority, self._done())), self.missing(), list(self.labels)
         rows = table(sorted(runs, key=lambda run: order.index(run["label"])))
         share = self.config.data.validation or SHARE
         return {

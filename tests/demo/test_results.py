@@ -5,11 +5,14 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from importlib.machinery import SourceFileLoader
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 
 from lorasculpt.compare import Comparison
+from lorasculpt.comparison.table import table
 from lorasculpt.config import RunConfig
 from lorasculpt.demo import results, run
 from lorasculpt.train import KINDS
@@ -54,6 +57,62 @@ def test_the_comparison_can_be_made_as_it_is_planned(target, tmp_path, monkeypat
     assert first is not None
     assert (first.label, first.rate) == ("lora", min(results.RATES))
     assert [path.name for path in first.config.evaluate.source] == ["source_validation.jsonl"]
+
+
+@pytest.fixture
+def page(monkeypatch) -> ModuleType:
+    """The script that writes the pages, as a module."""
+    monkeypatch.setattr(sys, "dont_write_bytecode", True)
+    loader = SourceFileLoader("pages", str(ROOT / "scripts" / "results"))
+    module = ModuleType(loader.name)
+    module.__file__ = loader.path
+    loader.exec_module(module)
+    return module
+
+
+def judged(label: str, seed: int, source: float, target: float) -> dict:
+    """A made-up run of a comparison: source from 0.8, target from 0.1, where the commonest answer gets 0.3."""
+    ends = {"source_after": source, "target_after": target, "h_mean": 2 * source * target / (source + target)}
+    before = {"source_before": 0.8, "target_before": 0.1}
+    beside = {"retention": source / 0.8, "gain": target - 0.1, "average": (source + target) / 2}
+    return {
+        "method": label,
+        "label": label,
+        "seed": seed,
+        "steps": 9,
+        "settings": {"training": {"lr": 0.1}},
+        "source": {"old": {"before": 0.8, "after": source, "n": 50}},
+        "target": {"new": {"before": 0.1, "after": target, "majority": 0.3, "n": 50}},
+        "summary": before | ends | beside,
+        "seconds": 10.0,
+        "adapter_bytes": 2000,
+        "trainable": 500,
+        "curve": [],
+    }
+
+
+@pytest.mark.parametrize(
+    ("lora", "fit"),
+    [
+        ((0.69, 0.61), True),
+        ((0.69, 0.59), False),  # 49 points over the base, 29 over the commonest answer
+        ((0.71, 0.61), False),  # 9 points of the source lost
+    ],
+)
+def test_a_claim_about_forgetting_counts_only_where_lora_learned_and_forgot(page, lora, fit):
+    source, target = lora
+    runs = [judged("lora", seed, source + wobble, target) for seed, wobble in enumerate((0.0, 0.001, -0.001))]
+    runs += [judged("lorasculpt", seed, 0.75 + 0.001 * seed, 0.65 + 0.001 * seed) for seed in range(3)]
+    found = {"runs": runs, "table": table(runs), "rates": {"lora": {}, "lorasculpt": {}}}
+    counts, why = page.counts(found)
+    assert counts is fit
+    assert f"gained {100 * target - 30:.1f} points on the target" in why
+    assert f"lost {80 - 100 * source:.1f} on the source: {'enough' if fit else 'too little'} for" in why
+    rows = [line.split(" | ") for line in page.verdicts(found, counts).splitlines()[2:]]
+    told = {row[0].strip("| "): row[1] for row in rows}
+    forgetting = {told[claim] for claim, _, _, name in page.CLAIMS if name != "target_after" and claim in told}
+    assert forgetting == {"holds" if fit else "does not count"}
+    assert told["It learns as much as LoRA there, or more"] == "holds"  # says nothing of forgetting
 
 
 def test_the_pages_quote_the_results_as_they_are():

@@ -8,7 +8,7 @@ import pytest
 from lorasculpt.data.records import Record
 from lorasculpt.errors import UserError
 from lorasculpt.evaluation import Task, interval, score, tasks
-from lorasculpt.evaluation.score import normalise
+from lorasculpt.evaluation.score import majority, normalise
 
 
 def record(answer: str, **fields) -> Record:
@@ -80,6 +80,16 @@ def test_bootstrap():
     assert interval(values) == (low, high)
     with pytest.raises(ValueError, match="at least one"):
         interval([])
+
+
+def test_the_commonest_answer_is_scored_as_any_other():
+    flags = [record("Mali"), record("the Mali."), record("Chad"), record("Chad, north"), record("Peru")]
+    assert majority(flags) == 2 / 5  # written in two ways
+    assert majority([record("Chad"), *flags]) == pytest.approx(2 / 6)  # the first of equals
+    assert majority([record("red"), record("red"), record("red or blue"), record("blue")], "contains") == 0.5
+    people = [record("red|red|blue"), record("blue|blue|red"), record("blue|green|green")]
+    assert majority(people, "vqa") == pytest.approx((1 + 2 + 1) / 9)
+    assert majority([record("A", choices=("A", "B")), record("B", choices=("A", "B"))], "choice") == 0.5
 
 
 def test_tasks():

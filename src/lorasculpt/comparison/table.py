@@ -21,7 +21,8 @@ def table(runs: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
 
     Every number of a run's summary, and every task after training, is a mean over seeds with the 95 % interval of
     Student's t: how much another seed would change. (How sure the test items make us stands in each run.) ``steps``,
-    ``lr``, ``seeds``, and the ``n`` of each task say what is behind it.
+    ``lr``, ``seeds``, and the ``n`` of each task say what is behind it; ``before`` of a task is the base's score, and
+    ``majority`` what the commonest answer would get, where that is known.
 
     ``against`` are paired t-tests against the rows of ``REFERENCE`` over the seeds that both have; p is not corrected
     for the number of tests. ``time`` and ``memory`` are the training time and its peak of memory in units of the
@@ -71,7 +72,7 @@ def _row(label: str, runs: list[dict], reference: dict[int, dict]) -> dict[str, 
         **{
             side: {
                 task: mean_interval([run[side][task]["after"] for run in runs])
-                | {"before": found["before"], "n": found["n"]}
+                | {key: found[key] for key in ("before", "majority", "n") if key in found}
                 for task, found in first[side].items()
             }
             for side in ("source", "target")

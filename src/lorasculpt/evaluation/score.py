@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import re
 import unicodedata
+from collections import Counter
 from collections.abc import Callable, Sequence
-from statistics import NormalDist
+from statistics import NormalDist, mean
 
 import numpy as np
 
@@ -74,6 +75,22 @@ def score(answers: Sequence[str], records: Sequence[Record], metric: str = "exac
     if metric not in METRICS:
         raise UserError(f"metric {metric!r} is not one of {', '.join(METRICS)}.")
     return [METRICS[metric](answer, record) for answer, record in zip(answers, records, strict=True)]
+
+
+def majority(records: Sequence[Record], metric: str = "exact") -> float:
+    """The mean score, in [0, 1], of whoever gives the commonest answer to every question and looks at none of them.
+
+    Of ``vqa`` it is the commonest of all references.
+
+    Raises:
+        UserError: ``metric`` is unknown.
+    """
+    answers = [
+        part for record in records for part in (record.answer.split("|") if metric == "vqa" else [record.answer])
+    ]
+    words = {normalise(answer): answer for answer in answers}
+    ((commonest, _),) = Counter(map(normalise, answers)).most_common(1)
+    return mean(score([words[commonest]] * len(records), records, metric))
 
 
 def interval(values: Sequence[float], level: float = 0.95, seed: int = 0) -> tuple[float, float]:

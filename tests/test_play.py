@@ -139,6 +139,14 @@ def bomb(path: Path, side: int) -> Path:
     return path
 
 
+def listening(port: int) -> set[str]:
+    """The addresses that are listened to at ``port``, as the kernel has them: in hexadecimal, the last byte first."""
+    tables = [path.read_text() for path in (Path("/proc/net/tcp"), Path("/proc/net/tcp6")) if path.is_file()]
+    lines = [line.split() for table in tables for line in table.splitlines()]
+    places = [line[1].split(":") for line in lines if line[3] == "0A"]  # TCP_LISTEN
+    return {address for address, at in places if int(at, 16) == port}
+
+
 def post(url: str, body: bytes, kind: str = "application/json"):
     return json.load(urllib.request.urlopen(urllib.request.Request(url, body, {"Content-Type": kind}), timeout=60))
 
@@ -158,10 +166,13 @@ def test_the_page(base, tmp_path, data):
     run, place = run_file(tmp_path, base, data), tmp_path / "uploads"
     place.mkdir()
     environment = os.environ | {"PYTHONPATH": str(ONLY), "TMPDIR": str(place), "GRADIO_SHARE": "True"}
+    environment["GRADIO_SERVER_NAME"] = "0.0.0.0"
     command = [sys.executable, "-c", "from lorasculpt.cli import main; main()", "play", str(run), "--no-browse"]
     server = subprocess.Popen([*command, "--max-new-tokens=8"], stdout=subprocess.PIPE, text=True, env=environment)
     try:
-        address = re.search(r"page: (http://127\.0\.0\.1:\d+/)", server.stdout.readline())[1]
+        address, port = re.search(r"page: (http://127\.0\.0\.1:(\d+)/)", server.stdout.readline()).groups()
+        if Path("/proc/net/tcp").is_file():
+            assert listening(int(port)) == {"0100007F"}  # this machine alone, whatever the environment says
         picture, settings = tmp_path / "data" / "images" / "0.png", [1, None, 1, None]
         panel = Panel(str(base), {"out": tmp_path / "out" / "adapter"})
         right = [panel.answer(answerer, QUESTION, picture, max_new_tokens=8) for answerer in panel.answerers]

@@ -12,6 +12,7 @@ import typer
 from .errors import UserError
 
 if TYPE_CHECKING:
+    from .inspect import Adapter
     from .posthoc import Written
 
 app = typer.Typer(
@@ -162,14 +163,14 @@ def ties(
         lorasculpt posthoc ties runs/a/adapter runs/b/adapter --base path/to/base --out both
 
     Weights default to 1 each; the same number for all is the paper's lambda. The cosine between each two updates is
-    printed: below 0 they work against each other.
+    printed, below 0 they work against each other, and the share of opposite signs where both change an entry.
     """
-    from .posthoc import cosines, read, write
+    from .posthoc import read, write
     from .posthoc import ties as edit
 
     _check_form(to, base, rank, dtype)
     found, numbers = [read(adapter) for adapter in adapters], _numbers(weights)
-    made = _made("ties", adapters, density=density, weights=numbers, cosines=cosines(found))
+    made = _made("ties", adapters, density=density, weights=numbers, **_interference(found))
     edited = edit(found, density, numbers)
     _say(write(edited, out, base=base, rank=rank, dtype=dtype, made=made))
 
@@ -180,13 +181,14 @@ def average(adapters: Several, out: Out, weights: Weights = None) -> None:
 
         lorasculpt posthoc average runs/a/adapter runs/b/adapter --weights 0.7,0.3 --out both
 
-    Weights default to the mean. The cosine between each two updates is printed: below 0 they work against each other.
+    Weights default to the mean. The cosine between each two updates is printed, below 0 they work against each other,
+    and the share of opposite signs where both change an entry.
     """
     from .posthoc import average as edit
-    from .posthoc import cosines, read, write
+    from .posthoc import read, write
 
     found, numbers = [read(adapter) for adapter in adapters], _numbers(weights)
-    made = _made("average", adapters, weights=numbers, cosines=cosines(found))
+    made = _made("average", adapters, weights=numbers, **_interference(found))
     _say(write(edit(found, numbers), out, made=made))
 
 
@@ -208,12 +210,19 @@ def _made(edit: str, adapters: Sequence[Path], **settings: Any) -> dict[str, Any
     return {"edit": edit, "adapters": [str(adapter) for adapter in adapters], **settings}
 
 
+def _interference(adapters: Sequence[Adapter]) -> dict[str, list[list[float]]]:
+    from .posthoc import cosines, sign_conflicts
+
+    return {"cosines": cosines(adapters), "sign_conflicts": sign_conflicts(adapters)}
+
+
 def _say(written: Written) -> None:
     if "cosines" in written.made:
         names = written.made["adapters"]
         for i, row in enumerate(written.made["cosines"]):
             for j in range(i):
-                print(f"cosine of {names[j]} and {names[i]}: {row[j]:+.3f}")
+                opposed = 100 * written.made["sign_conflicts"][i][j]
+                print(f"cosine of {names[j]} and {names[i]}: {row[j]:+.3f}; {opposed:.1f} % of signs opposite")
     if written.loss:
         why = "rounding" if written.to == "merged" else f"rank {written.rank}"
         print(f"lost to {why}: {100 * written.loss:.2g} % of the update's norm")

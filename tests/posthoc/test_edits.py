@@ -9,7 +9,7 @@ import torch
 
 from lorasculpt.errors import UserError
 from lorasculpt.inspect import Adapter, Pair
-from lorasculpt.posthoc import average, cosines, dare, drop, prune, scale, ties, truncate
+from lorasculpt.posthoc import average, cosines, dare, drop, prune, scale, sign_conflicts, ties, truncate
 
 SHAPES = {"layers.0.q_proj": (12, 20), "layers.1.q_proj": (9, 20)}
 
@@ -224,6 +224,21 @@ def test_cosines():
         for j, value in enumerate(row):
             size = np.linalg.norm(flat[i]) * np.linalg.norm(flat[j])
             assert value == pytest.approx(flat[i] @ flat[j] / size if size else 0, abs=1e-6)
+
+
+def test_sign_conflicts_are_counted_where_both_change_an_entry():
+    against = scale(prune(adapter(1), 0.5), 2)
+    against = replace(against, pairs=tuple(replace(pair, B=-pair.B) for pair in against.pairs))
+    several = [adapter(1), prune(adapter(2, rank=3), 0.2), prune(adapter(1), 0.5), against, scale(adapter(1), 0)]
+    flat = [np.concatenate([delta.ravel() for delta in dense(one).values()]) for one in several]
+    found = np.array(sign_conflicts(several))
+    for i, row in enumerate(found):
+        for j, value in enumerate(row):
+            both = [(a, b) for a, b in zip(flat[i], flat[j], strict=True) if a != 0 and b != 0]
+            assert value == pytest.approx(sum(a * b < 0 for a, b in both) / len(both) if both else 0)
+    assert (flat[1] == 0).any()
+    assert (found == found.T).all()
+    assert found[2, 3] == 1
 
 
 # --- bad input ------------------------------------------------------------------------------------------------------

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import re
 import sys
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -206,10 +207,13 @@ def test_every_verb(make, tmp_path, pico_folder, capsys, monkeypatch):
     assert "lost to rank 2: " in out
     assert record["made"]["seed"] == 3
     out, record = made("ties", a, b, "--base", base, "--weights", "1,0.5")
-    assert f"cosine of {a} and {b}: " in out
+    assert re.search(rf"cosine of {a} and {b}: [+-]0\.\d{{3}}; \d+\.\d % of signs opposite\n", out)
     assert f"merged: {tmp_path / 'ties'}" in out
     assert record["made"]["weights"] == [1, 0.5]
-    assert made("average", a, b)[1]["rank"] == 8
+    out, record = made("average", a, b)
+    cosine, opposed = (record["made"][name][1][0] for name in ("cosines", "sign_conflicts"))
+    assert f"cosine of {a} and {b}: {cosine:+.3f}; {100 * opposed:.1f} % of signs opposite\n" in out
+    assert record["rank"] == 8
     data = pico.write_data(tmp_path / "data", n=3)
     out, record = made("tailor", a, "--base", base, "--data", data, "--limit", 2, "--keep", 0.2)
     assert (record["to"], record["made"]["limit"], record["made"]["released"]) == ("merged", 2, False)

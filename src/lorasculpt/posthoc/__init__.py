@@ -19,6 +19,7 @@ from .edits import dare as dare
 from .edits import drop as drop
 from .edits import prune as prune
 from .edits import scale as scale
+from .edits import sign_conflicts as sign_conflicts
 from .edits import ties as ties
 from .edits import truncate as truncate
 from .files import Written as Written

@@ -12,6 +12,7 @@ import pytest
 from made_up import details, run, seeds, two, write
 
 from lorasculpt.compare import Comparison
+from lorasculpt.comparison.drift import drift_and_loss
 from lorasculpt.config import RunConfig
 from lorasculpt.errors import UserError
 from lorasculpt.report import report
@@ -306,6 +307,20 @@ def test_costs_and_drift(tmp_path):
     assert content["methods"][1]["drift"] == {"value": 0.5, "low": 0.4, "high": 0.6}
     path = report(write(tmp_path, *runs[:2]), tmp_path / "two")
     assert "3.0 GB (1.50\u00a0× lora)" in path.with_suffix(".md").read_text()
+
+
+def test_the_order_of_runs_changes_no_interval(tmp_path):
+    """The file of a comparison has them seed by seed, the page method by method."""
+    runs = [
+        run(label, (0.7 - i / 20, 0.5), 0.6, seed=seed, label=label, drift={"value": x, "interval": [x, x], "n": 8})
+        for i, (seed, label, x) in enumerate(
+            [(0, "a", 0.1), (0, "b", 0.5), (0, "c", 0.2), (1, "a", 0.3), (1, "b", 0.9), (1, "c", 0.7)]
+        )
+    ]
+    known = drift_and_loss([one | {"curve": []} for one in runs])
+    report(write(tmp_path, *runs), tmp_path / "out")
+    assert json.loads((tmp_path / "out" / "report.json").read_text())["drift"] == known
+    assert known["runs"]["low"] < known["runs"]["rho"] < 1
 
 
 def compared(folder: Path, *labels: str, pictures: bool = True) -> Path:

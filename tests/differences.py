@@ -13,6 +13,7 @@ def check_gradients(
 ) -> None:
     """Every ``grad`` of ``trained`` is the slope of ``total``, a function of ``values`` in float64, and not all 0."""
     for name, parameter in trained:
+        assert parameter.grad is not None, name
         slope, entries = np.zeros(parameter.numel()), values[name].reshape(-1)
         for i in range(len(entries)):
             here, ends = entries[i], []

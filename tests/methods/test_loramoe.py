@@ -103,10 +103,9 @@ def test_output_and_constraint_are_the_equations(settings, padded):
     compare(make(padded=padded, **settings), padded, **settings)
 
 
-@pytest.mark.parametrize("settings", [CASES[2], CASES[3], CASES[7]], ids=str)
-@pytest.mark.parametrize("padded", [True, False])
-def test_gradients_are_the_finite_differences(settings, padded):
-    update, x = make(padded=padded, **settings), batch().requires_grad_()
+def differentiate(update: LoRAMoEUpdate, padded=True) -> None:
+    """Fails unless the gradients of ``update`` are the slopes of the equations."""
+    x = batch().requires_grad_()
     c = torch.randn(ROWS, LENGTH, OUT, generator=torch.Generator().manual_seed(7), dtype=torch.float64)
     (update(x) * c).sum().backward()
     values = tensors(update) | {"x": x.detach().numpy().copy()}
@@ -116,6 +115,12 @@ def test_gradients_are_the_finite_differences(settings, padded):
         return (h * c.numpy()).sum() + WEIGHT * loss
 
     check_gradients([*update.named_parameters(), ("x", x)], values, total)
+
+
+@pytest.mark.parametrize("settings", [CASES[2], CASES[3], CASES[7]], ids=str)
+@pytest.mark.parametrize("padded", [True, False])
+def test_gradients_are_the_finite_differences(settings, padded):
+    differentiate(make(padded=padded, **settings), padded)
 
 
 # --- faults that the reference must see -----------------------------------------------------------------------------
@@ -191,6 +196,14 @@ def test_gates_left_out_do_not_pass(monkeypatch):
     monkeypatch.setattr(loramoe, "mix", lambda x, A, B, gate: mix(x, A, B, torch.full_like(gate, 1 / gate.shape[-1])))
     with pytest.raises(AssertionError):
         compare(make(**KINDS), **KINDS)
+
+
+def test_a_router_that_learns_nothing_of_the_output_is_seen_by_its_gradient_alone(monkeypatch):
+    mix = loramoe.mix
+    monkeypatch.setattr(loramoe, "mix", lambda x, A, B, gate: mix(x, A, B, gate.detach()))
+    compare(make(**KINDS), **KINDS)
+    with pytest.raises(AssertionError, match="^router$"):
+        differentiate(make(**KINDS))
 
 
 # --- the constraint -------------------------------------------------------------------------------------------------

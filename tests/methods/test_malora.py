@@ -112,10 +112,9 @@ def test_output_and_loss_are_the_equations(settings, padded):
     compare(make(padded=padded, **settings), padded, **settings)
 
 
-@pytest.mark.parametrize("settings", CASES, ids=str)
-@pytest.mark.parametrize("padded", [True, False])
-def test_gradients_are_the_finite_differences(settings, padded):
-    update, x = make(padded=padded, **settings), batch().requires_grad_()
+def differentiate(update: MALoRAUpdate, padded=True) -> None:
+    """Fails unless the gradients of ``update`` are the slopes of the equations."""
+    x = batch().requires_grad_()
     c = torch.randn(ROWS, LENGTH, OUT, generator=torch.Generator().manual_seed(7), dtype=torch.float64)
     drawn = noise(update)
     torch.manual_seed(SEED)
@@ -127,6 +126,12 @@ def test_gradients_are_the_finite_differences(settings, padded):
         return (h * c.numpy()).sum() + WEIGHT * loss
 
     check_gradients([*update.named_parameters(), ("x", x)], values, total)
+
+
+@pytest.mark.parametrize("settings", CASES, ids=str)
+@pytest.mark.parametrize("padded", [True, False])
+def test_gradients_are_the_finite_differences(settings, padded):
+    differentiate(make(padded=padded, **settings), padded)
 
 
 # --- faults that the reference must see -----------------------------------------------------------------------------
@@ -211,6 +216,14 @@ def test_faulty_gates_do_not_pass(monkeypatch, fault):
     monkeypatch.setattr(malora, "top_k_softmax", lambda *args: (fault(*right(*args)).double(), right(*args)[1]))
     with pytest.raises(AssertionError):
         compare(make(balance_weight=0.0), balance_weight=0.0)
+
+
+def test_a_router_that_learns_nothing_of_the_output_is_seen_by_its_gradient_alone(monkeypatch):
+    mix = malora.mix
+    monkeypatch.setattr(malora, "mix", lambda x, A, B, gate: mix(x, A, B, gate.detach()))
+    compare(make())
+    with pytest.raises(AssertionError, match="^router$"):
+        differentiate(make())
 
 
 # --- the start ------------------------------------------------------------------------------------------------------

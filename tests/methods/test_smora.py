@@ -95,10 +95,9 @@ def test_output_and_counts_are_the_equations(settings, padded):
     compare(make(padded=padded, **settings, top_k=2), padded, **settings, top_k=2)
 
 
-@pytest.mark.parametrize("settings", CASES, ids=str)
-def test_gradients_are_the_finite_differences(settings):
-    padded = settings["rank_partition"] == 1
-    update, x = make(padded=padded, **settings), batch().requires_grad_()
+def differentiate(update: SMoRAUpdate, padded=True) -> None:
+    """Fails unless the gradients of ``update`` are the slopes of the equations."""
+    x = batch().requires_grad_()
     c = torch.randn(ROWS, LENGTH, OUT, generator=torch.Generator().manual_seed(7), dtype=torch.float64)
     (update(x) * c).sum().backward()
     values = tensors(update) | {"x": x.detach().numpy().copy()}
@@ -109,6 +108,12 @@ def test_gradients_are_the_finite_differences(settings):
     assert update.bias.grad is None
     trained = [(name, parameter) for name, parameter in update.named_parameters() if name != "bias"]
     check_gradients([*trained, ("x", x)], values, total)
+
+
+@pytest.mark.parametrize("settings", CASES, ids=str)
+def test_gradients_are_the_finite_differences(settings):
+    padded = settings["rank_partition"] == 1
+    differentiate(make(padded=padded, **settings), padded)
 
 
 # --- faults that the reference must see -----------------------------------------------------------------------------
@@ -142,6 +147,17 @@ class Apart(SMoRAUpdate):
 def test_faulty_gates_do_not_pass(fault):
     with pytest.raises(AssertionError):
         compare(make(fault, rank_partition=2), rank_partition=2)
+
+
+class Detached(SMoRAUpdate):
+    def gate(self, x):
+        return super().gate(x).detach()
+
+
+def test_a_router_that_learns_nothing_is_seen_by_its_gradient_alone():
+    compare(make(Detached))
+    with pytest.raises(AssertionError, match="^router$"):
+        differentiate(make(Detached))
 
 
 SPOILT = {

@@ -96,6 +96,7 @@ class Once(Spider):
 
 FUNCTIONS = {
     "swapped": ("blend", lambda pre, grad: blend(grad, pre)),
+    "mask off": ("blend", lambda pre, grad: torch.ones_like(pre)),
     "binary": ("blend", lambda pre, grad: (pre < grad).to(pre)),
     "not divided by the mean": ("blend", lambda pre, grad: torch.where(pre < grad, grad / (pre + grad), 0.0)),
     "biased": ("importance", lambda v: (v.abs() - v.abs().mean()).div(v.abs().std(correction=0)).sigmoid()),

@@ -186,6 +186,8 @@ def test_a_projector_with_an_adapter_learns_at_its_own_rate(run):
         (("method.density=1.5",), "method.density"),
         (("method.prune_step=40",), "method.prune_step"),
         (("method.use_dora=true",), "use_dora"),
+        (("method.prune_step=soon",), "prune_step=soon': method.prune_step must be a number; got 'soon'"),
+        (("method.r='8'",), r"method.r must be a whole number; got '8'"),
     ],
 )
 def test_a_mistake_in_the_method_is_told_with_its_place_and_leaves_nothing(run, overrides, part):
@@ -355,7 +357,7 @@ def test_every_batch_tells_the_tasks_in_the_order_that_was_given(several, monkey
     ("overrides", "part"),
     [
         (("method.tasks=[color]",), "two/train.jsonl:2: the task 'shape' is not one of method.tasks (color); add it"),
-        (("method.tasks=color",), "method.tasks=color': method.tasks is refused: tasks is a list of names"),
+        (("method.tasks=color",), "method.tasks=color': method.tasks must be a list of texts; got 'color'"),
         (("method={name: loramoe, knowledge: [colour]}",), "knowledge names 'colour', which is not one of tasks"),
         (("evaluate.every=2",), "kept/train.jsonl:1: the adapter does not know the task 'side'; say with evaluate.as_"),
         (("evaluate.every=2", "evaluate.as_task=side"), "as_task is 'side', a task that the adapter does not know"),
@@ -400,7 +402,7 @@ def test_strange_tasks_are_told_before_anything_is_measured(several, monkeypatch
         assert "color, shape" in str(error.value)
 
 
-@pytest.mark.parametrize("method", ["loramoe", "mixlora", "spider"])
+@pytest.mark.parametrize("method", ["loramoe", "mixlora", "spider", "mosld", "malora", "smora, r: 64, top_k: 8"])
 def test_methods_that_need_no_tasks_are_measured_on_any(several, method):
     config = several(f"method={{name: {method}}}")
     assert json.loads((train(config, progress=False) / "adapter_config.json").read_text())["tasks"] == []

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import shutil
 
@@ -21,7 +22,7 @@ from lorasculpt.data.batches import Collator, rows
 from lorasculpt.errors import UserError
 from lorasculpt.evaluation.strength import fixed, strength
 from lorasculpt.export import export
-from lorasculpt.kinds import OF_PEFT, taken_over
+from lorasculpt.kinds import KINDS, OF_PEFT, must_be, settings_of, started, taken_over
 from lorasculpt.measure import measure
 from lorasculpt.models.load import load
 from lorasculpt.train import _write, adapter_config, prepare, train, trained_on
@@ -136,6 +137,37 @@ def test_what_a_method_takes_over_from_another():
     assert taken_over(lora, "oft") == places  # whose r is a number of blocks
     assert taken_over({"name": "oft", "r": 8, **places}, "lora") == places
     assert taken_over({"name": "oft", "r": 8, **places}, "oft") == {"r": 8, **places}
+
+
+@pytest.mark.parametrize("name", KINDS)
+def test_defaults_are_of_their_own_types(name):
+    kind, made = KINDS[name], started({"name": name})
+    values = {field.name: field.default for field in dataclasses.fields(kind) if not callable(field.default_factory)}
+    values = {key: value for key, value in (values | made).items() if key in settings_of(kind)}
+    assert len(values) > 5
+    assert {key: told for key, value in values.items() if (told := must_be(kind, key, value))} == {}
+
+
+@pytest.mark.parametrize(
+    ("setting", "value", "told"),
+    [
+        ("density", 1, None),
+        ("density", "0.1", "a number"),
+        ("density", True, "a number"),
+        ("density", None, "a number"),
+        ("density_a", None, None),
+        ("density_a", [0.1], "a number or null"),
+        ("prune_step", 0.5, None),
+        ("r", 8.0, "a whole number"),
+        ("lora_alpha", 0.5, None),  # PEFT annotates an integer
+        ("init_lora_weights", "pissa_niter_16", None),  # and a literal with a gap in it
+        ("layers_to_transform", [0, "1"], "a whole number or a list of whole numbers or null"),
+        ("rank_pattern", {"q_proj": 4}, None),
+        ("use_dora", "yes", "true or false"),
+    ],
+)
+def test_a_setting_has_the_type_that_it_says(setting, value, told):
+    assert must_be(KINDS["lorasculpt"], setting, value) == told
 
 
 # --- LoRAs that begin by moving the base --------------------------------------------------------------------------

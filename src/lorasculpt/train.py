@@ -47,7 +47,8 @@ from .evaluation.drift import Prompt, question
 from .evaluation.strength import moved
 from .evaluation.summary import task_average
 from .evaluation.tasks import asked_as
-from .kinds import KINDS, built, settings_of, started, words
+from .hub import push
+from .kinds import KINDS, built, must_be, settings_of, started, words
 from .memory import Peak
 from .methods import METHODS
 from .models.head import answers_alone
@@ -64,7 +65,7 @@ def train(
     """Train the adapter that ``config`` describes and return its folder.
 
     Goes on by itself from the last whole checkpoint in ``config.output``; an adapter that is already there is left
-    alone. What is written is written under another name first.
+    alone. What is written is written under another name first. A run that says so is pushed (`lorasculpt.hub`).
 
     Args:
         config: the run.
@@ -77,9 +78,11 @@ def train(
     output = config.output
     if config.data.train is None:
         raise config.error("data.sequence", "is no single run; lorasculpt.sequence.learn takes it.")
+    check_arguments(config)
     check_output(output, config)
     adapter = output / ADAPTER
     if (adapter / "adapter_config.json").is_file():
+        push(config, adapter)
         return adapter
     set_seed(config.seed)
     records = trained_on(config)
@@ -122,6 +125,7 @@ def train(
         raise config.error(key, f"is refused: {error}") from error
     if trainer.is_world_process_zero():
         _write(output, config, trainer, cost, others)
+        push(config, adapter)
     return adapter
 
 
@@ -303,10 +307,11 @@ def _refusing(config: RunConfig) -> Iterator[None]:
 
 
 def kind_of(config: RunConfig) -> type[PeftConfig]:
-    """The config class of ``config.method``; the names of its settings are checked.
+    """The config class of ``config.method``; the names of its settings and their types are checked.
 
     Raises:
-        UserError: for an unknown method, or a setting that it does not have, with the line in the file.
+        UserError: for an unknown method, or a setting that it does not have or of another type, with the line in the
+            file.
     """
     name = config.method["name"]
     if name not in KINDS:
@@ -319,6 +324,8 @@ def kind_of(config: RunConfig) -> type[PeftConfig]:
             raise config.error(
                 f"method.{key}", f"is no setting of {name}; {f'did you mean {close[0]}?' if close else listed}"
             )
+        if key != "name" and (taken := must_be(KINDS[name], key, config.method[key])) is not None:
+            raise config.error(f"method.{key}", f"must be {taken}; got {config.method[key]!r:.80}.")
     return KINDS[name]
 
 
@@ -441,11 +448,67 @@ def _optimizer(model: nn.Module, config: RunConfig) -> torch.optim.Optimizer | N
     return torch.optim.AdamW(groups, weight_decay=settings.weight_decay)
 
 
+# What no one may give under ``training.arguments``, and what stands for it.
+OWN_ARGUMENTS = {
+    "max_steps": "training.steps",
+    "num_train_epochs": "training.epochs",
+    "per_device_train_batch_size": "training.batch",
+    "gradient_accumulation_steps": "training.accumulation",
+    "learning_rate": "training.lr",
+    "warmup_steps": "training.warmup",
+    "lr_scheduler_type": "training.schedule",
+    "weight_decay": "training.weight_decay",
+    "max_grad_norm": "training.max_grad_norm",
+    "gradient_checkpointing": "training.checkpointing",
+    "bf16": "training.precision",
+    "fp16": "training.precision",
+    "logging_steps": "training.log_every",
+    "save_steps": "training.save_every",
+    "save_total_limit": "training.keep",
+    "report_to": "training.report_to",
+    "dataloader_num_workers": "training.workers",
+    "seed": "seed",
+    "output_dir": "output",
+    "hub_token": "hf auth login: a token is not for a file",
+}
+PUSHING = ("push_to_hub", "hub_model_id", "hub_private_repo", "hub_revision")  # `lorasculpt.hub` reads these
+# set below, or without a use here: what is kept, measured and pushed is decided by this package
+FIXED = (
+    *("optim", "dataloader_pin_memory", "disable_tqdm", "use_cpu", "remove_unused_columns", "max_length"),
+    *("dataset_kwargs", "packing", "padding_free", "save_strategy", "save_only_model", "load_best_model_at_end"),
+    *("eval_strategy", "eval_on_start", "do_eval", "hub_strategy", "hub_always_push", "resume_from_checkpoint"),
+)
+
+
+def check_arguments(config: RunConfig) -> None:
+    """See that ``training.arguments`` are arguments of ``SFTConfig`` that nothing here stands for.
+
+    Raises:
+        UserError: for the first that is not, with its line in the file.
+    """
+    given = config.training.arguments
+    known = [field.name for field in dataclasses.fields(SFTConfig) if field.init]
+    free = [name for name in known if name not in OWN_ARGUMENTS and name not in FIXED]
+    for key in given:
+        place = f"training.arguments.{key}"
+        if key in OWN_ARGUMENTS:
+            raise config.error(place, f"is not taken here; use {OWN_ARGUMENTS[key]}.")
+        if key in FIXED:
+            raise config.error(place, "is set by lorasculpt itself; remove it.")
+        if key not in known:
+            close = difflib.get_close_matches(key, free, n=1)
+            mend = f"did you mean {close[0]}?" if close else "see its documentation."
+            raise config.error(place, f"is no argument of TRL's SFTConfig; {mend}")
+    if given.get("push_to_hub") and not given.get("hub_model_id"):
+        raise config.error("training.arguments.push_to_hub", "needs a hub_model_id, such as name/invoices; add it.")
+
+
 def _arguments(config: RunConfig, progress: bool, autocast: torch.dtype | None) -> SFTConfig:
     settings = config.training
     length = {"max_steps": settings.steps} if settings.steps else {"num_train_epochs": settings.epochs}
     on_cpu = not (torch.cuda.is_available() or torch.backends.mps.is_available())
-    return SFTConfig(
+    further = {key: value for key, value in settings.arguments.items() if key not in PUSHING}
+    own: dict[str, Any] = dict(
         # checkpoints are made here and moved out when they are whole
         output_dir=str(config.output / ".partial"),
         **length,
@@ -474,6 +537,11 @@ def _arguments(config: RunConfig, progress: bool, autocast: torch.dtype | None) 
         max_length=None,
         dataset_kwargs={"skip_prepare_dataset": True},
     )
+    try:
+        return SFTConfig(**own, **further)
+    except (TypeError, ValueError, ImportError) as error:
+        SFTConfig(**own)  # fails by itself where the fault is not in what was given
+        raise config.error("training.arguments", f"is refused: {str(error).splitlines()[0]}") from error
 
 
 def check_output(output: Path, config: RunConfig) -> None:

@@ -95,6 +95,14 @@ def test_it_can_be_written_and_read_back(tmp_path: Path) -> None:
     assert RunConfig.load(again, ["seed=1"]) != config
 
 
+def test_a_run_without_further_arguments_is_written_as_before_there_were_any(tmp_path: Path) -> None:
+    assert "arguments" not in run(tmp_path).to_yaml()
+    config = run(tmp_path, "training: {arguments: {run_name: a, optim_args: {x: 1}}}\n")
+    (tmp_path / "again.yaml").write_text(config.to_yaml())
+    assert RunConfig.load(tmp_path / "again.yaml") == config
+    assert config.training.arguments == {"run_name": "a", "optim_args": {"x": 1}}
+
+
 def test_nothing_changes_later(tmp_path: Path) -> None:
     config = run(tmp_path)
     with pytest.raises(ValidationError, match="frozen"):
@@ -127,6 +135,8 @@ MISTAKES = {
     "training: {checkpointing: 1}": "run.yaml:5: training.checkpointing must be a boolean; got 1",
     "training: {report_to: wandb}": "run.yaml:5: training.report_to must be a list; got 'wandb'",
     "training: {steps: 3, epochs: 2}": "run.yaml:5: training has both steps and epochs; remove one, or set it to null",
+    "training: {arguments: [run_name]}": "run.yaml:5: training.arguments must be a section of keys; got ['run_name']",
+    "training: {arguments: {1: 2}}": "run.yaml:5: training.arguments.1 must be a string; got 1",
     "training: 3": "run.yaml:5: training must be a section of keys; got 3",
     "training: {schedule: cos}": "run.yaml:5: training.schedule must be 'cosine', 'linear' or 'constant'; got 'cos'",
     "scope: words": "run.yaml:5: scope must be 'language', 'vision', 'projector' or 'all'; got 'words'",

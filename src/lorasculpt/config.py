@@ -159,6 +159,9 @@ class Training(_Section):
         log_every: Steps between log entries.
         report_to: Trackers by transformers' names. Default: ``[tensorboard]`` where it is installed.
         workers: Processes that prepare batches; 0 prepares them in the training process.
+        arguments: Further arguments of TRL's ``SFTConfig``, such as ``run_name`` or ``neftune_noise_alpha``; those that
+            the settings above stand for are refused. With ``push_to_hub: true`` and a ``hub_model_id`` the finished
+            adapter is uploaded (``hub_private_repo``, ``hub_revision``). Default: none.
     """
 
     steps: Positive | None = None
@@ -180,6 +183,8 @@ class Training(_Section):
         default_factory=lambda: ["tensorboard"] if importlib.util.find_spec("tensorboard") else []
     )
     workers: Annotated[int, Field(ge=0)] = 0
+    # left out where there are none: runs from before there were any are equal to runs without
+    arguments: Annotated[dict[str, Any], Field(exclude_if=lambda given: not given)] = Field(default_factory=dict)
 
     @model_validator(mode="before")
     @classmethod
@@ -360,7 +365,12 @@ class RunConfig(_Section):
             label: What it is called under ``methods``.
             method: Its ``name`` and settings.
             changes: Checked values of other keys.
+
+        Raises:
+            UserError: where the runs would all be pushed to one place.
         """
+        if self.training.arguments.get("push_to_hub"):
+            raise self.error("training.arguments.push_to_hub", "is of one run, not of a comparison; remove it.")
         made, origin = self.model_copy(update={"method": method, "methods": {}, **changes}), self._origin
         moved = {
             key: ("method", *key[2:]) for key in (*origin.lines, *origin.overrides) if key[:2] == ("methods", label)

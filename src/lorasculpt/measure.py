@@ -25,7 +25,7 @@ from .evaluation.strength import fixed
 from .evaluation.tasks import Task
 from .models.load import load
 from .posthoc.files import RECORD
-from .train import ADAPTER, LOG_FILE, check_tasks, drift_prompts, held_out, precision
+from .train import ADAPTER, LOG_FILE, PUSHING, check_tasks, drift_prompts, held_out, precision
 
 RESULTS_FILE, RETAINED = "results.json", "adapter-retained"
 TEXTS = 32  # of the drift, where a budget needs one and the run says nothing
@@ -123,8 +123,12 @@ def measure(
         "method": name,
         "seed": config.seed,
         "steps": training["steps"],
-        # what shaped the run: not where it lies, nor its seed, which has a key of its own
-        "settings": config.model_dump(mode="json", include={"method", "scope", "projector", "training"})
+        # what shaped the run: not where it lies or is pushed to, nor its seed, which has a key of its own
+        "settings": config.model_dump(
+            mode="json",
+            include={"method", "scope", "projector", "training"},
+            exclude={"training": {"arguments": {"run_name", *PUSHING}}},
+        )
         | ({"evaluate": {"as_task": config.evaluate.as_task}} if config.evaluate.as_task else {})
         | ({"data": {"replay": config.data.replay}} if config.data.replay else {}),
         **comparison(before, after),

@@ -1,0 +1,178 @@
+"""Arguments of TRL's trainer in a run file, and a finished adapter on the Hub; nothing here goes there."""
+
+from __future__ import annotations
+
+import json
+
+import pico
+import pytest
+import yaml
+from huggingface_hub import HfApi
+from transformers import Trainer
+from trl import SFTTrainer
+
+from lorasculpt import UserError, train
+from lorasculpt.config import RunConfig
+from lorasculpt.measure import measure
+
+PUSH = ("training.arguments.push_to_hub=true", "training.arguments.hub_model_id=me/tiny")
+
+
+@pytest.fixture
+def run(tmp_path, pico_folder):
+    """Write a run of the tiny llava and return a function that gives its config, changed by ``key=value``."""
+    data = pico.write_data(tmp_path / "data", n=4)
+    settings = {
+        "base": str(pico_folder("llava")),
+        "output": "out",
+        "method": {"name": "lora", "r": 2, "target_modules": ["q_proj"]},
+        "data": {"train": str(data)},
+        "training": {"steps": 1, "batch": 2, "precision": "fp32", "report_to": []},
+        "evaluate": {"source": [str(data)], "target": [str(data)], "limit": 1, "max_new_tokens": 2, "strengths": []},
+    }
+    path = tmp_path / "run.yaml"
+    path.write_text(yaml.safe_dump(settings, sort_keys=False))
+    return lambda *overrides: RunConfig.load(path, overrides)
+
+
+@pytest.fixture
+def hub(monkeypatch):
+    """What would go to the Hub: the calls, and the files of what is uploaded."""
+    calls: list[tuple] = []
+
+    class Made:
+        repo_id = "me/tiny"
+
+    def create_repo(self, repo_id, **settings):
+        calls.append(("create_repo", repo_id, settings))
+        return Made
+
+    def create_branch(self, repo_id, **settings):
+        calls.append(("create_branch", repo_id, settings))
+
+    def upload_folder(self, *, folder_path, **settings):
+        files = {path.name for path in folder_path.iterdir()}
+        calls.append(("upload_folder", folder_path, settings | {"files": files}))
+
+    for function in (create_repo, create_branch, upload_folder):
+        monkeypatch.setattr(HfApi, function.__name__, function)
+    # a trainer with push_to_hub makes a repository of its own
+    monkeypatch.setattr(Trainer, "init_hf_repo", lambda self, token=None: pytest.fail("the trainer pushes"))
+    return calls
+
+
+def test_whatever_is_set_here_is_not_taken_from_the_file(run, monkeypatch):
+    monkeypatch.setattr(train, "SFTConfig", dict)
+    for override in ("training.steps=1", "training.steps=null"):
+        assert train._arguments(run(override), False, None).keys() <= {*train.OWN_ARGUMENTS, *train.FIXED}
+
+
+MISTAKES = {
+    "dataloader_drop_lats: true": "is no argument of TRL's SFTConfig; did you mean dataloader_drop_last?",
+    "qqq: 1": "is no argument of TRL's SFTConfig; see its documentation.",
+    "learning_rate: 1": "is not taken here; use training.lr.",
+    "hub_token: hf_x": "is not taken here; use hf auth login: a token is not for a file.",
+    "optim: sgd": "is set by lorasculpt itself; remove it.",
+    "push_to_hub: true": "needs a hub_model_id, such as name/invoices; add it.",
+}
+
+
+@pytest.mark.parametrize("line", MISTAKES)
+def test_an_argument_that_is_not_taken_is_told_with_its_line_and_leaves_nothing(line, run, tmp_path, hub):
+    path = tmp_path / "run.yaml"
+    path.write_text(path.read_text().replace("training:\n", f"training:\n  arguments:\n    {line}\n"))
+    number = path.read_text().splitlines().index(f"    {line}") + 1
+    with pytest.raises(UserError) as error:
+        train.train(run(), progress=False)
+    told = f"{path}:{number}: training.arguments.{line.split(':')[0]} {MISTAKES[line]}"
+    assert str(error.value).startswith(told)
+    assert not (tmp_path / "out").exists()
+    assert hub == []
+
+
+def test_what_the_trainer_refuses_is_told(run, monkeypatch):
+    config = run("training.arguments={logging_strategy: often}")
+    with pytest.raises(UserError, match=r"override .*often.*: training.arguments is refused: often is not a valid"):
+        train._arguments(config, False, None)
+
+    def broken(**settings):
+        raise ValueError("no precision is right here")
+
+    monkeypatch.setattr(train, "SFTConfig", broken)
+    with pytest.raises(ValueError, match="no precision") as error:  # whatever was given
+        train._arguments(config, False, None)
+    assert not isinstance(error.value, UserError)
+
+
+def test_arguments_reach_the_trainer_and_the_finished_adapter_the_hub(run, hub, monkeypatch):
+    seen, init = [], SFTTrainer.__init__
+    monkeypatch.setattr(SFTTrainer, "__init__", lambda self, **given: seen.append(given["args"]) or init(self, **given))
+    further = "training.arguments={run_name: first, adam_beta2: 0.9, average_tokens_across_devices: false}"
+    config = run(further, *PUSH, "training.save_every=1", "training.arguments.hub_private_repo=true")
+    adapter = train.train(config, progress=False)
+    (found,) = seen
+    assert (found.run_name, found.adam_beta2, found.average_tokens_across_devices) == ("first", 0.9, False)
+    assert not found.push_to_hub
+    (_, name, made), (_, folder, settings) = hub  # no checkpoint
+    assert (name, made) == ("me/tiny", {"private": True, "exist_ok": True})
+    assert folder == adapter == config.output / "adapter"
+    assert {"adapter_config.json", "adapter_model.safetensors"} <= settings["files"]
+    assert settings["repo_id"] == "me/tiny"
+
+    shaped = json.loads(measure(config, progress=False)[0].read_text())["runs"][0]["settings"]
+    # seeds with names and places of their own are one entry of a report
+    assert shaped["training"]["arguments"] == {"adam_beta2": 0.9, "average_tokens_across_devices": False}
+
+
+@pytest.fixture
+def finished(run):
+    """As ``run``, of a run that is done."""
+
+    def made(*overrides: str) -> RunConfig:
+        config = run(*overrides)
+        (config.output / "adapter").mkdir(parents=True)
+        (config.output / "run.yaml").write_text(config.to_yaml())
+        (config.output / "adapter" / "adapter_config.json").write_text("{}")
+        return config
+
+    return made
+
+
+def test_a_revision_is_a_branch(finished, hub):
+    train.train(finished(*PUSH, "training.arguments.hub_revision=v2"))
+    assert [call[0] for call in hub] == ["create_repo", "create_branch", "upload_folder"]
+    assert hub[1][2] == {"branch": "v2", "exist_ok": True}
+    assert hub[2][2]["revision"] == "v2"
+
+
+def test_without_being_asked_nothing_is_pushed(finished, hub):
+    train.train(finished("training.arguments.hub_model_id=me/tiny"))
+    assert hub == []
+
+
+def test_of_several_processes_the_first_pushes(finished, hub, monkeypatch):
+    config = finished(*PUSH)
+    for rank, calls in (("1", 0), ("0", 2)):
+        monkeypatch.setenv("RANK", rank)
+        train.train(config)
+        assert len(hub) == calls
+
+
+def test_a_push_that_did_not_work_is_told_and_done_by_the_next_call(finished, hub, monkeypatch):
+    def fail(self, **settings):
+        raise OSError("no way.\nmore")
+
+    config = finished(*PUSH)
+    with monkeypatch.context() as patch:
+        patch.setattr(HfApi, "upload_folder", fail)
+        with pytest.raises(
+            UserError, match=r"push_to_hub did not work \(no way\); the adapter is whole in .*adapter: "
+        ):
+            train.train(config)
+    train.train(config)
+    assert hub[-1][0] == "upload_folder"
+
+
+def test_a_comparison_pushes_nothing(run):
+    with pytest.raises(UserError, match="push_to_hub is of one run, not of a comparison; remove it"):
+        run(*PUSH).single("lora", {"name": "lora"})

@@ -83,6 +83,7 @@ def test_a_stopped_comparison_goes_on(run, tmp_path, capsys, monkeypatch):
     path = config.output / "compare.json"
     record = json.loads(path.read_text())
     assert (record["complete"], len(record["runs"]), len(record["table"])) == (False, 1, 1)
+    assert [row["complete"] for row in record["table"]] == [True]  # the one seed of lora is there
     assert record["missing"] == ["test/lorasculpt-seed0"]
     trials = [(made.method["name"], made.training.lr) for made in done[:2] + done[3:]]
     assert trials == [("lora", 0.001), ("lora", 0.01), ("lorasculpt", 0.001), ("lorasculpt", 0.01)]
@@ -117,8 +118,8 @@ def test_a_stopped_comparison_goes_on(run, tmp_path, capsys, monkeypatch):
     # two questions of the test, of two colours, are asked
     assert {made["target"]["color"]["majority"] for made in record["runs"]} == {lora["target"]["color"]["majority"]}
     assert lora["target"]["color"]["majority"] == 0.5
-    assert lora["time"] == 1
-    assert sparse["time"] > 0
+    assert lora["time"] == {"mean": 1, "low": None, "high": None}
+    assert sparse["time"]["mean"] > 0
     assert str(tmp_path) not in (tmp_path / "all.json").read_text()
     assert "lorasculpt" in report(tmp_path / "all.json", tmp_path / "page").read_text()
 
@@ -317,6 +318,20 @@ def test_a_label_may_choose_by_both_numbers_among_the_trials_of_another(run, tmp
     assert {test.config.evaluate.source[0] for test in comparison.tests()} == {*config.evaluate.source}
 
 
+def test_every_run_says_what_it_was_made_with_and_every_row_whether_all_its_seeds_are_there(run, monkeypatch):
+    monkeypatch.setattr(compare, "train", lambda config, **options: None)
+    monkeypatch.setattr(compare, "measure", measured_at(0.5))
+    path = compare.compare(run(), METHODS, seeds=2, rates=[0.01], progress=False)
+    older, gone = (path.parent / "test" / f"{label}-lr0.01-seed1" / "results.json" for label in METHODS)
+    older.write_text(json.dumps(json.loads(older.read_text()) | {"versions": {"torch": "1.0"}}))
+    gone.unlink()
+    record = Comparison(run(), METHODS, 2, [0.01]).record()
+    made = {(entry["label"], entry["seed"]): entry["versions"] for entry in record["runs"]}
+    today = compare.versions()
+    assert made == {("lora", 0): today, ("lora", 1): {"torch": "1.0"}, ("lorasculpt", 0): today}
+    assert {row["label"]: row["complete"] for row in record["table"]} == {"lora": True, "lorasculpt": False}
+
+
 def test_one_rate_needs_no_validation(run):
     comparison = Comparison(run("data.validation=0.2"), METHODS, 2, [0.1])
     assert comparison.trials() == []
@@ -391,9 +406,8 @@ def test_sequences_are_compared_at_one_rate(run, tmp_path, capsys, monkeypatch):
     rows = {row["label"]: row for row in record["table"]}
     assert list(rows) == ["am_lora", "lora"]
     assert rows["am_lora"]["against"]["last"] is None
-    assert rows["am_lora"]["time"] == pytest.approx(
-        entries["am_lora", 0]["seconds"] / np.mean([entries["lora", n]["seconds"] for n in (0, 1)])
-    )
+    # of the seed that both have
+    assert rows["am_lora"]["time"]["mean"] == entries["am_lora", 0]["seconds"] / entries["lora", 0]["seconds"]
     code, out, err = words(
         "compare",
         tmp_path / "run.yaml",
@@ -794,8 +808,8 @@ def test_the_table_is_made_of_means_over_seeds_and_of_pairs():
     assert first["source_after"]["high"] == pytest.approx(0.4 + 4.302653 * 0.1 / np.sqrt(3))
     assert first["source"]["old"]["mean"] == pytest.approx(0.4)
     assert first["target_before"]["low"] == first["target_before"]["high"] == 0
-    assert (first["seeds"], first["steps"], first["time"], first["against"]) == ([0, 1, 2], 9, 1, {})
-    assert (second["time"], second["adapter_bytes"], second["lr"]) == (1.5, 2000, 0.1)
+    assert (first["seeds"], first["steps"], first["against"]) == ([0, 1, 2], 9, {})
+    assert (second["adapter_bytes"], second["lr"]) == (2000, 0.1)
     test = second["against"]["source_after"]
     assert test["n"] == 3
     assert test["difference"] == pytest.approx(0.21)
@@ -830,7 +844,9 @@ def test_sequences_are_one_row_for_each_label_with_their_mean_matrix():
     assert lora["backward"]["mean"] == pytest.approx(-0.6)
     assert lora["forward"]["mean"] == pytest.approx(((0.1 - 0.2) + (0.3 - 0.2)) / 2)
     assert lora["source_before"] == {"mean": 0.8, "low": 0.8, "high": 0.8}
-    assert (lora["time"], grown["time"], grown["memory"], lora["against"]) == (1, 2.5, 1, {})
+    # 60 s for 10 s, and 40 s for 30 s
+    assert grown["time"]["mean"] == pytest.approx((60 / 10 + 40 / 30) / 2)
+    assert (lora["time"]["mean"], grown["memory"]["mean"], lora["against"]) == (1, 1, {})
     assert grown["against"]["last"]["difference"] == pytest.approx(((0.65 - 0.55) + (0.55 - 0.35)) / 2)  # seed by seed
     assert grown["against"]["source_after"]["difference"] == pytest.approx(((0.7 - 0.4) + (0.6 - 0.2)) / 2)
     assert grown["against"]["source_after"]["t"] == pytest.approx(0.35 / (0.1 / np.sqrt(2) / np.sqrt(2)))
@@ -849,7 +865,7 @@ def test_memory_and_drift_are_in_the_table_where_they_are_known():
         entry("older", 0.4, 0.8, 0),
     ]
     rows = {row["label"]: row for row in table(runs)}
-    assert {label: (row["memory_bytes"], row["memory"]) for label, row in rows.items()} == {
+    assert {label: (row["memory_bytes"], row["memory"]["mean"]) for label, row in rows.items()} == {
         "lora": (2000, 1),
         "dora": (3000, 1.5),
         "on a GPU": (500, None),
@@ -862,7 +878,28 @@ def test_memory_and_drift_are_in_the_table_where_they_are_known():
     assert drift["high"] == pytest.approx(0.2 + 12.7062 * 0.1)
     assert {row["drift"]["mean"] for label, row in rows.items() if label != "lora"} == {None}
     (alone,) = table([entry("dora", 0.4, 0.8, 0, memory_bytes=3000, **process)])
-    assert alone["memory"] is None
+    assert alone["memory"]["mean"] is None
+
+
+def test_what_a_method_costs_is_told_seed_by_seed_in_units_of_loras():
+    seconds, peaks, ratios = (10.0, 20.0, 30.0), (100, 200, 250), (1.5, 1.6, 1.7)
+    lora = [entry("lora", 0.4, 0.8, n, seconds=seconds[n], memory_bytes=peaks[n], memory_of="cuda") for n in range(3)]
+    slow = [
+        entry("slow", 0.4, 0.8, n, seconds=ratios[n] * seconds[n], memory_bytes=2 * peaks[n], memory_of="cuda")
+        for n in (2, 0, 1)
+    ]
+    other = entry("other", 0.4, 0.8, seed=7, memory_bytes=1, memory_of="cuda")  # of a seed that lora has not
+    first, second, third = table([*lora, *slow, other])
+    assert first["time"] == first["memory"] == {"mean": 1, "low": 1, "high": 1}
+    half = 4.302653 * 0.1 / np.sqrt(3)
+    expected = {"mean": 1.6, "low": 1.6 - half, "high": 1.6 + half}
+    assert second["time"] == pytest.approx(expected)
+    assert second["memory"] == {"mean": 2, "low": 2, "high": 2}
+    assert third["time"] == third["memory"] == {"mean": None, "low": None, "high": None}
+    # in one process the smallest peak of each counts, and says nothing of another seed
+    _, second = table([run | {"memory_of": "process"} for run in (*lora, *slow[:2])])
+    assert (second["memory"], second["memory_bytes"]) == ({"mean": 2, "low": None, "high": None}, 200)
+    assert second["time"]["high"] > second["time"]["mean"]
 
 
 def slow_spearman(x, y) -> float:
@@ -924,7 +961,7 @@ def test_whole_groups_are_drawn_for_the_interval():
 
 def test_without_lora_or_with_one_seed_nothing_is_tested():
     (row,) = table([entry("sparse", 0.5, 0.5)])
-    assert (row["time"], row["against"]) == (None, {})
+    assert (row["time"]["mean"], row["against"]) == (None, {})
     assert row["source_after"] == {"mean": 0.5, "low": None, "high": None}
     _, row = table([entry("lora", 0.4, 0.5), entry("sparse", 0.5, 0.5)])
     assert row["against"]["source_after"] is None
@@ -969,14 +1006,21 @@ def test_the_screen_shows_tests_and_rates_at_the_edge(run, capsys, monkeypatch):
     record["complete"], record["missing"] = False, ["test/lora-seed2"]
     record["table"][1]["retention"]["mean"] = None
     record["table"][1]["drift"] = {"mean": 0.0123, "low": 0.0, "high": 0.0246}
-    record["table"][1] |= {"memory": 1.25, "memory_bytes": 10}
+    record["table"][1] |= {"memory": {"mean": 1.25, "low": 1.0, "high": 1.5}, "memory_bytes": 10}
+    record["table"][1] |= {"time": {"mean": 2.5, "low": 2.25, "high": 2.75}, "trainable": 1234567}
     record["drift"] = {"runs": {"rho": 0.831, "low": 0.412, "high": 0.97, "n": 12}}
     record["drift"]["curve"] = {"rho": None, "low": None, "high": None, "n": 36}
     compare.write_json(path, record)
     show(json.loads(path.read_text()))
     out = capsys.readouterr().out
     assert "against lora" in out
-    for words in ("0.012 ±0.012", "1.25", "0.83 (0.41 to 0.97) over 12 runs, none over 36 points of curves."):
+    for words in (
+        "0.012 ±0.012",
+        "1.25 ±0.25",
+        "2.50 ±0.25",
+        "1,234,567",
+        "0.83 (0.41 to 0.97) over 12 runs, none over 36 points of curves.",
+    ):
         assert words in out
     assert "time and memory in that of lora" in out
     assert "lora: of the learning rates the largest did best; a larger one may do better." in out

@@ -20,7 +20,7 @@ import json
 import shlex
 import shutil
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -180,13 +180,12 @@ class Comparison:
         """
         folder = run.config.output
         if folder not in self._results and (found := self._read(run)) is not None:
-            others = {} if found["versions"] == versions() else {"versions": found["versions"]}
-            kept = {key: value for key, value in found.items() if key not in ("gallery", "versions")}
-            self._results[folder] = kept | {"label": run.label} | others
+            kept = {key: value for key, value in found.items() if key != "gallery"}
+            self._results[folder] = kept | {"label": run.label}
         return self._results.get(folder)
 
     def _read(self, run: Run) -> dict[str, Any] | None:
-        """What was measured in ``run``, with the versions that it was made with."""
+        """What was measured in ``run``, with the versions that it was made with, which may not be those of today."""
         path = run.config.output / RESULTS_FILE
         if not path.is_file():
             return None
@@ -304,6 +303,12 @@ class Comparison:
         """The results of the tests that are there."""
         return [result for run in self.tests() if (result := self.result(run)) is not None]
 
+    def _rows(self, runs: list[dict[str, Any]], tabled: Callable[[list[dict]], list[dict]]) -> list[dict[str, Any]]:
+        """The table of ``runs``, in the order of the labels; a row with all its seeds is ``complete``."""
+        order = list(self.labels)
+        rows = tabled(sorted(runs, key=lambda run: order.index(run["label"])))
+        return [row | {"complete": len(row["seeds"]) == self.labels[row["label"]].seeds} for row in rows]
+
     @cached_property
     def _majority(self) -> dict[str, float]:
         """By target task, what the commonest answer to its test questions gets."""
@@ -324,11 +329,12 @@ class Comparison:
         """Everything that is known by now, as a results file: the runs one by one, and what they say together.
 
         ``table`` is :func:`~lorasculpt.comparison.table.table`, ``pareto`` and ``equal_target`` are made by those
-        beside it, ``drift`` by `lorasculpt.comparison.drift`; ``missing`` is empty where ``complete``. Each target task
-        of a run has its ``majority``, the score of the commonest answer: to reach that proves nothing.
+        beside it, ``drift`` by `lorasculpt.comparison.drift`; ``missing`` is empty where ``complete``. A run
+        has the ``versions`` that it was made with, and each of its target tasks its ``majority``, the score of the
+        commonest answer: to reach that proves nothing.
         """
-        runs, missing, order = list(map(self._beside_majority, self._done())), self.missing(), list(self.labels)
-        rows = table(sorted(runs, key=lambda run: order.index(run["label"])))
+        runs, missing = [self._beside_majority(run) for run in self._done()], self.missing()
+        rows = self._rows(runs, table)
         share = self.config.data.validation or SHARE
         return {
             "schema": 1,
@@ -409,7 +415,7 @@ class Sequences(Comparison):
 
     def record(self):
         """As that of one task, with ``sequences`` in place of runs (`lorasculpt.comparison.sequences`)."""
-        runs, missing, order = self._done(), self.missing(), list(self.labels)
+        runs, missing = self._done(), self.missing()
         return {
             "schema": 1,
             "complete": not missing,
@@ -418,7 +424,7 @@ class Sequences(Comparison):
             "tasks": [stage.name for stage in self.config.data.sequence],
             "rates": self.rates_of(),
             "sequences": runs,
-            "table": sequences.table(sorted(runs, key=lambda run: order.index(run["label"]))),
+            "table": self._rows(runs, sequences.table),
         }
 
 

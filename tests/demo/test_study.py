@@ -8,7 +8,7 @@ import pytest
 import yaml
 from peft import LoraConfig
 
-from lorasculpt import METHODS
+from lorasculpt import METHODS, UserError
 from lorasculpt.config import RunConfig
 from lorasculpt.demo import run, study
 
@@ -52,9 +52,13 @@ def test_a_finished_run_is_not_done_again(folder, monkeypatch):
     numbers |= {"adapter_bytes": 1, "trainable": 2, "gallery": "left out"}
     made = run.settings("lora", output="done")
     (folder / "done").mkdir()
-    (folder / "done" / "results.json").write_text(json.dumps({"runs": [numbers]}))
+    (folder / "done" / "run.yaml").write_text(built(made, folder).to_yaml())
+    (folder / "done" / "results.json").write_text(json.dumps({"versions": {"torch": "1.0"}, "runs": [numbers]}))
     monkeypatch.setattr(study, "train", lambda config: pytest.fail("trained again"))
     entry, before = study._measured(folder / "run.yaml", made, None)
     assert "gallery" not in entry
     assert entry["trainable"] == 2
+    assert entry["versions"] == {"torch": "1.0"}  # not today's
     assert before is None
+    with pytest.raises(UserError, match="which holds another run"):
+        study._measured(folder / "run.yaml", run.settings("lora", output="done", steps=7), None)

@@ -17,7 +17,7 @@ from ..report.results import REFERENCE
 from ..report.words import size
 from ..sequence import MATRIX_FILE, stages_of
 from ..train import ADAPTER, LOG_FILE
-from .table import cell, costs, grouped, ratio, tell_ends, tested
+from .table import cell, costs, grouped, tell_ends, tested
 
 NUMBERS = {
     "last": "Last",
@@ -108,11 +108,12 @@ def table(entries: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
 def show(record: dict[str, Any]) -> None:
     """Print the table of a comparison of sequences, the tests against the reference, and every mean matrix."""
     names = {name: words for name, words in NUMBERS.items() if name != "source_before"}
-    shown = Table("method", "seeds", "lr", *names.values(), "time", "memory", "size")
+    shown = Table("method", "seeds", "lr", *names.values(), "time", "memory", "trainable", "size")
     tests = Table(f"against {REFERENCE}", *(words for name in names.values() for words in (name, "p")))
     for row in record["table"]:
         cells = [row["label"], str(len(row["seeds"])), f"{row['lr']:g}", *(cell(row[name]) for name in names)]
-        shown.add_row(*cells, ratio(row["time"]), ratio(row["memory"]), size(row["adapter_bytes"]))
+        cells += [cell(row["time"], 1, 2), cell(row["memory"], 1, 2), f"{row['trainable']:,}"]
+        shown.add_row(*cells, size(row["adapter_bytes"]))
         found = [row["against"].get(name) for name in names]
         if any(found):
             tests.add_row(row["label"], *(text for test in found for text in tested(test)))

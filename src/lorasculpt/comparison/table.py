@@ -25,9 +25,8 @@ def table(runs: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     ``majority`` what the commonest answer would get, where that is known.
 
     ``against`` are paired t-tests against the rows of ``REFERENCE`` over the seeds that both have; p is not corrected
-    for the number of tests. ``time`` and ``memory`` are the training time and its peak of memory in units of the
-    reference's, where they are known and of the same kind. ``drift`` is a mean over seeds, with None for each of its
-    parts where it was not measured.
+    for the number of tests. ``time`` and ``memory`` are those of :func:`costs`. ``drift`` is a mean over seeds, with
+    None for each of its parts where it was not measured.
     """
     return [_row(label, group, reference) for label, group, reference in grouped(runs)]
 
@@ -42,18 +41,29 @@ def grouped(runs: Sequence[dict[str, Any]]) -> list[tuple[str, list[dict], dict[
 
 
 def costs(label: str, runs: list[dict], reference: dict[int, dict]) -> dict[str, Any]:
-    """Time, memory and size of the runs of a label, and the first two in units of the reference's."""
-    seconds = mean(run["seconds"] for run in runs)
-    others = list(reference.values()) if reference else runs
-    known = bool(reference) or label == REFERENCE
-    base = mean(run["seconds"] for run in others)
-    peak, least = _peak(runs), _peak(others)
-    alike = known and len({run.get("memory_of") for run in (*runs, *others)}) == 1
+    """Time, memory and size of the runs of a label.
+
+    ``time`` and ``memory`` are the training time and its peak of memory in units of the reference's: the mean over the
+    seeds that both have of one over the other, with its 95 % interval; all None where one of them is not known.
+
+    A process that trains several runs still holds some of the earlier ones, so that of the peaks of a process
+    (``memory_of``) the smallest of a label is divided by the smallest of the reference, and there is no interval.
+    ``memory_bytes`` is the smallest peak either way.
+    """
+    others = list(reference.values()) if label != REFERENCE else runs
+    by = {run["seed"]: run for run in others}
+    pairs = [(run, by[run["seed"]]) for run in runs if run["seed"] in by]
+    peak, of = _peak(runs), {run.get("memory_of") for run in (*runs, *others)}
+    if of == {"process"}:
+        memory = mean_interval([_over(peak, _peak(others))])
+    else:
+        both = pairs if len(of) == 1 else []
+        memory = mean_interval([_over(one.get("memory_bytes"), two.get("memory_bytes")) for one, two in both])
     return {
-        "seconds": seconds,
-        "time": seconds / base if base and known else None,
+        "seconds": mean(run["seconds"] for run in runs),
+        "time": mean_interval([_over(one["seconds"], two["seconds"]) for one, two in pairs]),
         "memory_bytes": peak,
-        "memory": peak / least if peak and least and alike else None,
+        "memory": memory,
         "trainable": runs[0]["trainable"],
         "adapter_bytes": round(mean(run["adapter_bytes"] for run in runs)),
     }
@@ -90,7 +100,11 @@ def _row(label: str, runs: list[dict], reference: dict[int, dict]) -> dict[str, 
 def _peak(runs: Sequence[dict]) -> int | None:
     """The smallest peak of memory among ``runs``, since what else a process holds adds to it; None: unknown."""
     known = [run["memory_bytes"] for run in runs if run.get("memory_bytes") is not None]
-    return min(known) if len(known) == len(runs) else None
+    return min(known) if known and len(known) == len(runs) else None
+
+
+def _over(value: float | None, other: float | None) -> float | None:
+    return value / other if value is not None and other else None
 
 
 def pareto(rows: Sequence[dict[str, Any]]) -> list[str]:
@@ -128,15 +142,16 @@ def show(record: dict[str, Any]) -> None:
     columns = ("source_after", "target_after", "retention", "gain", "h_mean", "average")
     drifts, memories = (
         any(known(row) is not None for row in record["table"])
-        for known in (lambda row: row["drift"]["mean"], lambda row: row["memory"])
+        for known in (lambda row: row["drift"]["mean"], lambda row: row["memory"]["mean"])
     )
     heads = ["source", "target", "retention", "gain", "H-mean", "average", *["drift"] * drifts, "time"]
-    shown = Table("method", "seeds", "lr", *heads, *["memory"] * memories, "size")
+    shown = Table("method", "seeds", "lr", *heads, *["memory"] * memories, "trainable", "size")
     tests = Table(f"against {REFERENCE}", "source", "p", "target", "p", "H-mean", "p")
     for row in record["table"]:
         cells = [row["label"], str(len(row["seeds"])), f"{row['lr']:g}", *(cell(row[name]) for name in columns)]
-        cells += [cell(row["drift"], 1, 3)] * drifts + [ratio(row["time"])] + [ratio(row["memory"])] * memories
-        shown.add_row(*cells, size(row["adapter_bytes"]))
+        cells += [cell(row["drift"], 1, 3)] * drifts + [cell(row["time"], 1, 2)]
+        cells += [cell(row["memory"], 1, 2)] * memories
+        shown.add_row(*cells, f"{row['trainable']:,}", size(row["adapter_bytes"]))
         found = [row["against"].get(name) for name in ("source_after", "target_after", "h_mean")]
         if any(found):
             tests.add_row(row["label"], *(text for test in found for text in tested(test)))
@@ -146,7 +161,7 @@ def show(record: dict[str, Any]) -> None:
         console.print(tests)
     steps = ", ".join(str(steps) for steps in sorted({row["steps"] for row in record["table"]}))
     of = f"time{' and memory' if memories else ''} in that of {REFERENCE}"
-    print(f"Points of 100, ± the half of a 95 % interval over seeds; {steps} steps; {of}.")
+    print(f"Points of 100, ± the half of a 95 % interval over seeds; {steps} steps; {of}; trainable parameters.")
     equal = record["equal_target"]
     if equal["source"]:
         kept = ", ".join(f"{label} {100 * source:.1f}" for label, source in equal["source"].items())
@@ -184,10 +199,6 @@ def _ranked(found: dict[str, Any], words: str) -> str:
     rho = "none" if found["rho"] is None else f"{found['rho']:.2f}"
     spread = "" if found["low"] is None else f" ({found['low']:.2f} to {found['high']:.2f})"
     return f"{rho}{spread} over {found['n']} {words}"
-
-
-def ratio(value: float | None) -> str:
-    return "-" if value is None else f"{value:.2f}"
 
 
 def tested(found: dict[str, float | None] | None) -> tuple[str, str]:

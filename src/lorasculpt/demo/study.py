@@ -24,7 +24,7 @@ from ..evaluation import tasks as grouped
 from ..measure import RESULTS_FILE, measure, versions, write_json
 from ..models.load import autocast_dtype, load
 from ..sequence import learn
-from ..train import train
+from ..train import check_output, train
 from . import base, build, world
 from .run import METHODS, STEPS, settings, write_data
 from .tower import remembering
@@ -112,14 +112,22 @@ def study(work: Path, path: Path) -> Path:
 
 
 def _measured(path: Path, made: dict[str, Any], before: dict | None) -> tuple[dict[str, Any], dict | None]:
-    """The run of the YAML ``made``, trained and measured unless it already is, and the measurement of its base."""
+    """The run of the YAML ``made``, trained and measured unless it already is, and the measurement of its base.
+
+    It has the ``versions`` that it was made with, which may not be those of today.
+
+    Raises:
+        UserError: its folder holds another run.
+    """
     path.write_text(yaml.safe_dump(made, sort_keys=False))
     config = RunConfig.load(path)
+    check_output(config.output, config)
     if not (config.output / RESULTS_FILE).is_file():
         print(f"\n{path.stem}")
         train(config)
         _, before = measure(config, before=before, strengths=())
-    run = json.loads((config.output / RESULTS_FILE).read_text())["runs"][0]
+    content = json.loads((config.output / RESULTS_FILE).read_text())
+    run = content["runs"][0]
     kept = (
         "method",
         "seed",
@@ -132,7 +140,7 @@ def _measured(path: Path, made: dict[str, Any], before: dict | None) -> tuple[di
         "adapter_bytes",
         "trainable",
     )
-    return {key: run[key] for key in kept}, before
+    return {key: run[key] for key in kept} | {"versions": content["versions"]}, before
 
 
 def tasks(work: Path, path: Path) -> Path:

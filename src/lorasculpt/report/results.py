@@ -24,7 +24,9 @@ NUMBERS = (
     "average",
 )
 REFERENCE = "lora"  # what the others are tested against
+OURS = "lorasculpt"
 TESTED = ("source_after", "target_after", "h_mean", "average")  # retention and gain only repeat source and target
+LEVEL = 0.05  # a difference with a smaller p is told as one
 REQUIRED = ("method", "seed", "source", "target", "summary")
 
 
@@ -93,7 +95,8 @@ def read(paths: Sequence[Path]) -> list[dict]:
     A run of a file that says so itself is not ``complete``: others are to follow. The runs of a comparison have their
     pictures in folders of their own beside its file; where these are gone there is no ``gallery``. ``home`` is the
     folder that holds a run and no other, with its adapter; None where there is none. ``equal_target`` is what a single
-    file says of all its runs, ``compared`` whether it is a comparison's.
+    file says of all its runs, ``compared`` whether it is a comparison's, ``chosen_by`` what the run's learning rate was
+    chosen by, where the file says that.
 
     Raises:
         UserError: a file is missing, is no JSON, has another schema, or lacks a part of a run, or a run has no source.
@@ -113,9 +116,13 @@ def read(paths: Sequence[Path]) -> list[dict]:
                     f"{path}: run {number} was measured without source tasks, and a report sets what is learned "
                     "against what is forgotten; name evaluate.source and evaluate it again, or use lorasculpt dial."
                 )
-            about = {"versions": content.get("versions", {}), "complete": content.get("complete", True)}
+            about = {
+                "versions": run.get("versions") or content.get("versions", {}),
+                "complete": content.get("complete", True),
+            }
             about["equal_target"] = content.get("equal_target") if len(paths) == 1 else None
             about["compared"] = "table" in content
+            about["chosen_by"] = ((content.get("rates") or {}).get(run.get("label")) or {}).get("by")
             places = {"folder": path.parent, "home": path.parent if len(found) == 1 else None}
             runs.append(run | about | places | _own(path.parent, run))
     if not runs:
@@ -284,6 +291,25 @@ def compared(one: Entry, other: Entry, name: str) -> dict | None:
     others = {run["seed"]: run["summary"][name] for run in other.runs}
     pairs = [(run["summary"][name], others[run["seed"]]) for run in one.runs if run["seed"] in others]
     return paired([a for a, _ in pairs], [b for _, b in pairs])
+
+
+def way(one: Entry, other: Entry, name: str) -> str | None:
+    """How ``other`` compares with ``one`` in the number ``name``: ``"more"``, ``"less"`` or ``"noise"``.
+
+    By :func:`compared`, at p < 0.05. Without such a test, as of one seed, they differ where their intervals don't
+    overlap; None where an interval is missing.
+    """
+    test = compared(other, one, name)
+    if test is not None and test["p"] is not None:
+        if test["p"] >= LEVEL:
+            return "noise"
+        return "more" if test["difference"] > 0 else "less"
+    a, b = one.numbers[name], other.numbers[name]
+    if a.low is None or b.low is None:
+        return None
+    if not a.separate(b):
+        return "noise"
+    return "more" if b.value > a.value else "less"
 
 
 def reference(found: Sequence[Entry]) -> Entry | None:

@@ -73,6 +73,7 @@ MISTAKES = {
     "learning_rate: 1": "is not taken here; use training.lr.",
     "hub_token: hf_x": "is not taken here; use hf auth login: a token is not for a file.",
     "optim: sgd": "is set by lorasculpt itself; remove it.",
+    "neftune_noise_alpha: five": "must be a number or null; got 'five'.",
     "push_to_hub: true": "needs a hub_model_id, such as name/invoices; add it.",
 }
 

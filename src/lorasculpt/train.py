@@ -86,6 +86,7 @@ def train(
         return adapter
     set_seed(config.seed)
     records = trained_on(config)
+    check_measured(config)
     named = _with_tasks(config, records)
     model, processor = load(config.base)
     if start is None:
@@ -404,6 +405,19 @@ def held_out(config: RunConfig, limit: int | None = None, *, each: int | None = 
     return found[0], found[1]
 
 
+def check_measured(config: RunConfig) -> None:
+    """Read all that ``config.evaluate`` names, so that a bad row or picture is told before training and not after it.
+
+    Raises:
+        UserError: for the first, with its file and line.
+    """
+    held_out(config)
+    asked = config.evaluate
+    instead = asked.target if config.data.validation else []
+    for file in (*instead, *asked.validation, *asked.validation_source):
+        read(file, images=asked.images)
+
+
 def drift_prompts(config: RunConfig, model: nn.Module, processor, autocast: torch.dtype | None) -> list[Prompt]:
     """The texts that the drift of a run is measured on, kept in its folder; none where it is not to be or cannot be."""
     if not config.evaluate.drift or config.projector == "full" or moved(model):
@@ -481,7 +495,7 @@ FIXED = (
 
 
 def check_arguments(config: RunConfig) -> None:
-    """See that ``training.arguments`` are arguments of ``SFTConfig`` that nothing here stands for.
+    """See that ``training.arguments`` are arguments of ``SFTConfig``, of its types, that nothing here stands for.
 
     Raises:
         UserError: for the first that is not, with its line in the file.
@@ -499,6 +513,8 @@ def check_arguments(config: RunConfig) -> None:
             close = difflib.get_close_matches(key, free, n=1)
             mend = f"did you mean {close[0]}?" if close else "see its documentation."
             raise config.error(place, f"is no argument of TRL's SFTConfig; {mend}")
+        if (taken := must_be(SFTConfig, key, given[key])) is not None:
+            raise config.error(place, f"must be {taken}; got {given[key]!r:.80}.")
     if given.get("push_to_hub") and not given.get("hub_model_id"):
         raise config.error("training.arguments.push_to_hub", "needs a hub_model_id, such as name/invoices; add it.")
 
@@ -553,6 +569,34 @@ def check_output(output: Path, config: RunConfig) -> None:
     elif output.is_dir() and any(output.iterdir()):
         raise config.error("output", f"is {output}, which holds something else; choose an empty folder.")
     shutil.rmtree(output / ".partial", ignore_errors=True)
+
+
+def check_trained(config: RunConfig) -> None:
+    """See that the run in ``config.output`` was trained as ``config`` says. What is measured may have changed since.
+
+    Raises:
+        UserError: for the first setting that was another, with its line in the file.
+    """
+    path = config.output / RUN_FILE
+    if not path.is_file():
+        return
+    trained, asked = (_trained_with(each) for each in (RunConfig.load(path), config))
+    for key in {**asked, **trained}:
+        if asked.get(key) != trained.get(key):
+            raise config.error(
+                key,
+                f"is {asked.get(key)}, but {config.output} was trained with {trained.get(key)} (see {path}); "
+                "correct it, or name another output.",
+            )
+
+
+def _trained_with(config: RunConfig) -> dict[str, Any]:
+    """The settings that shape an adapter, by their dotted keys."""
+    settings: dict[str, Any] = {}
+    for section, value in config.model_dump(mode="json", exclude={"output", "methods", "evaluate"}).items():
+        inner = {f"{section}.{key}": one for key, one in value.items()} if isinstance(value, dict) else {section: value}
+        settings |= inner
+    return settings
 
 
 def _last_checkpoint(output: Path) -> Path | None:

@@ -14,12 +14,14 @@ import torch
 import transformers as hf
 from contract import CASES, adapt, equal, logits, loss, masks, sgd, start, texts, train, trained, weights
 from peft import LoraConfig, LoraRuntimeConfig, PeftModel, get_peft_model
+from peft.tuners.lora import LoraLayer
 from safetensors.torch import load_file
 from torch import nn
 
 from lorasculpt import METHODS, Clock, LoRASculptConfig, method_logs
 from lorasculpt.adapters.layers import MaskedLinear, sites
 from lorasculpt.adapters.method import REFUSED, SUPPORTED, looks_sculpted, methods_of
+from lorasculpt.adapters.update import UpdateConfig, updates
 
 STOCK = {field.name: field for field in dataclasses.fields(LoraConfig)}
 
@@ -113,11 +115,65 @@ def test_an_uninitialised_b_is_allowed():
     assert all(bool(site.B.any()) for site in sites(model).values())
 
 
+@pytest.mark.parametrize("method", CASES)
 @pytest.mark.parametrize(("target", "kind"), [("embed_tokens", "Embedding"), ("patch_embedding", "Conv2d")])
-def test_layers_that_are_not_linear_are_refused(target, kind):
+def test_layers_that_are_not_linear_are_refused(target, kind, method):
     base, _ = pico.build("llava")
-    with pytest.raises(ValueError, match=rf"{target} is a {kind}, which LoRASculptConfig cannot adapt"):
-        adapt(base, target_modules=[target])
+    name = CASES[method].config.__name__
+    with pytest.raises(ValueError, match=rf"{target} is a {kind}, which {name} cannot adapt"):
+        adapt(base, method, target_modules=[target])
+
+
+@pytest.mark.parametrize("method", CASES)
+def test_an_attention_that_hides_its_linears_is_refused(method):
+    """PEFT adds a plain LoRA to the weights of this one; nothing of ours would be called."""
+    base, _ = pico.build("llama")
+    base.model.layers[0].self_attn.q_proj = nn.MultiheadAttention(32, 4)
+    with pytest.raises(ValueError, match=r"q_proj is a MultiheadAttention, which .* cannot adapt"):
+        adapt(base, method, target_modules=["q_proj"])
+
+
+class Packed(nn.Module):
+    """A linear of another library: no ``nn.Linear``, its weight not where one looks for it."""
+
+    in_features = out_features = 32
+
+    def __init__(self):
+        super().__init__()
+        self.packed = nn.Parameter(torch.ones(32, 32, dtype=torch.int8), requires_grad=False)
+
+    def forward(self, x):
+        return x @ self.packed.to(x.dtype)
+
+
+class PackedLinear(nn.Linear):
+    """What the other library makes of A and B."""
+
+
+class PackedLora(nn.Module, LoraLayer):
+    """A LoRA of the other library's own, as PEFT lets anyone register one."""
+
+    def __init__(self, base_layer, adapter_name, r, lora_alpha, **kwargs):
+        super().__init__()
+        LoraLayer.__init__(self, base_layer)
+        self.lora_A[adapter_name], self.lora_B[adapter_name] = PackedLinear(32, r), PackedLinear(r, 32)
+
+
+@pytest.mark.filterwarnings("ignore:Unsupported layer type")  # PEFT's, where it does not know a class
+@pytest.mark.parametrize("method", CASES)
+def test_a_strange_linear_gets_what_is_ours_or_is_refused(method):
+    """And never the LoRA that PEFT was told to make of it."""
+    base, _ = pico.build("llama")
+    base.model.layers[0].self_attn.q_proj = Packed()
+    config = CASES[method](target_modules=["q_proj"])
+    config._register_custom_module({Packed: PackedLora})
+    if issubclass(CASES[method].config, UpdateConfig):
+        model = get_peft_model(base, config)
+        assert sorted(updates(model)) == [f"model.layers.{i}.self_attn.q_proj" for i in (0, 1)]
+        assert not any(isinstance(module, LoraLayer) for module in model.modules())
+        return
+    with pytest.raises(ValueError, match=r"q_proj is a Packed, which .* cannot adapt"):
+        get_peft_model(base, config)
 
 
 # --- layers ---------------------------------------------------------------------------------------------------------

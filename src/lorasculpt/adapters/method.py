@@ -273,10 +273,12 @@ class MethodModel(Methods, LoraModel):
     def _create_and_replace(self, lora_config, adapter_name, target, target_name, parent, current_key, **kwargs):
         super()._create_and_replace(lora_config, adapter_name, target, target_name, parent, current_key, **kwargs)
         layer = getattr(parent, target_name)
+        base = layer.get_base_layer()
+        uncalled = isinstance(base, nn.MultiheadAttention)  # PEFT adds B A to its weights: the leaves are never called
         for leaves in (layer.lora_A, layer.lora_B):
-            if adapter_name not in leaves or type(leaves[adapter_name]) is not nn.Linear:
+            if uncalled or adapter_name not in leaves or type(leaves[adapter_name]) is not nn.Linear:
                 raise ValueError(
-                    f"{current_key} is a {type(layer.get_base_layer()).__name__}, which {type(lora_config).__name__} "
+                    f"{current_key} is a {type(base).__name__}, which {type(lora_config).__name__} "
                     "cannot adapt: target linear layers only."
                 )
             leaves[adapter_name] = MaskedLinear.of(leaves[adapter_name])

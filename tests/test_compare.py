@@ -167,6 +167,15 @@ def test_the_cost_is_told_as_soon_as_a_run_is_done(run, capsys, monkeypatch):
     assert out[1] == "validation/lora-lr0.001-seed0 took 0 s; the 7 runs missing take about 0 s."
     assert out[-1] == "test/lorasculpt-lr0.001-seed1 took 0 s; it was the last."
 
+    # what is there tells it before anything is done, and to those who have it done elsewhere
+    for label in METHODS:
+        shutil.rmtree(run().output / "test" / f"{label}-lr0.001-seed1")
+    monkeypatch.setattr(compare, "launch", lambda *arguments, done, **options: done())
+    compare.compare(run(), METHODS, seeds=2, rates=[0.01, 0.001], cluster="slurm")
+    out = capsys.readouterr().out.splitlines()
+    assert out[:2] == ["2 runs are to be made: about 20 s of training, by those that are there."] * 2
+    assert out[2] == "test/lora-lr0.001-seed1 took 0 s; the one run that is missing takes about 10 s."
+
 
 def test_what_is_left_costs_what_runs_of_its_label_did():
     costs = [(("validation", "lora"), 2.0), (("validation", "spider"), 10.0), (("test", "lora"), 4.0)]
@@ -176,6 +185,9 @@ def test_what_is_left_costs_what_runs_of_its_label_did():
     assert compare.cost("x", costs, left) == f"x took 4 s; the 7 runs missing take about {seconds} s."
     assert compare.cost("x", costs, left[:1]) == "x took 4 s; the one run that is missing takes about 4 s."
     assert compare.cost("x", costs, []) == "x took 4 s; it was the last."
+    # all but the edit train
+    assert compare.ahead(costs, left) == "7 runs are to be made: about 32 s of training, by those that are there."
+    assert compare.ahead([], left[:1]) == "1 run is to be made; what it takes is told when it is done."
 
 
 class Lines:
@@ -361,7 +373,7 @@ def test_what_has_one_strength_is_measured_without_a_curve(run, name):
     path = compare.compare(run(), [name], seeds=1, rates=[0.01], progress=False)
     record = json.loads(path.read_text())
     assert record["runs"][0]["curve"] == []
-    assert record["equal_target"] == {"target": None, "source": {}}
+    assert record["equal_target"] == {"target": None, "against": None, "source": {}, "left_out": []}
     assert name in report(path, path.parent / "page").with_suffix(".md").read_text()
 
 
@@ -974,27 +986,48 @@ def test_what_no_other_method_equals_or_beats_in_both_is_on_the_front():
     assert pareto([]) == []
 
 
-def on_curve(method: str, *points: tuple[float, float, float]) -> dict:
-    return {
-        "method": method,
-        "curve": [dict(zip(("strength", "source", "target"), point, strict=True)) for point in points],
-    }
+def on_curve(label: str, seed: int, *points: tuple[float, float, float]) -> dict:
+    curve = [dict(zip(("strength", "source", "target"), point, strict=True)) for point in points]
+    return {"label": label, "seed": seed, "curve": curve}
 
 
 def test_sources_are_compared_where_all_methods_have_learned_the_same():
-    found = equal_target(
-        [
-            on_curve("dense", (0, 0.8, 0.0), (0.5, 0.6, 0.4), (1, 0.2, 0.8)),
-            on_curve("sparse", (0, 0.8, 0.0), (0.5, 0.7, 0.3), (1, 0.6, 0.6)),
-            on_curve("sparse", (0, 0.8, 0.0), (1, 0.5, 0.6)),
-            on_curve("without strength"),
-        ]
-    )
-    assert found["target"] == 0.6
-    assert found["source"]["dense"] == pytest.approx(0.4)
-    assert found["source"]["sparse"] == pytest.approx(0.55)
-    assert "without strength" not in found["source"]
-    assert equal_target([on_curve("without strength")]) == {"target": None, "source": {}}
+    runs = [
+        on_curve("dense", 0, (0, 0.8, 0.0), (0.5, 0.6, 0.4), (1, 0.2, 0.8)),
+        on_curve("lorasculpt", 0, (0, 0.8, 0.0), (0.5, 0.7, 0.3), (1, 0.6, 0.6)),
+        on_curve("lorasculpt", 1, (0, 0.8, 0.0), (1, 0.5, 0.6)),
+        on_curve("dense", 1, (1, 0.1, 0.9), (0, 0.8, 0.0), (0.5, 0.5, 0.7)),  # in any order
+        on_curve("dense", 2, (0, 0.8, 0.0), (1, 0.4, 0.6)),
+        on_curve("without strength", 0),
+    ]
+    found = equal_target(runs)
+    assert (found["target"], found["against"], found["left_out"]) == (0.6, "lorasculpt", [])
+    dense, sparse = found["source"]["dense"], found["source"]["lorasculpt"]
+    # half of the way from 0.4 to 0.8; six sevenths of that from 0 to 0.7; the end
+    assert (dense["seeds"], sparse["seeds"]) == ([0, 1, 2], [0, 1])
+    assert dense["values"] == pytest.approx([0.4, 0.8 - 0.3 * 6 / 7, 0.4])
+    assert (dense["mean"], sparse["mean"]) == (pytest.approx(np.mean(dense["values"])), pytest.approx(0.55))
+    assert sparse["high"] == pytest.approx(0.55 + 12.7062 * 0.05)
+    assert sparse["test"] is None
+    assert dense["test"]["n"] == 2
+    assert dense["test"]["difference"] == pytest.approx(np.mean([0.4 - 0.6, 0.8 - 0.3 * 6 / 7 - 0.5]))
+    assert list(found["source"]) == ["dense", "lorasculpt"]
+    assert equal_target(runs[:1])["against"] == "dense"
+    assert equal_target(runs[-1:]) == {"target": None, "against": None, "source": {}, "left_out": []}
+
+
+def test_a_label_that_learns_far_less_does_not_set_the_level():
+    """The best of whose worst seed counts: 0.8 here, so that 0.4 is just near enough and 0.39 is not."""
+    best = [on_curve("best", seed, (0, 0.8, 0.1), (1, 0.2, reach)) for seed, reach in enumerate((0.9, 0.8))]
+    near = on_curve("near", 0, (0, 0.8, 0.1), (0.5, 0.7, 0.4), (1, 0.1, 0.3))  # learns less when turned up further
+    far = [on_curve("far", seed, (0, 0.8, 0.1), (1, 0.7, reach)) for seed, reach in enumerate((0.9, 0.39))]
+    found = equal_target([*best, *far, near])
+    assert (found["target"], found["left_out"]) == (0.4, ["far"])
+    assert list(found["source"]) == ["best", "near"]
+    assert found["source"]["near"]["values"] == [0.7]
+    # where the base is above the level already, nothing has to be turned on
+    knew = on_curve("knew", 0, (0, 0.8, 0.5), (1, 0.1, 0.7))
+    assert equal_target([near, knew])["source"]["knew"]["values"] == [0.8]
 
 
 def test_the_screen_shows_tests_and_rates_at_the_edge(run, capsys, monkeypatch):
@@ -1004,6 +1037,14 @@ def test_the_screen_shows_tests_and_rates_at_the_edge(run, capsys, monkeypatch):
     path = compare.compare(run(), METHODS, seeds=2, rates=[0.01, 0.02], progress=False)
     record = json.loads(path.read_text())
     record["complete"], record["missing"] = False, ["test/lora-seed2"]
+    record["equal_target"] = equal_target(
+        [
+            on_curve(label, n, (0, 0.8, 0), (1, 0.5 + n * up, 0.5))
+            for label, up in (("a", 0.1), ("b", 0.2))
+            for n in (0, 1)
+        ]
+        + [on_curve("weak", 0, (0, 0.8, 0), (1, 0.5, 0.2))]
+    )
     record["table"][1]["retention"]["mean"] = None
     record["table"][1]["drift"] = {"mean": 0.0123, "low": 0.0, "high": 0.0246}
     record["table"][1] |= {"memory": {"mean": 1.25, "low": 1.0, "high": 1.5}, "memory_bytes": 10}
@@ -1024,5 +1065,7 @@ def test_the_screen_shows_tests_and_rates_at_the_edge(run, capsys, monkeypatch):
         assert words in out
     assert "time and memory in that of lora" in out
     assert "lora: of the learning rates the largest did best; a larger one may do better." in out
+    assert "Source where all reach the target 50.0, p against a: a 55.0 ±63.5, b 60.0 ±127.1 (p 0.500)." in out
+    assert "Not compared there, for reaching less than 50 % of the best target score: weak." in out
     assert "1 runs are still missing." in out
     assert report(path, path.parent / "page").with_suffix(".md").read_text().count("still missing") == 1

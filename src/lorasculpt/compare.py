@@ -299,6 +299,14 @@ class Comparison:
             if (label, seed) not in done
         ]
 
+    def costs(self) -> list[tuple[tuple[str, str], float]]:
+        """The kind of each trained run that is there, and what its training took, in seconds: not what measuring did.
+
+        An edit costs no training; the time in its results is that of what it edits.
+        """
+        runs = [run for run in (*self.trials(), *self.tests()) if run.edit is None]
+        return [(run.kind, result["seconds"]) for run in runs if (result := self.result(run)) is not None]
+
     def _done(self) -> list[dict[str, Any]]:
         """The results of the tests that are there."""
         return [result for run in self.tests() if (result := self.result(run)) is not None]
@@ -467,7 +475,8 @@ def compare(
         cluster: Make them there, each by a job (`lorasculpt.comparison.launch`), such as ``"slurm"``. Default: here,
             one after the other.
         job: Options of such a job.
-        progress: Show bars, and after every run what the others are going to take.
+        progress: Show bars, and what the runs that are still to be made are going to take: at first, where some are
+            there already, and after every run.
 
     Returns:
         The file.
@@ -477,11 +486,19 @@ def compare(
     """
     comparison = planned(config, methods, seeds, rates)
     path = out or config.output / COMPARISON_FILE
+
+    def told() -> None:
+        if progress and comparison.left():
+            print(ahead(comparison.costs(), [kind for _, kind in comparison.left()]))
+
+    def written() -> None:
+        write_json(path, comparison.record())
+        told()
+
+    told()
     if cluster:
-        launch(comparison, cluster, job or {}, done=lambda: write_json(path, comparison.record()), progress=progress)
-    costs: list[tuple[tuple[str, str], float]] = []
-    if progress and (left := comparison.left()):
-        print(f"{len(left)} runs are to be made; what they take is told after the first.")
+        launch(comparison, cluster, job or {}, done=written, progress=progress)
+    costs = comparison.costs()  # of the runs that were there: what measuring took is not known
     while (run := comparison.next()) is not None:
         began = time.monotonic()
         run.write()
@@ -493,24 +510,39 @@ def compare(
     return write_json(path, comparison.record())
 
 
-def cost(name: str, costs: Sequence[tuple[tuple[str, str], float]], left: Sequence[tuple[str, str]]) -> str:
-    """What the run ``name``, the last of ``costs``, took, and what those that are ``left`` will.
+def expected(costs: Sequence[tuple[tuple[str, str], float]], left: Sequence[tuple[str, str]]) -> float:
+    """The seconds that runs of the kinds ``left`` will take, by what others did, of which there is one at least.
 
     One takes as long as those of its kind and label did on average; where there are none yet, as those of its label,
     or else of its kind, or else all.
     """
 
-    def expected(kind: tuple[str, str]) -> float:
+    def one(kind: tuple[str, str]) -> float:
         own = [seconds for known, seconds in costs if known == kind]
         label = [seconds for known, seconds in costs if known[1] == kind[1]]
         same = [seconds for known, seconds in costs if known[0] == kind[0]]
         return mean(own or label or same or [seconds for _, seconds in costs])
 
+    return sum(map(one, left))
+
+
+def ahead(costs: Sequence[tuple[tuple[str, str], float]], left: Sequence[tuple[str, str]]) -> str:
+    """How many runs are ``left``, and how long they will train, one after the other, by the ``costs`` of others."""
+    number = "1 run is" if len(left) == 1 else f"{len(left)} runs are"
+    if not costs:
+        told = "what it takes is told when it is done" if len(left) == 1 else "what they take is told after the first"
+        return f"{number} to be made; {told}."
+    seconds = expected(costs, [kind for kind in left if kind[0] != "edit"])
+    return f"{number} to be made: about {duration(seconds)} of training, by those that are there."
+
+
+def cost(name: str, costs: Sequence[tuple[tuple[str, str], float]], left: Sequence[tuple[str, str]]) -> str:
+    """What the run ``name``, the last of ``costs``, took, and what those that are ``left`` will."""
     words = f"{name} took {duration(costs[-1][1])}"
     if not left:
         return f"{words}; it was the last."
     number = "the one run that is missing takes" if len(left) == 1 else f"the {len(left)} runs missing take"
-    return f"{words}; {number} about {duration(sum(map(expected, left)))}."
+    return f"{words}; {number} about {duration(expected(costs, left))}."
 
 
 def commands(comparison: Comparison) -> Iterator[str]:

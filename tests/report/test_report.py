@@ -345,7 +345,10 @@ def compared(folder: Path, *labels: str, pictures: bool = True) -> Path:
         if pictures:
             write(planned.config.output, runs[-1] | {"gallery": shown})
     path = write(folder, *runs, name="compare.json")
-    equal = {"target": 0.5, "source": {label: 0.4 + i / 10 for i, label in enumerate(labels)}}
+    equal = {
+        "target": 0.5,
+        "source": {label: {"mean": 0.4 + i / 10, "low": None, "high": None} for i, label in enumerate(labels)},
+    }
     path.write_text(json.dumps(json.loads(path.read_text()) | {"table": [], "equal_target": equal}))
     return path
 
@@ -356,7 +359,7 @@ def test_pictures_of_a_comparison_are_in_its_runs_folders(tmp_path):
     assert "base model ✗ nine (wrong) lora ✓ 7 (right) sparse ✗ 1 (wrong)" in shown
     assert "all (2) forgotten (1) learned (1) both right (0)" in shown
     assert 'src="data:image/png' in text
-    assert "target score 50.0 %, which all of them reach" in shown.replace("\u00a0", " ")
+    assert "target score 50.0 %, which all of these reach" in shown.replace("\u00a0", " ")
     assert re.search(r"lora 40\.0 sparse 50\.0", shown)
 
 

@@ -7,13 +7,15 @@ from itertools import pairwise
 from statistics import mean
 from typing import Any
 
-import numpy as np
 from rich.console import Console
 from rich.table import Table
 
 from ..evaluation.student import mean_interval, paired
 from ..report.results import NUMBERS, REFERENCE, front
 from ..report.words import size
+
+NEAR = 0.5  # of the best target score: who does not reach this share of it is not compared at equal target
+EQUALLED = "lorasculpt"  # what the others are tested against there
 
 
 def table(runs: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -113,25 +115,57 @@ def pareto(rows: Sequence[dict[str, Any]]) -> list[str]:
 
 
 def equal_target(runs: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """Source average of every method where its strength gives the target score that all of them reach.
+    """Source average of the labels where the strength of each gives the target score that all of them reach.
 
-    Read off each run's curve over strength, between its points linearly; the mean over the seeds of a method. Runs
-    without a curve (of adapters whose strength cannot be set) are left out.
+    Read off each run's curve over strength, between its points linearly. What a label reaches is the least of what its
+    runs do at the best point of their curves. A label that does not reach ``NEAR`` of what the best one does is left
+    out, because at so low a target score nothing would be compared; the level is the least that the others reach. Runs
+    without a curve (of adapters whose strength cannot be set) have no part in it.
+
+    Returns:
+        ``target``: the level, None where no run has a curve. ``source``: of each label the ``seeds``, the ``values`` of
+        the source average in their order, their ``mean`` with its 95 % interval ``low`` and ``high``, and ``test``, the
+        paired t-test against the label ``against`` over the seeds that both have (None for that label itself, and for
+        fewer than two). ``against``: LoRASculpt, or the first label without it. ``left_out``: what is too far below.
     """
-    runs = [run for run in runs if run["curve"]]
-    if not runs:
-        return {"target": None, "source": {}}
-    level = min(max(point["target"] for point in run["curve"]) for run in runs)
-    sources: dict[str, list[float]] = {}
+    curves: dict[str, dict[int, list[dict]]] = {}
     for run in runs:
-        points = sorted(run["curve"], key=lambda point: point["strength"])
-        label = run.get("label", run["method"])
-        for low, high in pairwise(points):
-            if low["target"] <= level <= high["target"]:
-                share = (level - low["target"]) / max(high["target"] - low["target"], 1e-9)
-                sources.setdefault(label, []).append(low["source"] + share * (high["source"] - low["source"]))
-                break
-    return {"target": level, "source": {label: float(np.mean(values)) for label, values in sources.items()}}
+        if run["curve"]:
+            own = sorted(run["curve"], key=lambda point: point["strength"])
+            curves.setdefault(run["label"], {})[run["seed"]] = own
+    reach = {
+        label: min(max(point["target"] for point in curve) for curve in own.values()) for label, own in curves.items()
+    }
+    kept = [label for label in reach if reach[label] >= NEAR * max(reach.values())]
+    if not kept:
+        return {"target": None, "against": None, "source": {}, "left_out": []}
+    level = min(reach[label] for label in kept)
+    at = {label: {seed: _source_at(level, curve) for seed, curve in curves[label].items()} for label in kept}
+    against = EQUALLED if EQUALLED in at else kept[0]
+
+    def row(label: str, values: dict[int, float]) -> dict[str, Any]:
+        both = [seed for seed in values if seed in at[against] and label != against]
+        test = paired([values[seed] for seed in both], [at[against][seed] for seed in both])
+        own = list(values.values())
+        return {"seeds": list(values), "values": own} | mean_interval(own) | {"test": test}
+
+    source = {label: row(label, values) for label, values in at.items()}
+    return {
+        "target": level,
+        "against": against,
+        "source": source,
+        "left_out": [label for label in reach if label not in kept],
+    }
+
+
+def _source_at(level: float, curve: Sequence[dict]) -> float:
+    """The source average of a curve at the smallest strength where its target, which gets there, is ``level``."""
+    for low, high in pairwise([curve[0], *curve]):
+        if high["target"] >= level:
+            rise = high["target"] - low["target"]
+            share = (level - low["target"]) / rise if rise > 0 else 1.0
+            return low["source"] + share * (high["source"] - low["source"])
+    raise ValueError(f"no point of the curve has a target of {level}")
 
 
 # --- on the screen --------------------------------------------------------------------------------------------------
@@ -164,8 +198,14 @@ def show(record: dict[str, Any]) -> None:
     print(f"Points of 100, ± the half of a 95 % interval over seeds; {steps} steps; {of}; trainable parameters.")
     equal = record["equal_target"]
     if equal["source"]:
-        kept = ", ".join(f"{label} {100 * source:.1f}" for label, source in equal["source"].items())
-        print(f"Source where all reach the target {100 * equal['target']:.1f}: {kept}.")
+        kept = ", ".join(
+            f"{label} {cell(found)}" + (f" (p {found['test']['p']:.3f})" if (found["test"] or {}).get("p") else "")
+            for label, found in equal["source"].items()
+        )
+        print(f"Source where all reach the target {100 * equal['target']:.1f}, p against {equal['against']}: {kept}.")
+    if equal["left_out"]:
+        far = ", ".join(equal["left_out"])
+        print(f"Not compared there, for reaching less than {100 * NEAR:.0f} % of the best target score: {far}.")
     print(f"Pareto front of source and target: {', '.join(record['pareto'])}.")
     if record["drift"]:
         words = {"runs": "runs", "curve": "points of curves"}

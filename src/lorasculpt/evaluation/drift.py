@@ -3,8 +3,9 @@
     prompts = self_prompts(model, processor, 64, path="drift.jsonl")
     drift(model, processor, prompts)  # {"value": 0.31, "interval": [0.27, 0.36], "n": 64}
 
-The drift is the mean of KL(base || tuned) over the tokens of these texts. Since they were sampled from the base, this
-estimates how many nats per token the tuned model loses on what the base would have said.
+The questions are fixed sentences (``ASKED``, ``ASKED_OF_PICTURES``), only the answers are the base's. The drift is the
+mean of KL(base || tuned) over the tokens of these answers. Since they were sampled from the base, this estimates how
+many nats per token the tuned model loses on what the base would have said.
 """
 
 from __future__ import annotations

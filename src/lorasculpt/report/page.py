@@ -135,11 +135,14 @@ def seed_table(found: list[Entry]) -> dict | None:
 
 
 def equal_table(found: list[Entry]) -> tuple[dict, str] | None:
-    """The source average of each adapter where all reach the same target score, and that score; None if not known."""
+    """The source average of each adapter where these reach the same target score, and that score; None if not known."""
     equal = found[0].runs[0].get("equal_target") or {}
     if not equal.get("source"):
         return None
-    rows = [{"name": label, "cells": [_cell(Number(source))]} for label, source in equal["source"].items()]
+    rows = [
+        {"name": label, "cells": [_cell(Number(source["mean"], source["low"], source["high"]))]}
+        for label, source in equal["source"].items()
+    ]
     return {"head": ["Method", "Source average (%)"], "rows": rows}, percent(equal["target"])
 
 

@@ -105,16 +105,27 @@ def test_two_batches_of_one_do_what_one_batch_of_two_does(family, method, asked)
 
 
 @pytest.mark.parametrize("reentrant", [False, True])
-def test_checkpointing_changes_nothing(family, method, asked, reentrant):
-    found = []
+@pytest.mark.parametrize(
+    ("family", "dtype"),
+    [*((family, None) for family in FAMILIES), ("llava", torch.bfloat16)],
+    ids=[*FAMILIES, "llava-bf16"],
+)
+def test_checkpointing_changes_nothing(family, dtype, method, asked, reentrant):
+    found, moves = [], []
     for checkpointing in (False, True):
         model, processor = start(family, method)
+        before = weights(model)
         if checkpointing:
             model.activation_checkpointing_enable({"use_reentrant": reentrant})
             model.enable_input_require_grads()
-        train(model, [window(processor, asked)] * STEPS)
+        train(model, [window(processor, asked)] * STEPS, autocast=dtype)
         found.append(weights(model))
-    close(*found)
+        moves.append(torch.cat([(value - before[key]).flatten() for key, value in found[-1].items()]))
+    if dtype is None:
+        close(*found)
+    else:
+        assert moves[0].any()
+        assert float((moves[1] - moves[0]).norm() / moves[0].norm()) < 2e-2
 
 
 def test_autocast_stays_near_full_precision(family, method, asked):
@@ -184,9 +195,15 @@ def test_disabled_merged_or_deleted_it_is_what_it_should_be(tuned):
     torch.testing.assert_close(logits(merged, batch), found, rtol=1e-4, atol=1e-5)
 
 
-def test_deleted_it_leaves_the_base(tuned, method):
+def test_beside_another_it_is_itself_and_deleted_it_leaves_the_base(tuned, method):
     model, batch, base, _ = tuned
+    found = logits(model, batch)
     model.add_adapter("fresh", CASES[method](target_modules=target_regex(model, "language")))
+    assert torch.equal(logits(model, batch), found)
+    model.set_adapter("fresh")
+    assert torch.equal(logits(model, batch), base)
+    model.set_adapter("default")
+    assert torch.equal(logits(model, batch), found)
     model.set_adapter("fresh")
     model.delete_adapter("default")
     assert list(methods_of(model)) == ["fresh"]

@@ -2,23 +2,43 @@
 
 from __future__ import annotations
 
+import json
+
 import pico
 import pytest
 import torch
-from contract import CASES, TASKS, inputs, logits, records, sft
+from contract import CASES, TASKS, inputs, logits, sft
 from pico import OTHERS, WITH_TORCHVISION
 
 import lorasculpt
 from lorasculpt.adapters.update import context_of
 from lorasculpt.data.batches import Collator, rows
+from lorasculpt.data.records import read
 
 FAMILIES = [*dict.fromkeys([*pico.FAMILIES, *WITH_TORCHVISION]), "paligemma"]
 assert "paligemma" in OTHERS
 
 
+def as_messages(row: dict[str, str]) -> dict:
+    """``row`` in the layout that chats are kept in."""
+    asked = [{"type": "image"}, {"type": "text", "text": row["question"]}]
+    told = [{"role": "user", "content": asked}, {"role": "assistant", "content": row["answer"]}]
+    return {"messages": told, "images": [row["image"]], "task": row["task"]}
+
+
 @pytest.fixture(scope="module")
-def asked(tmp_path_factory):
-    return records(tmp_path_factory.mktemp("asked"), 4)
+def written(tmp_path_factory):
+    """Four questions in each of two layouts."""
+    plain = pico.write_data(tmp_path_factory.mktemp("asked"), 4)
+    chats = plain.with_name("chats.jsonl")
+    lines = plain.read_text().splitlines()
+    chats.write_text("".join(json.dumps(as_messages(json.loads(line))) + "\n" for line in lines))
+    return {"question": read(plain), "messages": read(chats)}
+
+
+@pytest.fixture
+def asked(written, family):
+    return written["messages" if family == "paligemma" else "question"]
 
 
 @pytest.mark.parametrize("family", FAMILIES)

@@ -4,6 +4,7 @@ import shutil
 from pathlib import Path
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 from contract import close, equal, loss, masks, plain, records, sgd, start, texts, train, trained, weights
@@ -13,6 +14,7 @@ from transformers import Trainer, TrainerCallback, TrainingArguments
 from lorasculpt import Clock, ClockCallback, UserError, method_logs
 from lorasculpt.adapters.layers import sites
 from lorasculpt.adapters.method import methods_of
+from lorasculpt.adapters.update import context_of, updates
 
 SHOWN = {"cmr", "penalty_ratio", "density_a", "density_b", "density_ba"}
 
@@ -136,12 +138,32 @@ def test_training_goes_on_where_it_was():
     assert methods_of(model)["default"].pruned
 
 
+@pytest.mark.parametrize("method", ["loramoe", "mosld", "malora", "am_lora", "smora"])
+def test_a_batch_twice_at_half_its_loss_is_the_batch_once(method):
+    """Losses of routing are halved by the clock, which is told of two; SMoRA's bias moves once."""
+
+    def trained_on(copies: int, accumulation: int):
+        model, _ = start("llama", method)
+        optimizer = sgd(model)
+        train(model, [texts() * copies] * 3, optimizer, clock=Clock(model, optimizer, accumulation=accumulation))
+        return weights(model), method_logs(model)
+
+    once, shown = trained_on(1, 1)
+    twice, shown_of_twice = trained_on(2, 2)
+    close(twice, once)
+    assert shown_of_twice == pytest.approx(shown, rel=1e-5)
+    if method != "smora":  # it has no loss
+        assert shown["balance_loss"] > 0
+        with pytest.raises(AssertionError):
+            close(trained_on(2, 1)[0], once)
+
+
 # --- under a trainer ------------------------------------------------------------------------------------------------
 
 ROWS = [{key: value[0] for key, value in batch.items()} for batch in texts(size=1, number=16)]
 
 
-def trainer(folder: Path, model=None, callbacks=None, **settings) -> Trainer:
+def trainer(folder: Path, model=None, callbacks=None, rows=ROWS, **settings) -> Trainer:
     defaults = {
         "per_device_train_batch_size": 1,
         "gradient_accumulation_steps": 2,
@@ -155,7 +177,7 @@ def trainer(folder: Path, model=None, callbacks=None, **settings) -> Trainer:
     }
     arguments = TrainingArguments(str(folder), **{**defaults, **settings})
     callbacks = [ClockCallback()] if callbacks is None else callbacks
-    return Trainer(model or llama(prune_step=3), arguments, train_dataset=ROWS, callbacks=callbacks)
+    return Trainer(model or llama(prune_step=3), arguments, train_dataset=rows, callbacks=callbacks)
 
 
 @pytest.fixture(scope="module")
@@ -185,6 +207,79 @@ def test_the_numbers_join_the_loss(whole):
     assert steps[1]["cmr"] > 0
     assert 0 < steps[1]["penalty_ratio"] < 10
     assert not SHOWN & run.state.log_history[-1].keys()  # the summary of the run
+
+
+def test_losses_of_routing_count_by_the_micro_batches_that_there_are(tmp_path):
+    """Five batches by two are windows of 2, 2 and 1, in every epoch."""
+    seen = []
+
+    class Watch(TrainerCallback):
+        def on_pre_optimizer_step(self, args, state, control, model=None, **kwargs):
+            (noted, *_) = (update.noted for update in updates(model).values())
+            seen.append((float(context_of(model).weight), int(noted["batches"])))
+
+    model = llama(method="loramoe", tasks=[], knowledge=[])
+    trainer(tmp_path, model, [ClockCallback(), Watch()], ROWS[:5], max_steps=6, save_strategy="no").train()
+    assert seen == [(0.5, 2), (0.5, 2), (1.0, 1)] * 2
+
+
+def counted(scores: list[np.ndarray]) -> tuple[np.ndarray, float, float]:
+    """(loads, entropy, loss) of one linear with two of four experts, token by token, from the scores of each batch."""
+    load, entropy, tokens, loss = np.zeros(4), 0.0, 0, 0.0
+    for batch in scores:
+        chosen, mean = np.zeros(4), np.zeros(4)
+        for score in batch:
+            p = np.exp(score) / np.exp(score).sum()
+            best = p.argsort()[-2:]
+            g = p[best] / p[best].sum()
+            load[best] += g
+            entropy -= (g * np.log(g)).sum()
+            tokens += 1
+            chosen[best] += 1 / (2 * len(batch))
+            mean += p / len(batch)
+        loss += 0.5 * 4 * (chosen * mean).sum() / len(scores)
+    return 4 * load / load.sum(), entropy / tokens / np.log(4), loss
+
+
+def test_what_is_logged_of_routing_is_what_a_count_finds(tmp_path):
+    """Over micro-batches and linears, without padding: the load of every expert, the entropy, the loss."""
+    mask, seen = [], []
+    model = llama(method="malora")
+
+    def masked(module, args, kwargs):
+        mask[:] = [kwargs["attention_mask"].bool()]
+
+    @torch.no_grad()
+    def scored(update, args):
+        seen.append((args[0] @ update.router.T)[mask[0]].double().numpy())
+
+    model.get_base_model().register_forward_pre_hook(masked, with_kwargs=True)
+    for update in updates(model).values():
+        update.register_forward_pre_hook(scored)
+    padded = [{**row, "attention_mask": (torch.arange(8) >= i % 4).long()} for i, row in enumerate(ROWS)]
+    run = trainer(tmp_path, model, None, padded, max_steps=3, per_device_train_batch_size=2, save_strategy="no")
+    run.train()
+    n = len(updates(model))
+    steps = [entry for entry in run.state.log_history if "loss" in entry]
+    assert len(seen) == 3 * 2 * n
+    for number, entry in enumerate(steps):
+        window = seen[2 * n * number : 2 * n * (number + 1)]
+        loads, entropy, loss = zip(*(counted([window[i], window[n + i]]) for i in range(n)), strict=True)
+        expected = {f"load_{i}": load for i, load in enumerate(np.mean(loads, 0))}
+        expected |= {"load_max": np.mean(np.max(loads, 1)), "load_min": np.mean(np.min(loads, 1))}
+        expected |= {"router_entropy": np.mean(entropy), "balance_loss": sum(loss)}
+        assert {key: entry[key] for key in expected} == pytest.approx(expected, rel=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("method", "settings"), [("smora", {"r": 32, "rank_partition": 1}), ("mosld", {"num_experts": [4, 3]})]
+)
+def test_of_many_or_unequal_experts_only_the_extreme_loads_are_shown(method, settings):
+    model = llama(method=method, **settings)
+    train(model, [texts()])
+    loads = {key: value for key, value in method_logs(model).items() if key.startswith("load_")}
+    assert loads.keys() == {"load_min", "load_max"}
+    assert loads["load_min"] < 1 < loads["load_max"]
 
 
 @pytest.mark.parametrize("lead", [False, True])

@@ -182,7 +182,8 @@ class UpdateMethod(Method):
     def _numbers(self) -> dict[str, float]:
         """Over all layers, of the step just taken: routing entropy (0 one expert, 1 all alike) and loads.
 
-        A load is an expert's share of the routing weight times the number of experts: 1 is its fair share.
+        A load is an expert's share of the routing weight times the number of experts: 1 is its fair share. Each
+        expert's own is shown where all linears have as many, at most 16; otherwise only the largest and the smallest.
         """
         noted = [update.noted for update in self.updates.values() if update.noted]
         if not noted:
@@ -384,7 +385,7 @@ class UpdateModel(Methods):
     def _create_and_replace(self, peft_config, adapter_name, target, target_name, parent, current_key, **kwargs):
         base = target.get_base_layer() if isinstance(target, BaseTunerLayer) else target
         features = _get_in_out_features(base)
-        if isinstance(base, nn.Embedding | nn.modules.conv._ConvNd) or None in features:
+        if isinstance(base, nn.Embedding | nn.MultiheadAttention | nn.modules.conv._ConvNd) or None in features:
             raise ValueError(
                 f"{current_key} is a {type(base).__name__}, which {type(peft_config).__name__} cannot adapt: target "
                 "linear layers only."

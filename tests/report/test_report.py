@@ -17,7 +17,7 @@ from lorasculpt.config import RunConfig
 from lorasculpt.errors import UserError
 from lorasculpt.report import report
 from lorasculpt.report.results import Number, against, best, entries, front, over_seeds, read
-from lorasculpt.report.words import bracket, difference, duration, headline, listed, percent, size, verdict
+from lorasculpt.report.words import bracket, difference, duration, headline, listed, one_by_one, percent, size, verdict
 
 VOID = {"meta", "img", "br", "link", "input", "hr"}
 
@@ -64,7 +64,7 @@ def test_the_page_stands_alone(tmp_path):
     assert {address[1:] for address in page.addresses if address.startswith("#")} <= set(ids)
     assert len(ids) == len(set(ids))
     assert '<meta name="viewport"' in text
-    assert text.count("<svg") == 2
+    assert text.count("<figure>") == 2
     assert "#0102" not in text  # every place-holder has become a variable
     for variable in set(re.findall(r"var\((--[\w-]+)\)", text)):
         assert text.count(f"{variable}: ") == 2, f"{variable} is not defined for light and dark"
@@ -151,23 +151,31 @@ def made(*runs: dict) -> list:
 
 def test_headline():
     found = made(*two())
-    assert headline(found) == [
+    assert headline(found) + one_by_one(found) == [
         "LoRA learned digits to 60\u00a0% and kept 36\u00a0% of what the model knew; "
         "sparse learned 55\u00a0% and kept 86\u00a0%.",
-        "sparse kept more than LoRA; the difference in what they learned is within the noise.",
+        "sparse kept more than LoRA; the difference in what they learned is within the noise (one seed each).",
     ]
 
 
 @pytest.mark.parametrize(
     ("source", "target", "words"),
     [
-        ((0.7, 0.5), 0.9, "B is ahead of A on both counts."),
-        ((0.1, 0.1), 0.2, "B is behind A on both counts."),
-        ((0.7, 0.5), 0.3, "B kept more than A but learned less: a trade-off. In the harmonic mean"),
-        ((0.1, 0.1), 0.9, "B kept less than A but learned more: a trade-off."),
-        ((0.31, 0.21), 0.61, "within the noise: their intervals overlap."),
-        ((0.1, 0.1), 0.61, "B kept less than A; the difference in what they learned is within the noise."),
-        ((0.31, 0.21), 0.2, "B learned less than A; the difference in what they kept is within the noise."),
+        ((0.7, 0.5), 0.9, "B is ahead of A in what it kept and in what it learned (one seed each)."),
+        ((0.1, 0.1), 0.2, "B is behind A in what it kept and in what it learned (one seed each)."),
+        ((0.7, 0.5), 0.3, "B kept more than A but learned less: a trade-off (one seed each). In the harmonic mean"),
+        ((0.1, 0.1), 0.9, "B kept less than A but learned more: a trade-off (one seed each)."),
+        ((0.31, 0.21), 0.61, "within the noise, in what they kept and in what they learned (one seed each)."),
+        (
+            (0.1, 0.1),
+            0.61,
+            "B kept less than A; the difference in what they learned is within the noise (one seed each).",
+        ),
+        (
+            (0.31, 0.21),
+            0.2,
+            "B learned less than A; the difference in what they kept is within the noise (one seed each).",
+        ),
     ],
 )
 def test_verdict(source, target, words):
@@ -179,8 +187,8 @@ def test_honest_when_nothing_is_known():
     plain = run("A", (0.3, 0.2), 0.6), run("B", (0.7, 0.5), 0.9)
     for one in plain:
         one["summary"] = {k: v for k, v in one["summary"].items() if not k.endswith("_interval")}
-    assert "not known: intervals are missing" in headline(made(*plain))[-1]
-    assert "What A gained on digits is within the noise." in headline(made(run("A", (0.8, 0.6), 0.11)))
+    assert "not known: intervals are missing" in one_by_one(made(*plain))[-1]
+    assert "What A gained on digits is within the noise." in one_by_one(made(run("A", (0.8, 0.6), 0.11)))
 
 
 def test_nothing_to_keep(tmp_path):
@@ -261,12 +269,36 @@ def test_tested_against_lora(tmp_path):
     assert against(made(*seeds("x", [0.5, 0.6], [0.5, 0.6]))) == {}
 
 
-def test_no_tie_where_the_seeds_differ():
-    """Wide intervals overlap, though every seed says the same: neither a win nor 'within the noise'."""
-    words = verdict(*made(*seeds("A", [0.3, 0.3], [0.4, 0.6]), *seeds("B", [0.3, 0.3], [0.3, 0.495])))
-    assert "in what they kept is within the noise" in words
-    assert "in what they learned it is unclear" in words
-    assert "B has 10.2 points less (p 0.016)" in words
+def test_the_paired_test_decides_where_there_is_one():
+    """Wide intervals overlap, though every seed says the same; and one of two seeds apart makes no difference."""
+    a, b = made(*seeds("A", [0.3, 0.3], [0.4, 0.6]), *seeds("B", [0.3, 0.3], [0.3, 0.495]))
+    assert not a.numbers["target_after"].separate(b.numbers["target_after"])
+    assert verdict(a, b) == "B learned less than A (p 0.016); the difference in what they kept is within the noise."
+    a, b = made(*seeds("A", [0.3, 0.3], [0.2, 0.2]), *seeds("B", [0.3, 0.3], [0.7, 0.95]))
+    assert "within the noise, in what they kept and in what they learned (p 0.1" in verdict(a, b)
+    a, b = made(*seeds("A", [0.3, 0.3], [0.2, 0.22]), run("B", (0.7, 0.5), 0.9))
+    assert verdict(a, b).endswith("in what it kept and in what it learned (B: one seed).")
+
+
+def test_a_careful_lora_is_told_in_the_headline(tmp_path):
+    """What somebody who looks at both numbers would have had instead."""
+    runs = seeds("lora", [0.2, 0.21, 0.2], [0.8, 0.81, 0.82])
+    careful = [one | {"label": "careful"} for one in seeds("lora", [0.7, 0.71, 0.7], [0.6, 0.61, 0.62])]
+    runs += careful + seeds("lorasculpt", [0.7, 0.69, 0.7], [0.5, 0.52, 0.5])
+    others = [one for name in "abcd" for one in seeds(name, [0.3, 0.31], [0.5, 0.52])]
+    path = write(tmp_path, *runs, *others, name="compare.json")
+    rates = {"lora": {"chosen": 1e-3}, "careful": {"chosen": 1e-4, "like": "lora", "by": "h_mean"}}
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"table": [], "rates": rates}))
+    found = entries(read([path]))
+    told = headline(found)[-1]
+    assert told.startswith(
+        "Against a LoRA whose learning rate was chosen by both numbers: lorasculpt learned less than"
+    )
+    assert told.count("careful") == 1
+    text = report(path, tmp_path / "out").read_text()
+    assert text.index("Against a LoRA") < text.index("One by one against lora")
+    assert "<dt>rate chosen by</dt><dd><code>h mean</code>" in text
+    assert not any("Against a LoRA" in sentence for sentence in headline(made(*runs)))
 
 
 def test_many_are_told_by_the_best():
@@ -277,7 +309,8 @@ def test_many_are_told_by_the_best():
     assert "; a learned 50\u00a0%" in words[0]
     assert "b learned" not in words[0]
     assert words[1].endswith("on both counts: d.")
-    assert len(words) == 2 + 4  # and a against each other
+    assert len(words) == 2
+    assert len(one_by_one(found)) == 4  # a against each other
 
 
 def test_costs_and_drift(tmp_path):
@@ -301,7 +334,7 @@ def test_costs_and_drift(tmp_path):
     assert (rows["| c"][drift], rows["| c"][memory]) == ("–", "–")
     text = path.read_text()
     assert "Spearman's rank correlation over 2 runs: 1.00" in Page(text).text()
-    assert text.count("<svg") == 2
+    assert text.count("<figure>") == 2
     content = json.loads(path.with_suffix(".json").read_text())
     assert content["drift"]["runs"]["rho"] == pytest.approx(1)
     assert content["methods"][1]["drift"] == {"value": 0.5, "low": 0.4, "high": 0.6}
@@ -378,6 +411,48 @@ def test_pictures_of_another_run_are_not_shown(tmp_path):
     assert "No pictures are shown" in report(path, tmp_path / "out").read_text()
 
 
+def test_what_was_measured_on_the_way(tmp_path):
+    way = [{"step": step, "drift": step / 10} for step in (0, 10, 20)]
+    runs = two()
+    text = report(write(tmp_path / "a", *runs), tmp_path / "out").read_text()
+    assert "windows of steps; beneath it source average and target average, measured on the way." in text
+    assert "drift (nats a token)" not in text
+    runs[0]["training"] = runs[0]["training"] + way
+    text = report(write(tmp_path / "b", *runs), tmp_path / "out").read_text()
+    assert "beneath it source average and target average and drift, measured on the way." in text
+    assert text.count(">drift (nats a token)<") == 1
+    for one in runs:
+        one["training"] = [row for row in one["training"] if "loss" in row]
+    text = report(write(tmp_path / "c", *runs), tmp_path / "out").read_text()
+    assert "as means over windows of steps." in text
+
+
+def test_settings_are_those_of_the_run_and_of_its_file(tmp_path):
+    settings = {"base": "org/base", "data": {"train": "/home/me/digits.jsonl", "limit": None}}
+    settings["evaluate"] = {"source": ["/home/me/general.jsonl"], "limit": 60, "max_new_tokens": 12, "metric": {}}
+    paths = [write(tmp_path / method, run(method, (0.3, 0.2), 0.6)) for method in ("a", "b")]
+    for path in paths:
+        (path.parent / "run.yaml").write_text(json.dumps(settings))
+    text = report(paths, tmp_path / "out").read_text()
+    assert text.count("<code>org/base</code>") == 1  # what all have in common is told once
+    shown = Page(text).text()
+    assert 'data {"train": "digits.jsonl"}' in shown
+    assert 'evaluate {"source": ["general.jsonl"], "limit": 60, "max_new_tokens": 12}' in shown
+    assert 'questions {"a_b": 200, "c": 200, "digits": 200}' in shown
+    assert "/home/me" not in text
+    paths[0].with_name("run.yaml").write_text("base: [")
+    assert report(paths[:1], tmp_path / "out").read_text().count("<dt>base</dt>") == 0
+
+
+def test_tasks_lie_across_for_many(tmp_path):
+    runs = [run(name, (0.3 + i / 20, 0.5), 0.4, label=name) for i, name in enumerate("abcde")]
+    text = report(write(tmp_path, *runs), tmp_path / "out").with_suffix(".md").read_text()
+    head = next(line for line in text.splitlines() if line.startswith("| Method (%)"))
+    assert "a b (source), 200\u00a0questions | c (source)" in head
+    assert "| c | 40.0 [" in text
+    assert "| base model | 80.0 [" in text
+
+
 def test_best():
     assert best([Number(0.2, 0.1, 0.3), Number(0.5, 0.4, 0.6)]) == 1
     assert best([Number(0.2, 0.1, 0.45), Number(0.5, 0.4, 0.6)]) is None
@@ -392,7 +467,7 @@ def test_several_files_and_another_base(tmp_path):
     text = report(files, tmp_path / "out").read_text()
     assert "B starts from another base (source 50.0\u00a0% before training)" in text
     assert "pictures, drawn by chance" not in text
-    assert text.count("<svg") == 1
+    assert text.count("<figure>") == 1
 
 
 def test_refuses(tmp_path):

@@ -9,7 +9,9 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
+import yaml
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from PIL import Image
 
@@ -31,6 +33,7 @@ from .words import (
     duration,
     headline,
     listed,
+    one_by_one,
     percent,
     size,
     spread,
@@ -108,7 +111,10 @@ def summary_table(found: list[Entry]) -> dict:
 
 
 def task_table(found: list[Entry]) -> dict:
-    """One row for each source and target task: base, each entry after training, number of questions."""
+    """Every source and target task: base, each entry after training, number of questions.
+
+    One row for each task; of more than ``MANY`` entries one for each of these, with the tasks across.
+    """
     rows = []
     for side in ("source", "target"):
         for task, first in getattr(found[0], side).items():
@@ -117,7 +123,12 @@ def task_table(found: list[Entry]) -> dict:
             cells = [_cell(first["before"]), *(_cell(value, i == winner) for i, value in enumerate(after))]
             cells.append(_plain_cell(str(first["n"]), first["n"]))
             rows.append({"name": f"{task.replace('_', ' ')} ({side})", "cells": cells})
-    return {"head": ["Task (%)", "base model", *(entry.label for entry in found), "Questions"], "rows": rows}
+    heads = ["base model", *(entry.label for entry in found)]
+    if len(found) <= MANY:
+        return {"head": ["Task (%)", *heads, "Questions"], "rows": rows}
+    across = [f"{row['name']}, {row['cells'][-1]['text']}{SPACE}questions" for row in rows]
+    turned = [{"name": name, "cells": [row["cells"][i] for row in rows]} for i, name in enumerate(heads)]
+    return {"head": ["Method (%)", *across], "rows": turned}
 
 
 def seed_table(found: list[Entry]) -> dict | None:
@@ -280,18 +291,52 @@ def _correlation(found: list[Entry]) -> dict | None:
 
 
 def _settings(found: list[Entry]) -> list[dict]:
-    """What each entry was trained with, as name and text."""
+    """What each entry was trained and measured with, as name and text; first what all of several have in common."""
     blocks = []
     for entry in found:
         run = entry.runs[0]
         rows = {"method": run["method"], "seeds": listed([str(seed) for seed in entry.seeds])}
         rows |= {key: run[key] for key in ("steps", "trainable") if run.get(key) is not None}
-        rows |= {key: value for key, value in run.get("settings", {}).items() if key != "seed"}
+        if run.get("chosen_by"):
+            rows["rate chosen by"] = run["chosen_by"].replace("_", " ")
+        own = {key: value for key, value in run.get("settings", {}).items() if key != "seed"}
+        for key, value in _of_file(run).items():
+            own[key] = value | own.get(key, {}) if isinstance(value, dict) else value
+        rows |= own
+        rows["questions"] = {task: part["n"] for side in (entry.source, entry.target) for task, part in side.items()}
         texts = {
             key: value if isinstance(value, str) else json.dumps(value, default=str) for key, value in rows.items()
         }
         blocks.append({"name": entry.label, "rows": texts})
-    return blocks
+    if len(blocks) == 1:
+        return blocks
+    first, *others = (block["rows"] for block in blocks)
+    common = {key: text for key, text in first.items() if all(other.get(key) == text for other in others)}
+    apart = [block | {"rows": {k: v for k, v in block["rows"].items() if k not in common}} for block in blocks]
+    return [{"name": "All of them", "rows": common}, *apart]
+
+
+def _of_file(run: dict) -> dict[str, Any]:
+    """``base``, ``data`` and ``evaluate`` of the ``run.yaml`` in the run's folder, without what says nothing.
+
+    Of folders and files the names alone, since a page is shown to others. Empty where there is no such file.
+    """
+    home = run.get("home")
+    try:
+        content = yaml.safe_load((home / "run.yaml").read_text(encoding="utf-8")) if home is not None else {}
+    except (OSError, ValueError, yaml.YAMLError):
+        return {}
+    if not isinstance(content, dict):
+        return {}
+
+    def short(value: Any) -> Any:
+        if isinstance(value, dict):
+            return {key: short(part) for key, part in value.items() if part not in (None, [], {})}
+        if isinstance(value, list):
+            return [short(part) for part in value]
+        return Path(value).name if isinstance(value, str) and Path(value).is_absolute() else value
+
+    return {key: short(content[key]) for key in ("base", "data", "evaluate") if content.get(key)}
 
 
 def _notes(found: list[Entry]) -> list[str]:
@@ -378,7 +423,8 @@ class _Part:
 
 def _runs(paths: list[Path], remark: str | None) -> _Part:
     found = entries(read(paths))
-    sentences, notes, note = headline(found), _notes(found), about_intervals(found)
+    lead, notes, note = headline(found), _notes(found), about_intervals(found)
+    sentences = lead + one_by_one(found)
     notes += [remark] if remark else []
     if against(found):
         note += " " + about_tests(REFERENCE)
@@ -390,16 +436,21 @@ def _runs(paths: list[Path], remark: str | None) -> _Part:
         None,
     )
     within = inside(found)
+    on_the_way = plots.on_the_way([found[i] for i in plots.drawn(found)])
     made_of = made_of_table(within["totals"])
     page = {
         "found": found,
+        "lead": len(lead),
         "many": len(found) > MANY,
         "note": note,
         "tables": tables,
         "equal": equal,
         "seeds": seed_table(found),
         "tradeoff": plots.tradeoff(found),
+        "legend": plots.legend(found),
+        "curves": [found[i].label for i in plots.drawn(found)],
         "training": plots.training(found),
+        "on_the_way": [{"source": "source average", "target": "target average"}.get(x, x) for x in on_the_way],
         "drift": plots.drift(found),
         "spread": spread(content["drift"]),
         "made_of": made_of,

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import io
 import re
-from itertools import pairwise, product
+from itertools import pairwise
 from typing import Any
 
 import matplotlib as mpl
@@ -17,8 +17,9 @@ from matplotlib.axes import Axes
 from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
+from matplotlib.markers import MarkerStyle
 
-from .results import Entry, ends, front
+from .results import OURS, REFERENCE, Entry, ends, front
 
 Point = tuple[float, float]
 
@@ -47,7 +48,7 @@ STYLE = {
 }
 SIDES: dict[str, Any] = {"source": "-", "target": (0, (3, 2))}  # and the dashes of its line
 WIDTH = 4.7  # inches: wide enough for a column of a page, and still readable when a phone shrinks it
-LETTERS = 76  # that so many inches hold; a mark counts as eleven
+CURVES = 6  # of more entries some have a mark for their end alone
 
 
 def colour(i: int) -> str:
@@ -56,20 +57,30 @@ def colour(i: int) -> str:
 
 
 def marker(i: int) -> str:
-    """The marker of series ``i``: where colours come round again, each gets another one."""
+    """The marker of series ``i``: where colours come round again each gets another one, so that no two are alike."""
     return MARKERS[(i + i // SERIES) % SERIES]
 
 
-def _legend(figure: Figure, handles: list[Any]) -> None:
-    """A legend above the axes, in as many columns as there is room for; the figure grows by it."""
-    lengths = [len(handle.get_label()) for handle in handles]
+def legend(entries: list[Entry]) -> list[dict[str, str]]:
+    """The one legend of all plots: the ``label``, the ``colour`` and the ``mark`` of each entry.
 
-    def fits(columns: int) -> bool:
-        return sum(max(part, default=0) + 11 for part in np.array_split(lengths, columns)) <= LETTERS
+    The mark is a path in a box from -0.7 to 0.7.
+    """
+    found = []
+    for i, entry in enumerate(entries):
+        shape = MarkerStyle(marker(i))
+        outline = shape.get_path().transformed(shape.get_transform()).to_polygons()[0]
+        path = "L".join(f"{x:.2f} {-y:.2f}" for x, y in outline)
+        found.append({"label": entry.label, "colour": f"var(--{VARIABLES[colour(i)]})", "mark": f"M{path}Z"})
+    return found
 
-    columns = next((columns for columns in (3, 2) if fits(columns)), 1)
-    figure.set_figheight(figure.get_figheight() + 0.2 * max(-(-len(handles) // columns) - 2, 0))
-    figure.legend(handles=handles, loc="outside upper left", ncols=columns)
+
+def drawn(entries: list[Entry]) -> list[int]:
+    """The entries whose curves are drawn: all of up to ``CURVES``, else the first, the reference, ours, the front."""
+    if len(entries) <= CURVES:
+        return list(range(len(entries)))
+    chosen = {*front(ends(entries)), entries[0].label}
+    return [i for i, e in enumerate(entries) if e.label in chosen or e.label.casefold() in (REFERENCE, OURS)]
 
 
 def svg(figure: Figure, name: str, description: str, natural: bool = False) -> str:
@@ -171,26 +182,31 @@ def tradeoff(entries: list[Entry]) -> str:
     """Source against target average as each adapter is turned from strength 0 to 1.
 
     Every seed is a small hollow mark. Of several entries the Pareto front is drawn; only of up to three every point
-    has its interval and the strength beside it.
+    has its interval and the strength beside it. Of more than ``CURVES`` those that are `drawn` have their curve and
+    their name beside it, the others a mark for their end.
     """
     with mpl.rc_context(STYLE):
         figure = Figure(figsize=(WIDTH, 4.1), layout="constrained")
         axes = figure.add_subplot(xlabel="target: what it was taught (%)", ylabel="source: what it knew (%)")
+        few, shown = len(entries) <= 3, drawn(entries)
         xy = [[(100 * p["target"].value, 100 * p["source"].value) for p in entry.curve] for entry in entries]
-        seeds = [
-            [(100 * run["summary"]["target_after"], 100 * run["summary"]["source_after"]) for run in entry.runs]
-            for entry in entries
-        ]
-        few = len(entries) <= 3
-        bars = [_bars(entry.curve[1:] if few else entry.curve[-1:]) for entry in entries]
-        _limits(axes, np.array([point for group in (*xy, *seeds) for point in group]))
-        for i, (entry, line) in enumerate(zip(entries, xy, strict=True)):
+        seeds = {
+            i: [(100 * run["summary"]["target_after"], 100 * run["summary"]["source_after"]) for run in entries[i].runs]
+            for i in shown
+            if len(entries[i].runs) > 1
+        }
+        bars = {i: _bars(entries[i].curve[1:] if few else entries[i].curve[-1:]) for i in shown}
+        lines = [line if i in shown else line[-1:] for i, line in enumerate(xy)]
+        everything = [*lines, *seeds.values(), *(bar for group in bars.values() for bar in group)]
+        _limits(axes, np.array([xy[0][0], *(point for group in everything for point in group)]))
+        for i, line in enumerate(lines):
             style: dict[str, Any] = {"color": colour(i), "marker": marker(i)}
-            axes.plot(*zip(*line, strict=True), **style, label=entry.label, markevery=range(1, len(line)))
-            axes.plot(*line[-1], **style, markersize=10)
-            for bar in bars[i]:
+            axes.plot(*line[-1], **style, markersize=10 if i in shown else 7, linestyle="none")
+            if i in shown:
+                axes.plot(*zip(*line, strict=True), **style, markevery=range(1, len(line)))
+            for bar in bars.get(i, ()):
                 axes.plot(*zip(*bar, strict=True), color=colour(i), linewidth=1, alpha=0.45)
-            if len(entry.runs) > 1:
+            if i in seeds:
                 small = style | {"markersize": 5, "markerfacecolor": "none", "markeredgewidth": 1}
                 axes.plot(*zip(*seeds[i], strict=True), **small, linestyle="none")
         if len(entries) > 1:
@@ -201,13 +217,16 @@ def tradeoff(entries: list[Entry]) -> str:
             axes.plot(*zip(*stairs, strict=True), color=MUTED, lw=1.2, ls=(0, (4, 3)), label="Pareto front", zorder=1)
         base = xy[0][0]
         axes.plot(*base, marker="*", markersize=15, color=INK, linestyle="none", label="base model")
-        _legend(figure, axes.get_legend_handles_labels()[0])
+        figure.legend(loc="outside upper left", ncols=2)
         figure.draw_without_rendering()  # places the axes: labels are put in points
-        labels = _Labels(axes, xy, [bar for group in bars for bar in group])
+        labels = _Labels(axes, lines, [bar for group in bars.values() for bar in group])
         labels.put("base", base, INK, gap=9)
-        for i, (entry, line) in enumerate(zip(entries, xy, strict=True) if few else ()):
-            for point, place in zip(entry.curve[1:], line[1:], strict=True):
-                labels.put(f"{point['strength']:g}", place, colour(i), gap=9 if place is line[-1] else 6)
+        for i, entry in enumerate(entries):
+            places = zip(entry.curve[1:], xy[i][1:], strict=True) if few else ()
+            for point, place in places:
+                labels.put(f"{point['strength']:g}", place, colour(i), gap=9 if place is xy[i][-1] else 6)
+            if i in shown and len(shown) < len(entries):
+                labels.put(entry.label, xy[i][-1], colour(i), gap=9)
         return svg(figure, "tradeoff", "Source average against target average over adapter strength")
 
 
@@ -223,46 +242,58 @@ def _series(run: dict, key: str) -> tuple[list[float], list[float]]:
     return [row["step"] for row in rows], [row[key] for row in rows]
 
 
+def on_the_way(entries: list[Entry]) -> list[str]:
+    """Which of source, target and drift were measured during the training of one of the ``entries``."""
+    runs = [run for entry in entries for run in entry.runs]
+    return [key for key in (*SIDES, "drift") if any(_series(run, key)[0] for run in runs)]
+
+
 def training(entries: list[Entry]) -> str | None:
-    """Loss, and source and target average if they were measured, over the steps of training; None without either."""
-    if not any(run.get("training") for entry in entries for run in entry.runs):
+    """The loss over the steps of training; beneath it source and target average, and the drift, where measured.
+
+    Of those entries that are `drawn`. None without anything to show.
+    """
+    shown = [(i, run) for i in drawn(entries) for run in entries[i].runs if run.get("training")]
+    if not shown:
         return None
+    known = on_the_way([entries[i] for i in drawn(entries)])
+    sides = {side: dashes for side, dashes in SIDES.items() if side in known}
+    kinds = ["training loss", *["average (%)"] * bool(sides), *["drift (nats a token)"] * ("drift" in known)]
     with mpl.rc_context(STYLE):
-        scored = any(_series(run, side)[0] for entry in entries for run in entry.runs for side in SIDES)
-        figure = Figure(figsize=(WIDTH, 4.8 if scored else 3.2), layout="constrained")
-        loss, *below = figure.subplots(1 + scored, 1, sharex=True, squeeze=False)[:, 0]
-        loss.set(ylabel="training loss")
-        for scores in below:
-            scores.set(ylabel="average (%)")
-        (below or [loss])[0].set(xlabel="optimizer step")
-        for i, entry in enumerate(entries):
-            style: dict[str, Any] = {"color": colour(i), "alpha": 1 if len(entry.runs) == 1 else 0.6}
-            for run in entry.runs:
-                steps, values = _series(run, "loss")
-                if steps:
-                    loss.plot(*_means(steps, values), **style)
-                for scores, (side, dashes) in product(below, SIDES.items()):
-                    steps, values = _series(run, side)
-                    small = {"marker": marker(i), "markersize": 4, "linestyle": dashes}
-                    scores.plot(steps, [100 * value for value in values], **style, **small)
-        lines = [
-            Line2D([], [], color=colour(i), marker=marker(i), markersize=4, label=entry.label)
-            for i, entry in enumerate(entries)
-        ]
-        lines += [Line2D([], [], color=MUTED, ls=dashes, label=side) for side, dashes in SIDES.items() if scored]
-        _legend(figure, lines)
-        loss.set_ylim(bottom=0)
-        return svg(figure, "training", "Training loss, source average and target average over steps")
+        figure = Figure(figsize=(WIDTH, 1.6 + 1.6 * len(kinds)), layout="constrained")
+        found = figure.subplots(len(kinds), 1, sharex=True, squeeze=False)[:, 0]
+        panels = dict(zip(kinds, found, strict=True))
+        for kind, axes in panels.items():
+            axes.set(ylabel=kind)
+        found[-1].set(xlabel="optimizer step")
+        for i, run in shown:
+            style: dict[str, Any] = {"color": colour(i), "alpha": 1 if len(entries[i].runs) == 1 else 0.6}
+            small = style | {"marker": marker(i), "markersize": 4}
+            steps, values = _series(run, "loss")
+            if steps:
+                panels["training loss"].plot(*_means(steps, values), **small, markevery=0.25)
+            for side, dashes in sides.items():
+                steps, values = _series(run, side)
+                panels["average (%)"].plot(steps, [100 * value for value in values], **small, linestyle=dashes)
+            if "drift" in known:
+                panels["drift (nats a token)"].plot(*_series(run, "drift"), **small)
+        if sides:
+            lines = [Line2D([], [], color=MUTED, ls=dashes, label=side) for side, dashes in sides.items()]
+            figure.legend(handles=lines, loc="outside upper left", ncols=2)
+        panels["training loss"].set_ylim(bottom=0)
+        return svg(figure, "training", f"{', '.join(['Training loss', *known])} over steps")
 
 
 def drift(entries: list[Entry]) -> str | None:
-    """The source average that each run lost over its drift, and the points of its curve that carry one, small.
+    """The source average that each run lost over its drift, and small the points of its curve that carry one.
 
-    The axis of the drift is logarithmic where it spans more than a factor of thirty. None where no run has a drift.
+    Of more than ``CURVES`` entries those that are `drawn` alone have a curve. The axis of the drift is logarithmic
+    where it spans more than a factor of thirty. None where no run has a drift.
     """
     drifted = [(i, run) for i, entry in enumerate(entries) for run in entry.runs if run.get("drift")]
     if not drifted:
         return None
+    curved = drawn(entries)
     with mpl.rc_context(STYLE):
         figure = Figure(figsize=(WIDTH, 3.6), layout="constrained")
         axes = figure.add_subplot(xlabel="drift (nats a token)", ylabel="source lost (points)")
@@ -270,7 +301,8 @@ def drift(entries: list[Entry]) -> str | None:
         for i, run in drifted:
             before = run["summary"]["source_before"]
             end = (run["drift"]["value"], 100 * (before - run["summary"]["source_after"]))
-            on_curve = [point for point in run.get("curve") or () if "drift" in point and 0 < point["strength"] < 1]
+            points = (run.get("curve") or ()) if i in curved else ()
+            on_curve = [point for point in points if "drift" in point and 0 < point["strength"] < 1]
             line = [(point["drift"], 100 * (before - point["source"])) for point in on_curve]
             style: dict[str, Any] = {"color": colour(i), "marker": marker(i)}
             if line:
@@ -282,8 +314,4 @@ def drift(entries: list[Entry]) -> str | None:
             axes.set_xscale("log")
             axes.xaxis.set_major_formatter("{x:g}")
             axes.xaxis.set_minor_formatter("")
-        shown = dict.fromkeys(i for i, _ in drifted)
-        _legend(
-            figure, [Line2D([], [], color=colour(i), marker=marker(i), label=entries[i].label, ls="") for i in shown]
-        )
         return svg(figure, "drift", "Source average lost over drift, for every run")

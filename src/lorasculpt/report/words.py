@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 
-from .results import REFERENCE, Entry, Number, compared, ends, front
+from .results import OURS, REFERENCE, Entry, Number, compared, ends, front, way
 
 NONE = "–"
 MANY = 4  # entries that one sentence can still tell
@@ -77,62 +77,66 @@ def _learned(entry: Entry, task: str) -> str:
     return f"{entry.label} learned{task} {percent(entry.numbers['target_after'].value, 0)}{SPACE}% and {kept}"
 
 
-def _way(a: Number, b: Number) -> str:
-    """How ``b`` compares with ``a``: 'more', 'less', or 'noise' where their intervals overlap."""
-    if not a.separate(b):
-        return "noise"
-    return "more" if b.value > a.value else "less"
-
-
-def _doubt(a: Entry, b: Entry, name: str) -> str:
-    """What to call a difference in ``name`` between entries whose intervals overlap.
-
-    Where both were trained with the same seeds these may tell them apart all the same: then it is no tie.
-    """
+def _tested(a: Entry, b: Entry, name: str) -> str:
+    """The p of the paired test of ``name`` in parentheses; nothing where there is none."""
     test = compared(b, a, name)
-    if test is None or test["p"] is None or test["p"] >= 0.05:
-        return "within the noise"
-    return (
-        f"unclear: their intervals overlap, but seed by seed {b.label} has {percent(abs(test['difference']))} points "
-        f"{'more' if test['difference'] > 0 else 'less'} ({chance(test['p'])})"
-    )
+    return "" if test is None or test["p"] is None else f" ({chance(test['p'])})"
+
+
+def _seeds(a: Entry, b: Entry) -> str:
+    """Which of the two has one seed alone, in parentheses: what is said of them is of these runs."""
+    once = [entry.label for entry in (a, b) if len(entry.runs) == 1]
+    if not once:
+        return ""
+    return " (one seed each)" if len(once) == 2 else f" ({once[0]}: one seed)"
 
 
 def verdict(a: Entry, b: Entry) -> str:
-    """What the difference between two entries is worth: a win, a loss, a trade-off, or noise."""
-    if any(entry.numbers[name].low is None for entry in (a, b) for name in ("retention", "target_after")):
+    """What the difference between two entries is worth: a win, a loss, a trade-off, or noise.
+
+    One rule for all of them (`lorasculpt.report.results.way`): the paired test over the seeds that both have, and
+    without it their intervals.
+    """
+    kept, learned = (way(a, b, name) for name in ("retention", "target_after"))
+    if kept is None or learned is None:
         return f"Whether {a.label} and {b.label} differ by more than noise is not known: intervals are missing."
-    kept, learned = (_way(a.numbers[name], b.numbers[name]) for name in ("retention", "target_after"))
-    doubts = [_doubt(a, b, name) for name in ("source_after", "target_after")]
-    if kept == learned == "noise" and doubts != ["within the noise"] * 2:
-        return (
-            f"The difference between {a.label} and {b.label} in what they kept is {doubts[0]}; "
-            f"in what they learned it is {doubts[1]}."
-        )
+    of_kept, of_learned = (_tested(a, b, name) for name in ("retention", "target_after"))
+    once = _seeds(a, b)
     if kept == learned == "noise":
-        return f"The differences between {a.label} and {b.label} are within the noise: their intervals overlap."
+        return (
+            f"The differences between {a.label} and {b.label} are within the noise, in what they kept{of_kept} and in "
+            f"what they learned{of_learned}{once}."
+        )
     if kept == learned:
-        return f"{b.label} is {'ahead of' if kept == 'more' else 'behind'} {a.label} on both counts."
+        rank = "ahead of" if kept == "more" else "behind"
+        return f"{b.label} is {rank} {a.label} in what it kept{of_kept} and in what it learned{of_learned}{once}."
     if learned == "noise":
-        return f"{b.label} kept {kept} than {a.label}; the difference in what they learned is {doubts[1]}."
+        return (
+            f"{b.label} kept {kept} than {a.label}{of_kept}; the difference in what they learned is within the "
+            f"noise{of_learned}{once}."
+        )
     if kept == "noise":
-        return f"{b.label} learned {learned} than {a.label}; the difference in what they kept is {doubts[0]}."
-    ranks = {"more": "ahead", "less": "behind", "noise": "level, within the noise"}
-    rank = ranks[_way(a.numbers["h_mean"], b.numbers["h_mean"])]
+        return (
+            f"{b.label} learned {learned} than {a.label}{of_learned}; the difference in what they kept is within the "
+            f"noise{of_kept}{once}."
+        )
+    ranks = {"more": "ahead", "less": "behind", "noise": "level, within the noise", None: "of unknown rank"}
+    rank = ranks[way(a, b, "h_mean")]
     return (
-        f"{b.label} kept {kept} than {a.label} but learned {learned}: a trade-off. In the harmonic mean of source and "
-        f"target {b.label} is {rank}."
+        f"{b.label} kept {kept} than {a.label}{of_kept} but learned {learned}{of_learned}: a trade-off{once}. In the "
+        f"harmonic mean of source and target {b.label} is {rank}{_tested(a, b, 'h_mean')}."
     )
 
 
 def headline(entries: list[Entry]) -> list[str]:
-    """The result in a few sentences: what each entry learned and kept, and which differences are more than noise.
+    """The result in a few sentences: what each entry learned and kept, and what matters most of how they differ.
 
-    Every entry is compared with the first. Of more than ``MANY`` the first sentence tells the one with the highest
-    harmonic mean and the first, and the second the Pareto front.
+    Of more than ``MANY`` the first sentence tells the one with the highest harmonic mean and the first, and the second
+    the Pareto front. Where the learning rate of a LoRA was chosen by source and target together, ``OURS`` is held
+    against it: what a method is worth shows beside someone who looks at both numbers.
     """
     task = listed(list(entries[0].target))
-    first, *others = entries
+    first = entries[0]
     told, before, after = entries, "", []
     if len(entries) > MANY:
         top = max(entries, key=lambda entry: entry.numbers["h_mean"].value)
@@ -142,12 +146,22 @@ def headline(entries: list[Entry]) -> list[str]:
         after = [f"On the Pareto front, where no other equals or beats them on both counts: {ahead}."]
     said = [_learned(told[0], f" {task} to") + " of what the model knew" * (first.numbers["retention"].value >= 0)]
     said += [_learned(entry, "") for entry in told[1:]]
-    sentences = [before + "; ".join(said) + ".", *after]
+    ours = next((entry for entry in entries if entry.label.casefold() == OURS), None)
+    for entry in entries:
+        if ours is not None and entry.runs[0].get("chosen_by") == "h_mean" and entry.runs[0]["method"] == REFERENCE:
+            after.append(f"Against a LoRA whose learning rate was chosen by both numbers: {verdict(entry, ours)}")
+    return [before + "; ".join(said) + ".", *after]
+
+
+def one_by_one(entries: list[Entry]) -> list[str]:
+    """Which gains are within the noise, and every entry against the first."""
+    task = listed(list(entries[0].target))
+    sentences = []
     for entry in entries:
         low = entry.numbers["gain"].low
         if low is not None and low <= 0:
             sentences.append(f"What {entry.label} gained on {task} is within the noise.")
-    return sentences + [verdict(first, entry) for entry in others]
+    return sentences + [verdict(entries[0], entry) for entry in entries[1:]]
 
 
 def spread(found: dict | None) -> str:

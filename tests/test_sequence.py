@@ -138,6 +138,24 @@ def test_a_method_that_knows_no_tasks_goes_on_where_it_was(run, name):
         assert all(not after[key][value == 0].any() for key, value in before.items())
 
 
+@pytest.mark.parametrize(
+    "method",
+    [
+        "{name: lwf, r: 4}",
+        "{name: regularized, penalty: ewc, fisher_texts: 2, r: 4}",
+        "{name: full}",
+        "{name: dora, r: 4}",
+    ],
+)
+def test_any_other_method_that_knows_no_tasks_learns_a_sequence(run, method):
+    config = run(f"method={method}", "training.steps=2", "evaluate.limit=1", "evaluate.max_new_tokens=1")
+    adapter, matrix = learn(config, progress=False)
+    assert [row["after"] for row in json.loads(matrix.read_text())["rows"]] == [None, *TASKS]
+    earlier, later = weights(config.output / "1-color" / "adapter"), weights(adapter)
+    assert earlier.keys() == later.keys()
+    assert any(not torch.equal(later[key], value) for key, value in earlier.items())
+
+
 def test_plain_lora_goes_on_from_task_to_task(run):
     config = run("method={name: lora, r: 4}", "projector=full")
     adapter, matrix = learn(config, progress=False)

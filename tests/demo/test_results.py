@@ -28,8 +28,8 @@ def test_the_weight_for_a_tenth_scales_with_the_measured_ratio(tmp_path):
     assert found["weight_for_a_tenth"] == pytest.approx(0.33)
 
 
-@pytest.mark.parametrize("target", ["digits", "flags"])
-def test_the_comparison_can_be_made_as_it_is_planned(target, tmp_path, monkeypatch):
+@pytest.mark.parametrize(("target", "others"), [("digits", False), ("flags", False), ("digits", True)])
+def test_the_comparison_can_be_made_as_it_is_planned(target, others, tmp_path, monkeypatch):
     monkeypatch.setattr(run.base, "folder", lambda: tmp_path)
     monkeypatch.setattr(results, "write_data", lambda folder, name: None)
     (tmp_path / "data").mkdir()
@@ -41,8 +41,9 @@ def test_the_comparison_can_be_made_as_it_is_planned(target, tmp_path, monkeypat
     ):
         row = {"question": f"What is {file}?", "answer": "data", "task": file}
         (tmp_path / "data" / f"{file}.jsonl").write_text(json.dumps(row) + "\n")
-    comparison = Comparison(RunConfig.load(results.plan(tmp_path, target)), seeds=results.SEEDS, rates=results.RATES)
-    assert list(comparison.labels) == list(results.COMPARED)
+    config = RunConfig.load(results.plan(tmp_path, target, others=others))
+    comparison = Comparison(config, seeds=results.SEEDS, rates=results.RATES)
+    assert list(comparison.labels) == list(results.OTHERS if others else results.COMPARED)
     assert {label: what.seeds for label, what in comparison.labels.items() if what.seeds != results.SEEDS} == {
         "lora": 5,
         "lorasculpt": 5,

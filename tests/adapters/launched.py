@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 import torch
+from accelerate.data_loader import DataLoaderDispatcher
 from accelerate.state import AcceleratorState, DistributedType, PartialState
 from contract import CASES, masks, start, texts, weights, with_tasks
 from transformers import Trainer, TrainingArguments
@@ -19,7 +20,12 @@ STRATEGIES: dict[str, dict] = {
     "ddp": {},
     "fsdp": {"fsdp": True, "fsdp_config": {"version": 2, "cpu_ram_efficient_loading": False}},
     "fsdp-ram": {"fsdp": True, "fsdp_config": {"version": 2, "cpu_ram_efficient_loading": True}},
+    "dispatch": {"accelerator_config": {"dispatch_batches": True}},  # one process collates and hands out slices
 }
+RUNS = [
+    *((strategy, method) for strategy in STRATEGIES if strategy != "dispatch" for method in CASES),
+    ("dispatch", "mtl_lora"),  # every slice needs its tasks
+]
 
 
 def rows() -> list[dict[str, torch.Tensor]]:
@@ -69,21 +75,23 @@ def trainer(folder: Path, method: str, size: int, **settings) -> Trainer:
 
 def main(folder: Path) -> None:
     torch.set_num_threads(1)
-    for strategy, settings in STRATEGIES.items():
-        for method in CASES:
-            AcceleratorState._reset_state(True)
-            run = trainer(folder / f"{strategy}-{method}", method, 2, **settings)
-            run.train()
-            sharded = any(hasattr(parameter, "full_tensor") for parameter in run.model_wrapped.parameters())
-            assert sharded == (strategy != "ddp"), f"{strategy} did not do what it is called"
-            assert run.accelerator.num_processes == 2
-            left = {"weights": weights(run.model), "masks": masks(run.model), "logs": method_logs(run.model)}
-            AcceleratorState._reset_state(True)
-            again = trainer(folder / f"{strategy}-{method}", method, 2, save_strategy="no", **settings)
-            again.train(resume_from_checkpoint=str(folder / f"{strategy}-{method}" / "checkpoint-2"))
-            left["resumed"] = weights(again.model)
-            if run.is_world_process_zero():
-                torch.save(left, folder / f"{strategy}-{method}.pt")
+    for strategy, method in RUNS:
+        settings = STRATEGIES[strategy]
+        AcceleratorState._reset_state(True)
+        run = trainer(folder / f"{strategy}-{method}", method, 2, **settings)
+        run.train()
+        sharded = any(hasattr(parameter, "full_tensor") for parameter in run.model_wrapped.parameters())
+        assert sharded == ("fsdp" in settings), f"{strategy} did not do what it is called"
+        dispatched = isinstance(run.callback_handler.train_dataloader, DataLoaderDispatcher)
+        assert dispatched == (strategy == "dispatch"), f"{strategy} did not do what it is called"
+        assert run.accelerator.num_processes == 2
+        left = {"weights": weights(run.model), "masks": masks(run.model), "logs": method_logs(run.model)}
+        AcceleratorState._reset_state(True)
+        again = trainer(folder / f"{strategy}-{method}", method, 2, save_strategy="no", **settings)
+        again.train(resume_from_checkpoint=str(folder / f"{strategy}-{method}" / "checkpoint-2"))
+        left["resumed"] = weights(again.model)
+        if run.is_world_process_zero():
+            torch.save(left, folder / f"{strategy}-{method}.pt")
     torch.distributed.barrier()
     os._exit(0)  # see test_distributed.py
 

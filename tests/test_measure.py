@@ -148,10 +148,13 @@ def test_what_has_no_such_adapter(run):
     for overrides, words in (
         ((), "without source data drift"),
         (("evaluate.target=[]", "evaluate.drift=4"), "must name what to measure: target"),
-        (("evaluate.drift=4", "projector=full"), "projector.* is full, so there is no drift"),
     ):
         with pytest.raises(UserError, match=words):
-            measure(run("output=dora", *overrides), progress=False)
+            measure(run("method.use_dora=true", "output=dora", *overrides), progress=False)
+    whole = run("method.use_dora=true", "output=dora", "evaluate.drift=4", "projector=full")
+    (whole.output / "run.yaml").write_text(whole.to_yaml())
+    with pytest.raises(UserError, match=r"projector.* is full, so there is no drift"):
+        measure(whole, progress=False)
 
 
 def test_the_tasks_of_a_side_share_the_questions_of_a_curve(run, tmp_path):

@@ -23,7 +23,7 @@ from .evaluation.strength import fixed
 from .inspect import Adapter
 from .measure import TEXTS, versions, write_json
 from .models.load import load
-from .train import ADAPTER, check_tasks, drift_prompts, held_out, precision
+from .train import ADAPTER, check_tasks, check_trained, drift_prompts, held_out, precision
 
 DIAL_FILE = "dial.json"
 RETAIN = 0.97  # where the run says nothing
@@ -56,9 +56,9 @@ def dial(
         returns.
 
     Raises:
-        UserError: there is no trained adapter or no target, the adapter has no strength, it is to be pruned or written
-            but is no plain LoRA, its folder is taken, a density is out of its range or keeps no entry of some factor,
-            or no setting keeps enough for writing one.
+        UserError: there is no trained adapter or that of another run, or no target, the adapter has no strength, it is
+            to be pruned or written but is no plain LoRA, its folder is taken, a density is out of its range or keeps no
+            entry of some factor, or no setting keeps enough for writing one.
     """
     retain = (config.evaluate.retain or RETAIN) if retain is None else retain
     if not 0 < retain <= 1:
@@ -70,6 +70,7 @@ def dial(
     folder = config.output / ADAPTER
     if not (folder / "adapter_config.json").is_file():
         raise UserError(f"{config.output} holds no trained adapter yet; run lorasculpt train first.")
+    check_trained(config)
     if config.projector == "full":
         raise config.error("projector", "is full, and a projector that was replaced has no strength to turn down.")
     if write is not None and Path(write).exists():
@@ -161,8 +162,7 @@ def plot(content: dict[str, Any], path: str | Path) -> None:
     below.axhline(100 * chosen["retain"], color="0.5", linewidth=1, linestyle="--", zorder=0)
     above.set(ylabel="target, %")
     below.set(xlabel="strength", ylabel=f"kept, by {by}, %")
-    if len(densities) > 1:
-        above.legend(fontsize="small", frameon=False)
+    above.legend(fontsize="small", frameon=False)
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_suffix(".partial")

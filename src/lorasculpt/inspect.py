@@ -26,6 +26,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from torch import Tensor
 
+from .adapters.load import check_family
 from .errors import UserError
 from .ops.conflict import awareness
 from .ops.density import density, expected_density, product_density, redundancy_curve
@@ -342,6 +343,9 @@ def inspect(adapter_folder: str | Path, base: str | Path | None = None) -> Inspe
     """
     adapter = read_adapter(adapter_folder)
     weights = BaseWeights.open(base) if base is not None else None
+    if weights is not None and (weights.folder / "config.json").is_file():
+        told = _json(weights.folder / "config.json")
+        check_family(adapter.folder, told.get("model_type"), told.get("architectures") or [])
     keys = weights.match(pair.name for pair in adapter.pairs) if weights else {}
     layers = []
     for pair in adapter.pairs:
@@ -419,7 +423,10 @@ def _against(pair: Pair, weights: BaseWeights, key: str, config: dict[str, Any])
         W = W.T
     shape = (pair.B.shape[0], pair.A.shape[1])
     if tuple(W.shape) != shape:
-        raise UserError(f"{weights.folder}: {key} is {tuple(W.shape)}, but the adapter's {pair.name} needs {shape}.")
+        raise UserError(
+            f"{weights.folder}: {key} is {tuple(W.shape)}, but the adapter's {pair.name} needs {shape}; name the model "
+            "it was trained on."
+        )
     W = W.float()
     if not torch.isfinite(W).all():
         raise UserError(f"{weights.folder}: {key} has values that are not finite; copy the base model again.")

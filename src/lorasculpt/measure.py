@@ -25,7 +25,7 @@ from .evaluation.strength import fixed
 from .evaluation.tasks import Task
 from .models.load import load
 from .posthoc.files import RECORD
-from .train import ADAPTER, LOG_FILE, PUSHING, check_tasks, drift_prompts, held_out, precision
+from .train import ADAPTER, LOG_FILE, PUSHING, check_tasks, check_trained, drift_prompts, held_out, precision
 
 RESULTS_FILE, RETAINED = "results.json", "adapter-retained"
 TEXTS = 32  # of the drift, where a budget needs one and the run says nothing
@@ -56,13 +56,15 @@ def measure(
         The file, and the measurement of the base for ``before``.
 
     Raises:
-        UserError: there is no trained adapter, nothing to measure it with, or no source and no drift either.
+        UserError: there is no trained adapter, or that of another run, nothing to measure it with, or no source and no
+            drift either.
     """
     if config.data.sequence:
         raise config.error("data.sequence", "is measured while it is learned; lorasculpt train shows the numbers.")
     folder = config.output / ADAPTER
     if not (folder / "adapter_config.json").is_file():
         raise UserError(f"{config.output} holds no trained adapter yet; run lorasculpt train first.")
+    check_trained(config)
     source, target = held_out(config)
     if not target or not (source or config.evaluate.drift or config.evaluate.retain):
         raise config.error(

@@ -34,7 +34,7 @@ from .evaluation import answer, strength
 from .evaluation.prompts import tokenizer_of
 from .evaluation.strength import MOVING, fixed
 from .models.load import autocast_dtype, load
-from .train import ADAPTER, held_out
+from .train import ADAPTER, check_trained, held_out
 
 EXAMPLES = 12
 LARGEST = "50mb"  # of a picture that is given to the page
@@ -241,6 +241,7 @@ def _told(paths: Sequence[Path], base: str | None) -> tuple[str, dict[str, Path]
     """The base, the adapters by name, and the examples of the first run."""
     runs = {path: RunConfig.load(path) for path in paths if not path.is_dir()}
     for path, config in runs.items():
+        check_trained(config)
         base = base or config.base
         if config.base != base:
             raise UserError(

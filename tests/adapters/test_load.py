@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 
 import pico
 import pytest
@@ -174,7 +175,9 @@ def other_family():
 @pytest.mark.parametrize("base", [wider, deeper, shallower, other_family])
 def test_another_base_is_refused(sculpted, base, trainable):
     _, folder = sculpted
-    with pytest.raises(UserError, match=r"does not fit this base model \([^\n]*\)\.$"):
+    with pytest.raises(
+        UserError, match=r"does not fit this base model \([^\n\t]*\); name the model it was trained on\.$"
+    ):
         lorasculpt.load(base(), folder, trainable=trainable)
 
 
@@ -207,6 +210,25 @@ def test_a_projector_beside_the_adapter_replaces_the_bases(tmp_path):
     loaded = lorasculpt.load(pico.build("llava")[0], tmp_path)
     found = loaded.get_base_model().state_dict()
     assert all(torch.equal(found[name], projector[name]) for name in names)
+
+
+@pytest.mark.parametrize("task_type", [None, "CAUSAL_LM"])  # PEFT writes down the class, or else only where it lay
+def test_a_family_of_the_same_shapes_is_another_model(tmp_path, task_type):
+    for name in ("base", "copy"):
+        pico.save("llama", tmp_path / name)
+    model = hf.LlamaForCausalLM.from_pretrained(tmp_path / "base")
+    get_peft_model(model, LoraConfig(target_modules=["q_proj"], task_type=task_type)).save_pretrained(
+        tmp_path / "adapter"
+    )
+    other = hf.MistralForCausalLM(hf.MistralConfig(**pico.TEXT))
+    with pytest.raises(
+        UserError, match=r"\(it was trained on \S+, and this is mistral\); name the model it was trained"
+    ):
+        lorasculpt.load(other, tmp_path / "adapter")
+    lorasculpt.load(hf.LlamaForCausalLM.from_pretrained(tmp_path / "copy"), tmp_path / "adapter")
+    if task_type:
+        shutil.rmtree(tmp_path / "base")
+        lorasculpt.load(other, tmp_path / "adapter")  # nobody can tell any more
 
 
 @pytest.mark.parametrize(

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import json
+import re
 import warnings
+from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 from peft import LoraConfig, PeftConfig, PeftModel
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
@@ -11,6 +15,9 @@ from peft.utils import SAFETENSORS_WEIGHTS_NAME, get_peft_model_state_dict
 from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import nn
+from transformers import PretrainedConfig
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES as CAUSAL_CLASSES
+from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES as IMAGE_TEXT_CLASSES
 
 from ..errors import UserError
 from .layers import sites
@@ -46,6 +53,8 @@ def load(base: nn.Module, folder: str | Path, trainable: bool = False, adapter: 
     else:
         config = PeftConfig.from_pretrained(str(folder))
     config.inference_mode = not trainable
+    kinds = [kind.__name__ for kind in type(base).__mro__]
+    check_family(folder, getattr(getattr(base, "config", None), "model_type", None), kinds)
     load_projector(base, folder)
     try:
         with warnings.catch_warnings():
@@ -61,6 +70,33 @@ def load(base: nn.Module, folder: str | Path, trainable: bool = False, adapter: 
     if record is not None and trainable:
         methods_of(model)[adapter].restore(*read_state(folder))
     return model
+
+
+def check_family(folder: Path, family: str | None, kinds: Iterable[str]) -> None:
+    """See that the adapter in ``folder`` was not trained on a model of another family, whose shapes may be the same.
+
+    An adapter that does not tell, and a base of a family that transformers does not know, are let through.
+
+    Args:
+        folder: with ``adapter_config.json``.
+        family: ``model_type`` of the base, as in ``"llava"``.
+        kinds: names of classes that the base is of.
+
+    Raises:
+        UserError: it was.
+    """
+    record = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
+    trained_on: Any = (record.get("auto_mapping") or {}).get("base_model_class")
+    classes = [*IMAGE_TEXT_CLASSES.items(), *CAUSAL_CLASSES.items()]
+    known = {name for name, kind in classes if trained_on in (kind if isinstance(kind, tuple) else (kind,))}
+    if not known and (trained_on := record.get("base_model_name_or_path")):
+        try:
+            found, _ = PretrainedConfig.get_config_dict(trained_on, local_files_only=True)
+        except (OSError, ValueError):  # a folder that is gone, or a name that was never loaded here
+            return
+        known = {found["model_type"]} if "model_type" in found else set()
+    if family is not None and known and family not in known and trained_on not in kinds:
+        raise _misfit(f"the adapter in {folder}", f"it was trained on {trained_on}, and this is {family}")
 
 
 def _check_whole(model: PeftModel, folder: Path, adapter: str) -> None:
@@ -95,4 +131,10 @@ def load_projector(model: nn.Module, folder: Path) -> None:
 
 
 def _misfit(what: str, why: Exception | str) -> UserError:
-    return UserError(f"{what} does not fit this base model ({str(why).strip().splitlines()[-1].strip(' .')}).")
+    reason = str(why)
+    size = re.search(r"size mismatch for (\S+):.*?Size\(\[(.*?)\]\).*?Size\(\[(.*?)\]\)", reason, re.DOTALL)
+    if size:
+        reason = f"its {size[1]} is ({size[2]}) and would have to be ({size[3]})"
+    elif "Target modules" in reason:
+        reason = "it has none of the layers that were adapted"
+    return UserError(f"{what} does not fit this base model ({reason}); name the model it was trained on.")

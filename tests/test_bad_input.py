@@ -1,0 +1,196 @@
+"""What a user may do wrong: one sentence with its place and the mend, exit code 2, and nothing written or changed."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pico
+import pytest
+import yaml
+
+from lorasculpt import UserError, cli
+from lorasculpt.config import RunConfig
+from lorasculpt.play import _told
+from lorasculpt.train import train
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory, pico_folder) -> Path:
+    """A folder with a finished run of the tiny llava, ``run.yaml`` beside ``out``. Tests copy what they change."""
+    folder = tmp_path_factory.mktemp("trained")
+    train(RunConfig.load(written(folder, pico_folder)), progress=False)
+    return folder
+
+
+@pytest.fixture
+def fresh(tmp_path, pico_folder) -> Path:
+    """A folder with a run that has not begun."""
+    written(tmp_path, pico_folder)
+    return tmp_path
+
+
+def written(folder: Path, pico_folder) -> Path:
+    """``run.yaml`` and its data in ``folder``: one setting a line, so that each has a line of its own."""
+    for name in ("train", "test"):
+        pico.write_data(folder / name, n=4)
+    settings = {
+        "base": str(pico_folder("llava")),
+        "output": "out",
+        "method": {"name": "lorasculpt", "r": 4, "density": 0.2, "prune_step": 1},
+        "data": {"train": "train/train.jsonl"},
+        "training": {"steps": 2, "batch": 2, "precision": "fp32", "report_to": []},
+        "evaluate": {"source": ["test/train.jsonl"], "target": ["test/train.jsonl"], "limit": 1, "max_new_tokens": 1},
+    }
+    path = folder / "run.yaml"
+    path.write_text(yaml.safe_dump(settings, sort_keys=False))
+    return path
+
+
+def told(*arguments, capsys, monkeypatch) -> str:
+    """What the command line says against ``arguments``; see that it is one sentence, and ends with 2."""
+    monkeypatch.setattr(sys, "argv", ["lorasculpt", *map(str, arguments)])
+    with pytest.raises(SystemExit) as stop:
+        cli.main()
+    lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("lorasculpt: ")]
+    assert stop.value.code == 2
+    assert len(lines) == 1
+    assert "\t" not in lines[0]
+    return lines[0]
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    """Every file under ``folder``, byte for byte, and every folder."""
+    found = sorted(folder.rglob("*"))
+    return {str(path.relative_to(folder)): path.read_bytes() if path.is_file() else b"" for path in found}
+
+
+def edit(path: Path, old: str, new: str) -> None:
+    text = path.read_text()
+    assert old in text
+    path.write_text(text.replace(old, new, 1))
+
+
+def picture(file: Path, row: int) -> Path:
+    return file.parent / json.loads(file.read_text().splitlines()[row - 1])["image"]
+
+
+def without_answer(file: Path) -> None:
+    rows = [json.loads(line) for line in file.read_text().splitlines()]
+    del rows[1]["answer"]
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+def cut_short(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[:-20])
+
+
+@pytest.mark.parametrize("side", ["train", "test"])
+@pytest.mark.parametrize(
+    ("spoil", "said"),
+    [
+        (lambda file: picture(file, 2).unlink(), "does not exist; correct the path or put the file there"),
+        (lambda file: cut_short(picture(file, 2)), "; replace it"),
+        (without_answer, "'answer' is missing; add it"),
+    ],
+    ids=["missing", "truncated", "no-answer"],
+)
+def test_data_are_read_before_training_begins(fresh, side, spoil, said, capsys, monkeypatch):
+    file = fresh / side / "train.jsonl"
+    spoil(file)
+    before = contents(fresh)
+    monkeypatch.setattr("lorasculpt.train.load", lambda *_: pytest.fail("the base was loaded"))
+    words = told("train", fresh / "run.yaml", capsys=capsys, monkeypatch=monkeypatch)
+    assert words.startswith(f"lorasculpt: {file}:2: ")
+    assert words.endswith(said)
+    assert contents(fresh) == before
+
+
+@pytest.mark.parametrize("key", ["validation", "validation_source", "target"])
+def test_so_are_the_data_of_every_choice(fresh, key, capsys, monkeypatch):
+    pico.write_data(fresh / "more", n=4)
+    file = fresh / "more" / "train.jsonl"
+    without_answer(file)
+    settings = (f"evaluate.{key}={file}", *(["data.validation=0.5"] if key == "target" else []))
+    words = told("train", fresh / "run.yaml", *settings, capsys=capsys, monkeypatch=monkeypatch)
+    assert words.startswith(f"lorasculpt: {file}:2: 'answer' is missing")
+    assert not (fresh / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "line", "said"),
+    [
+        ("  density: 0.2", "  densty: 0.2", 6, "method.densty is no setting of lorasculpt; did you mean density?"),
+        ("  steps: 2", "  step: 2", 11, "training.step is no setting; did you mean steps?"),
+        ("  density: 0.2", "  density: lots", 6, "method.density must be a number; got 'lots'."),
+        ("  steps: 2", "  steps: two", 11, "training.steps must be an integer; got 'two'"),
+        ("  density: 0.2", "  density: 1.5", 6, "method.density is refused: "),
+        ("  prune_step: 1", "  prune_step: 3", 7, "method.prune_step is refused: "),
+    ],
+    ids=["key", "key-of-a-section", "type", "type-of-a-section", "density", "prune-step"],
+)
+def test_a_setting_is_told_with_its_line(fresh, old, new, line, said, capsys, monkeypatch):
+    edit(fresh / "run.yaml", old, new)
+    before = contents(fresh)
+    words = told("train", fresh / "run.yaml", capsys=capsys, monkeypatch=monkeypatch)
+    assert words.startswith(f"lorasculpt: {fresh / 'run.yaml'}:{line}: {said}")
+    assert contents(fresh) == before
+
+
+@pytest.mark.parametrize(
+    "command",
+    [("export", "--to", "lora"), ("export", "--to", "merged"), ("inspect",)],
+    ids=["lora", "merged", "inspect"],
+)
+@pytest.mark.parametrize(("family", "is_"), [("llava_next", "llava_next"), ("llama", "llama")])
+def test_a_base_of_another_family_is_refused(trained, tmp_path, pico_folder, command, family, is_, capsys, monkeypatch):
+    before, adapter = contents(trained), trained / "out" / "adapter"
+    verb, *options = command
+    out = ["--out", tmp_path / "new"] if verb == "export" else []
+    command = (verb, adapter, "--base", pico_folder(family), *options, *out)
+    words = told(*command, capsys=capsys, monkeypatch=monkeypatch)
+    assert f"it was trained on LlavaForConditionalGeneration, and this is {is_}" in words
+    assert words.endswith("name the model it was trained on.")
+    assert contents(trained) == before
+    assert not (tmp_path / "new").exists()
+
+
+@pytest.mark.parametrize("command", ["train", "eval", "dial"])
+@pytest.mark.parametrize("changed", ["base", "method.density"])
+def test_a_folder_with_another_run_is_left_alone(trained, pico_folder, command, changed, capsys, monkeypatch):
+    before = contents(trained)
+    other = {"base": pico_folder("llava_next"), "method.density": 0.3}[changed]
+    override = f"{changed}={other}"
+    words = told(command, trained / "run.yaml", override, capsys=capsys, monkeypatch=monkeypatch)
+    place = "run.yaml:2: output" if command == "train" else f"override {override!r}: {changed}"
+    assert f"{place} is " in words
+    assert words.endswith("choose another folder." if command == "train" else "correct it, or name another output.")
+    assert contents(trained) == before
+
+
+def test_it_is_not_shown_either(trained):
+    other = trained / "other.yaml"
+    other.write_text((trained / "run.yaml").read_text().replace("density: 0.2", "density: 0.3"))
+    assert _told([trained / "run.yaml"], None)[0] == RunConfig.load(other).base
+    with pytest.raises(UserError, match=r"other.yaml:6: method.density is 0.3, but .* was trained with 0.2"):
+        _told([other], None)
+
+
+def test_what_is_no_mistake_of_the_user_ends_with_1_and_a_traceback():
+    script = "\n".join(
+        (
+            "import sys",
+            "import lorasculpt.overview as module",
+            "def fail(config): raise RuntimeError('a fault inside')",
+            "module.facts = fail",
+            "from lorasculpt import cli",
+            "sys.argv = ['lorasculpt', 'methods']",
+            "cli.main()",
+        )
+    )
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
+    assert done.returncode == 1
+    assert "Traceback" in done.stderr
+    assert "a fault inside" in done.stderr

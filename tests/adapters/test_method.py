@@ -12,7 +12,22 @@ import pico
 import pytest
 import torch
 import transformers as hf
-from contract import CASES, adapt, equal, logits, loss, masks, sgd, start, texts, train, trained, weights
+from contract import (
+    CASES,
+    adapt,
+    batches,
+    equal,
+    logits,
+    loss,
+    masks,
+    records,
+    sgd,
+    start,
+    texts,
+    train,
+    trained,
+    weights,
+)
 from peft import LoraConfig, LoraRuntimeConfig, PeftModel, get_peft_model
 from peft.tuners.lora import LoraLayer
 from safetensors.torch import load_file
@@ -401,9 +416,11 @@ def test_stock_peft_loads_it_where_this_library_is_not_installed(tmp_path, pico_
 
     base = AutoModelForImageTextToText.from_pretrained(pico_folder("llava"))
     model = adapt(base.eval())
-    batch = {key: value for key, value in texts()[0].items() if key != "labels"}
-    train(model, [texts()] * 3)
+    seen = batches(pico.build("llava")[1], records(tmp_path / "data", 2), 2)
+    train(model, [seen] * 3)
     model.save_pretrained(tmp_path / "adapter")
+    batch = {key: value for key, value in seen[0].items() if key != "labels"}
+    assert "pixel_values" in batch
     torch.save(batch, tmp_path / "batch.pt")
     paths = [pico_folder("llava"), tmp_path / "adapter", tmp_path / "batch.pt", tmp_path / "logits.pt"]
     peft_asks = "ignore:`is_gradient_checkpointing` is deprecated:FutureWarning"  # of every model, plain LoRA too

@@ -29,6 +29,14 @@ def run(method: str, source: tuple[float, float], target: float, seed: int = 0, 
 def details(i: int) -> dict:
     """The parts of a run that it may lack."""
     picture = {"image": "0.png", "question": "<b>Which</b> & why?", "answer": "7", "task": "digits"}
+    known = {
+        "image": "0.png",
+        "question": "Is it a shape?",
+        "answer": "yes",
+        "task": "a_b",
+        "base": "yes",
+        "tuned": "Yes",
+    }
     gone = {"image": "gone.png", "question": "Is it?", "answer": "yes", "task": "a_b", "base": "Yes.", "tuned": ""}
     point = {"source": 0.6, "target": 0.4, "source_interval": [0.5, 0.7], "target_interval": [0.3, 0.5]}
     return {
@@ -39,7 +47,7 @@ def details(i: int) -> dict:
         "curve": [{"strength": 0.5} | point],
         "training": [{"step": s, "loss": 3 - s / 20 - i / 10} for s in range(1, 21)]
         + [{"step": s, "source": 0.7 - s / 100, "target": s / 40} for s in (0, 10, 20)],
-        "gallery": [picture | {"base": "nine", "tuned": "7" if i == 0 else "1"}, gone],
+        "gallery": [picture | {"base": "nine", "tuned": "7" if i == 0 else "1"}, gone, known],
     }
 
 

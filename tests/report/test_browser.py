@@ -9,13 +9,15 @@ import shutil
 import subprocess
 from pathlib import Path
 
+import numpy as np
 import pytest
 from made_up import lora, run, two, write
+from PIL import Image
 
 from lorasculpt.report import report
 
 BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
-pytestmark = pytest.mark.skipif(BROWSER is None, reason="needs Chromium")
+pytestmark = pytest.mark.skipif(BROWSER is None, reason="needs a browser; install the system package chromium")
 
 ERRORS = """<script>
 const errors = [];
@@ -38,11 +40,11 @@ found.focused = document.activeElement === buttons[2] && buttons[2].tabIndex ===
 const visible = (item) => getComputedStyle(item).display !== "none";
 const shown = () => [...document.querySelectorAll(".gallery li")].map(visible);
 found.pictures = {};
-for (const name of ["forgotten", "learned", "all"]) {
+for (const name of ["forgotten", "learned", "both", "all"]) {
   document.querySelector(`input[value=${name}]`)?.click();
   found.pictures[name] = shown();
 }
-found.disabled = document.querySelector("input[value=both]")?.disabled;
+found.disabled = [...document.querySelectorAll(".filters input")].filter((each) => each.disabled).length;
 const boxes = [...document.querySelectorAll(".scroll")];
 found.inside = boxes.every((box) => box.getBoundingClientRect().right <= innerWidth);
 found.scrolling = boxes.filter((box) => box.scrollWidth > box.clientWidth).map((box) => box.getAttribute("aria-label"));
@@ -66,21 +68,27 @@ parent.document.body.append(result);
 </script>"""
 
 
-def look(page: Path, folder: Path, width: int = 1200, dark: bool = False) -> dict:
-    """What the probe found on ``page``, shown ``width`` pixels wide: in a frame, since no window is below 500."""
-    text = page.read_text().replace("<head>", "<head>" + ERRORS, 1).replace("</body>", PROBE + "</body>", 1)
+def browse(text: str, folder: Path, width: int, dark: bool, what: str) -> str:
+    """What Chromium says, told to do ``what`` with a page ``width`` pixels wide: in a frame, below a window's 500."""
     folder.mkdir()
     if width < 500:
-        frame = f"<iframe style='width: {width}px; height: 800px; border: 0' srcdoc=\"{html.escape(text)}\"></iframe>"
-        text = f"<!doctype html><body>{frame}</body>"
+        frame = f"<iframe style='width: {width}px; height: 900px; border: 0' srcdoc=\"{html.escape(text)}\"></iframe>"
+        text = f"<!doctype html><body style='margin: 0'>{frame}</body>"
     (folder / "inner.html").write_text(text)
-    options = [f"--user-data-dir={folder / 'profile'}", f"--window-size={width},900", "--virtual-time-budget=2000"]
-    options += ["--headless", "--no-sandbox", "--disable-gpu", "--enable-logging=stderr", "--dump-dom"]
-    options.append(f"--blink-settings=preferredColorScheme={0 if dark else 1}")
+    options = [f"--user-data-dir={folder / 'profile'}", f"--window-size={max(width, 500)},900"]
+    options += ["--virtual-time-budget=2000", "--headless", "--no-sandbox", "--disable-gpu", "--hide-scrollbars"]
+    options += [f"--blink-settings=preferredColorScheme={0 if dark else 1}", "--enable-logging=stderr", what]
     command = [BROWSER, *options, (folder / "inner.html").as_uri()]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
     assert "CONSOLE" not in done.stderr, done.stderr
-    found = json.loads(re.search(r'<pre id="found">(.*?)</pre>', done.stdout, re.DOTALL).group(1))
+    return done.stdout
+
+
+def look(page: Path, folder: Path, width: int = 1200, dark: bool = False) -> dict:
+    """What the probe found on ``page``."""
+    text = page.read_text().replace("<head>", "<head>" + ERRORS, 1).replace("</body>", PROBE + "</body>", 1)
+    dump = browse(text, folder, width, dark, "--dump-dom")
+    found = json.loads(re.search(r'<pre id="found">(.*?)</pre>', dump, re.DOTALL).group(1))
     assert found["errors"] == []
     return found
 
@@ -102,8 +110,9 @@ def test_sorts_and_filters(page, tmp_path):
     assert found["name"] == [["Another", "base model", "LoRA", "sparse"], "ascending"]
     assert found["sorted"] == 1
     assert found["focused"]
-    assert found["pictures"] == {"forgotten": [False, True], "learned": [True, False], "all": [True, True]}
-    assert found["disabled"]
+    shown = {"forgotten": [False, True, False], "learned": [True, False, False], "both": [False, False, True]}
+    assert found["pictures"] == shown | {"all": [True, True, True]}
+    assert found["disabled"] == 0
 
 
 @pytest.fixture
@@ -127,11 +136,12 @@ def crowded(tmp_path) -> Path:
 
 
 def test_many_methods_on_a_phone_and_on_a_desk(crowded, tmp_path):
-    phone, desk = look(crowded, tmp_path / "phone", width=360), look(crowded, tmp_path / "desk", width=1100, dark=True)
+    phone, desk = look(crowded, tmp_path / "phone", width=360), look(crowded, tmp_path / "desk", width=1200, dark=True)
     assert phone["width"][0] <= phone["width"][1] == 360  # the page itself does not scroll to the side
     assert phone["inside"]
     assert {"table", "heat map"} <= set(phone["scrolling"])  # but what is too wide does, in its box
     assert desk["width"][0] <= desk["width"][1]
+    assert set(desk["scrolling"]) <= {"heat map"}  # and on a desk every table shows its last column
     assert phone["overlapping"] == desk["overlapping"] == []
     assert min(phone["letters"]) >= 10  # pixels: maps do not shrink with the page, nor plots with their legends
     assert len(phone["first"]) == 13
@@ -143,3 +153,17 @@ def test_light_dark_and_narrow(page, tmp_path):
     assert (light["paper"], dark["paper"]) == ("rgb(255, 255, 255)", "rgb(22, 23, 26)")
     assert light["plot"] != dark["plot"]
     assert light["width"][0] <= light["width"][1]  # tables scroll in themselves, the page does not
+
+
+@pytest.mark.parametrize(("width", "dark"), [(360, True), (1200, False)])
+def test_a_picture_of_the_page(page, tmp_path, width, dark):
+    picture = tmp_path / "page.png"
+    browse(page.read_text(), tmp_path / "look", width, dark, f"--screenshot={picture}")
+    with Image.open(picture) as image:
+        assert (image.format, image.size) == ("PNG", (max(width, 500), 900))
+        shown = np.asarray(image.convert("L").crop((0, 0, width, 900)), int)
+    paper = int(np.bincount(shown.ravel()).argmax())
+    assert (paper < 40) == dark  # most of it is paper
+    ink = abs(shown - paper) > 100
+    assert 0.01 < ink.mean() < 0.3
+    assert all(ink[top : top + 300].any() for top in (0, 300, 600))  # down to its end

@@ -101,7 +101,13 @@ def test_maps_are_what_was_inspected(tmp_path):
     assert found["totals"]["plain"]["overlap"] is None
     maps = {m["title"]: m["even"] for m in found["maps"]}
     assert maps["Density of A (%)"] == maps["Density of BA (%)"] == ["plain"]
-    assert any(title.startswith("Conflict") for title in maps)
+    (conflict,) = (m["svg"] for m in found["maps"] if m["title"].startswith("Conflict"))
+    overlaps = [100 * layer["measures"]["overlap"] for layer in known.to_dict()["layers"]]
+    panel = Panel("", ("q_proj",), ("0", "1"), np.array([overlaps]))
+    edges = scale([panel], 1.0)
+    steps = np.array([max(i for i, edge in enumerate(edges[:-1]) if edge <= overlap) for overlap in overlaps])
+    assert cells(conflict, panel)[0] == pytest.approx(FAINT + (1 - FAINT) * steps / (len(edges) - 2), abs=1e-4)
+    assert steps[0] != steps[1]
     text = report([plain, sparse], tmp_path / "out").read_text()
     assert "The same everywhere, and not drawn: plain." in text
     assert text.count('class="scroll map"') == len(maps)

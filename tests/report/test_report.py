@@ -16,6 +16,7 @@ from lorasculpt.comparison.drift import drift_and_loss
 from lorasculpt.config import RunConfig
 from lorasculpt.errors import UserError
 from lorasculpt.report import report
+from lorasculpt.report.plots import drawn, legend, tradeoff
 from lorasculpt.report.results import Number, against, best, entries, front, over_seeds, read
 from lorasculpt.report.words import bracket, difference, duration, headline, listed, one_by_one, percent, size, verdict
 
@@ -118,8 +119,8 @@ def test_gallery(tmp_path):
     shown = Page(text).text()
     assert "base model ✗ nine (wrong) LoRA ✓ 7 (right) sparse ✗ 1 (wrong)" in shown
     assert "base model ✓ Yes. (right) LoRA ✗ (nothing) (wrong)" in shown
-    assert re.findall(r'<li class="([^"]*)"', text) == ["learned", "forgotten"]
-    assert "all (2) forgotten (1) learned (1) both right (0)" in shown
+    assert re.findall(r'<li class="([^"]*)"', text) == ["learned", "forgotten", "both"]
+    assert "all (3) forgotten (1) learned (1) both right (1)" in shown
 
 
 def test_only_the_source_is_forgotten(tmp_path):
@@ -390,7 +391,7 @@ def test_pictures_of_a_comparison_are_in_its_runs_folders(tmp_path):
     text = report(compared(tmp_path / "c", "lora", "sparse"), tmp_path / "out").read_text()
     shown = Page(text).text()
     assert "base model ✗ nine (wrong) lora ✓ 7 (right) sparse ✗ 1 (wrong)" in shown
-    assert "all (2) forgotten (1) learned (1) both right (0)" in shown
+    assert "all (3) forgotten (1) learned (1) both right (1)" in shown
     assert 'src="data:image/png' in text
     assert "target score 50.0 %, which all of these reach" in shown.replace("\u00a0", " ")
     assert re.search(r"lora 40\.0 sparse 50\.0", shown)
@@ -451,6 +452,59 @@ def test_tasks_lie_across_for_many(tmp_path):
     assert "a b (source), 200\u00a0questions | c (source)" in head
     assert "| c | 40.0 [" in text
     assert "| base model | 80.0 [" in text
+
+
+def marks(svg: str, series: str) -> list[tuple[float, float]]:
+    """Where the marks of a series are: across and down."""
+    places = re.findall(r'<use [^>]*x="([\d.]+)" y="([\d.]+)" style="[^"]*var\(--' + series + r"\)", svg)
+    return [(float(x), float(y)) for x, y in places]
+
+
+def test_every_point_of_the_trade_off_has_a_mark():
+    runs = two()
+    runs[0]["curve"] = [
+        runs[0]["curve"][0] | {"strength": s, "target": 0.1 + s / 2, "source": 0.65} for s in (0.4, 0.8)
+    ]
+    svg = tradeoff(made(*runs))
+    lora, sparse, base = marks(svg, "series-0"), marks(svg, "series-1"), marks(svg, "ink")
+    assert (len(lora), len(set(lora)), len(sparse), len(base)) == (
+        4,
+        3,
+        3,
+        2,
+    )  # ends have a second, large one; the base is in the legend too
+    (x0, y0), (x1, y1) = max(base, key=lambda place: place[1]), max(lora)  # 10 and 70 %, 60 and 25 %
+    middle = sorted(set(lora))[1]
+    assert (middle[0] - x0) / (x1 - x0) == pytest.approx((0.5 - 0.1) / (0.6 - 0.1), abs=0.01)
+    assert (middle[1] - y0) / (y1 - y0) == pytest.approx((0.65 - 0.7) / (0.25 - 0.7), abs=0.01)
+
+
+def test_bars_are_within_the_axes():
+    """The largest numbers have the widest bars: they are part of what the axes must show."""
+    high = run("A", (0.5, 0.5), 0.5)
+    high["summary"] |= {"source_after_interval": [0.2, 0.99], "target_after_interval": [0.3, 0.98]}
+    svg = tradeoff(made(high))
+    (down, up) = next(
+        (float(a), float(b))
+        for x, a, other, b in re.findall(r'd="M ([\d.]+) ([\d.]+) L ([\d.]+) ([\d.]+) "[^>]*opacity: 0.45', svg)
+        if x == other
+    )
+    box = re.findall(r'<rect x="[\d.]+" y="([\d.]+)" width="[\d.]+" height="([\d.]+)"', svg)[0]
+    assert float(box[0]) < up < down < float(box[0]) + float(box[1])
+
+
+def test_many_have_marks_and_one_legend_and_few_have_curves():
+    shares = [0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.85, 0.9, 0.95]
+    found = made(*(one for x in shares for one in seeds(f"m{x}", [x, x - 0.02], [x, x - 0.02])))
+    assert [found[i].label for i in drawn(found)] == ["m0.1", "m0.95"]  # the first, and the front
+    svg = tradeoff(found)
+    assert len(marks(svg, "series-5")) == 1
+    assert len(marks(svg, "series-0")) == 4 + 1  # the first: a curve's end, again large, and two seeds; and the tenth
+    assert (svg.count(">m0.95<"), svg.count(">m0.5<")) == (1, 0)
+    looks = [
+        (item["colour"], item["mark"]) for item in legend(made(*(run(str(i), (0.3, 0.2), 0.6) for i in range(40))))
+    ]
+    assert len(set(looks)) == 40
 
 
 def test_best():

@@ -222,7 +222,7 @@ def test_a_router_that_learns_nothing_of_the_output_is_seen_by_its_gradient_alon
     mix = malora.mix
     monkeypatch.setattr(malora, "mix", lambda x, A, B, gate: mix(x, A, B, gate.detach()))
     compare(make())
-    with pytest.raises(AssertionError, match="^router$"):
+    with pytest.raises(AssertionError, match=r"^router$"):
         differentiate(make())
 
 

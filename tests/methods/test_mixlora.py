@@ -204,7 +204,7 @@ class Detached(MixLoRAUpdate):
 def test_routers_that_learn_nothing_are_seen_by_their_gradients_alone(router_grad):
     settings = {"router_grad": router_grad, "condition": "input"}
     compare(make(Detached, **settings), **settings)
-    with pytest.raises(AssertionError, match="^W_A$"):
+    with pytest.raises(AssertionError, match=r"^W_A$"):
         differentiate(make(Detached, **settings))
 
 

@@ -162,7 +162,7 @@ class Detached(MTLLoRAUpdate):
 
 def test_weights_that_learn_nothing_are_seen_by_their_gradient_alone():
     compare(make(Detached))
-    with pytest.raises(AssertionError, match="^w$"):
+    with pytest.raises(AssertionError, match=r"^w$"):
         differentiate(make(Detached))
 
 

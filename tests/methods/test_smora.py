@@ -156,7 +156,7 @@ class Detached(SMoRAUpdate):
 
 def test_a_router_that_learns_nothing_is_seen_by_its_gradient_alone():
     compare(make(Detached))
-    with pytest.raises(AssertionError, match="^router$"):
+    with pytest.raises(AssertionError, match=r"^router$"):
         differentiate(make(Detached))
 
 

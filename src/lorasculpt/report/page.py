@@ -115,7 +115,7 @@ def task_table(found: list[Entry]) -> dict:
 
     One row for each task; of more than ``MANY`` entries one for each of these, with the tasks across.
     """
-    rows = []
+    rows: list[dict[str, Any]] = []
     for side in ("source", "target"):
         for task, first in getattr(found[0], side).items():
             after = [getattr(entry, side)[task]["after"] for entry in found]
@@ -292,7 +292,7 @@ def _correlation(found: list[Entry]) -> dict | None:
 
 def _settings(found: list[Entry]) -> list[dict]:
     """What each entry was trained and measured with, as name and text; first what all of several have in common."""
-    blocks = []
+    blocks: list[dict[str, Any]] = []
     for entry in found:
         run = entry.runs[0]
         rows = {"method": run["method"], "seeds": listed([str(seed) for seed in entry.seeds])}

@@ -69,7 +69,7 @@ def legend(entries: list[Entry]) -> list[dict[str, str]]:
     found = []
     for i, entry in enumerate(entries):
         shape = MarkerStyle(marker(i))
-        outline = shape.get_path().transformed(shape.get_transform()).to_polygons()[0]
+        outline = np.asarray(shape.get_path().transformed(shape.get_transform()).to_polygons()[0])
         path = "L".join(f"{x:.2f} {-y:.2f}" for x, y in outline)
         found.append({"label": entry.label, "colour": f"var(--{VARIABLES[colour(i)]})", "mark": f"M{path}Z"})
     return found

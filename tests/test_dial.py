@@ -239,7 +239,7 @@ def test_what_has_no_dial(run, tmp_path, monkeypatch):
     for overrides, words in (
         (("method.use_dora=true", "output=dora"), "cannot be turned down"),
         (("projector=full", "output=whole"), "projector is full"),
-        (("evaluate.target=[]", "output=dora"), "evaluate.target must name"),
+        (("evaluate.target=[]", "method.use_dora=true", "output=dora"), "evaluate.target must name"),
     ):
         config = run(*overrides)
         if "target" not in overrides[0]:
@@ -251,7 +251,10 @@ def test_what_has_no_dial(run, tmp_path, monkeypatch):
     with pytest.raises(UserError, match="name one or more"):
         dial(run(), densities=(), progress=False)
     monkeypatch.setattr(dialing, "load", lambda _: pytest.fail("the base was loaded"))
-    for config, words in ((run("output=dora"), "sets use_dora"), (routed, "only LORA can be read here")):
+    for config, words in (
+        (run("method.use_dora=true", "output=dora"), "sets use_dora"),
+        (routed, "only LORA can be read here"),
+    ):
         with pytest.raises(UserError, match=words):
             dial(config, densities=(1, 0.5), progress=False)
 

@@ -90,6 +90,28 @@ def test_with_source_on_the_command_line(run, tmp_path, capsys, monkeypatch):
     assert json.loads(results.read_text())["runs"][0]["budget"] | {"density": None} == found["budget"]
 
 
+def test_a_setting_is_not_chosen_on_the_test(run, tmp_path, monkeypatch):
+    """The validation files are asked, of the source too, where there are any."""
+    others = [pico.write_data(tmp_path / task, n=2, tasks=(task,)) for task in ("shape", "side")]
+    data = tmp_path / "data" / "train.jsonl"
+    config = run(f"evaluate.source=[{data}]")
+    train(config, progress=False)
+    config = run(
+        f"evaluate.source=[{data}]",
+        f"evaluate.validation=[{others[0]}]",
+        f"evaluate.validation_source=[{others[1]}]",
+    )
+    asked, curve = [], dialing.curve
+
+    def watched(model, processor, source, target, *arguments, **options):
+        asked.append([task.name for task in (*source, *target)])
+        return curve(model, processor, source, target, *arguments, **options)
+
+    monkeypatch.setattr(dialing, "curve", watched)
+    dial(config, progress=False)
+    assert asked == [["side", "shape"]] * 2  # at strength 0 and at the others
+
+
 # --- pruned as well -------------------------------------------------------------------------------------------------
 
 SCULPTED = "method={name: lorasculpt, r: 4, density: 0.5, prune_step: 1}"

@@ -40,8 +40,8 @@ def dial(
     """Measure the adapter of a finished run at every setting, choose one, and write ``dial.json`` into its folder.
 
     Target, source where the run names one, and drift (on ``evaluate.drift`` texts, or 32) are measured at strength 0,
-    and for each density at ``evaluate.strengths`` and at 1. The target is ``evaluate.validation`` where there is one: a
-    setting that is chosen on the test flatters the test.
+    and for each density at ``evaluate.strengths`` and at 1. Where there is ``evaluate.validation`` it is the target, and
+    ``evaluate.validation_source`` the source: a setting that is chosen on the test flatters the test.
 
     Args:
         config: the run.
@@ -81,6 +81,8 @@ def dial(
         pruned = {density: posthoc.prune(plain, density) for density in densities}
     asked = config.evaluate
     changes: dict[str, Any] = {"drift": asked.drift or TEXTS, "target": asked.validation or asked.target}
+    if asked.validation:
+        changes["source"] = asked.validation_source or asked.source
     config = config.model_copy(update={"evaluate": asked.model_copy(update=changes)})
     source, target = held_out(config)
     if not target:

@@ -40,8 +40,8 @@ def dial(
     """Measure the adapter of a finished run at every setting, choose one, and write ``dial.json`` into its folder.
 
     Target, source where the run names one, and drift (on ``evaluate.drift`` texts, or 32) are measured at strength 0,
-    and for each density at ``evaluate.strengths`` and at 1. Where there is ``evaluate.validation`` it is the target, and
-    ``evaluate.validation_source`` the source: a setting that is chosen on the test flatters the test.
+    and for each density at ``evaluate.strengths`` and at 1. Where there is ``evaluate.validation`` that is the target,
+    and ``evaluate.validation_source`` the source: a setting that is chosen on the test flatters the test.
 
     Args:
         config: the run.

@@ -18,13 +18,15 @@ from lorasculpt.adapters.update import UpdateConfig
 STEPS = 4
 STRATEGIES: dict[str, dict] = {
     "ddp": {},
+    # one process collates and hands out slices; before FSDP, which stays on in the environment
+    "dispatch": {"accelerator_config": {"dispatch_batches": True}},
     "fsdp": {"fsdp": True, "fsdp_config": {"version": 2, "cpu_ram_efficient_loading": False}},
     "fsdp-ram": {"fsdp": True, "fsdp_config": {"version": 2, "cpu_ram_efficient_loading": True}},
-    "dispatch": {"accelerator_config": {"dispatch_batches": True}},  # one process collates and hands out slices
 }
 RUNS = [
-    *((strategy, method) for strategy in STRATEGIES if strategy != "dispatch" for method in CASES),
-    ("dispatch", "mtl_lora"),  # every slice needs its tasks
+    (strategy, method)
+    for strategy in STRATEGIES
+    for method in (["mtl_lora"] if strategy == "dispatch" else CASES)  # its every slice needs its tasks
 ]
 
 

@@ -14,6 +14,9 @@ from pathlib import Path
 import pico
 import pytest
 import torch
+import yaml
+
+from lorasculpt.config import RunConfig
 
 torch.set_num_threads(1)  # the models are so small that a second thread only costs time
 
@@ -41,3 +44,21 @@ def pico_folder(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Pat
 def data(tmp_path: Path) -> Path:
     """A ``train.jsonl`` of eight pictures and one question each."""
     return pico.write_data(tmp_path / "data")
+
+
+@pytest.fixture
+def a_run(tmp_path: Path, pico_folder: Callable[[str], Path]) -> Callable[..., Callable[..., RunConfig]]:
+    """``a_run(method=..., training=..., evaluate=...)`` writes ``run.yaml`` of a run of the tiny llava.
+
+    It trains on four questions about pictures, ``data/train.jsonl``. What comes back is a function that gives the
+    config, changed by ``key=value``.
+    """
+
+    def write(**sections) -> Callable[..., RunConfig]:
+        pico.write_data(tmp_path / "data", n=4)
+        settings = {"base": str(pico_folder("llava")), "output": "out", "data": {"train": "data/train.jsonl"}}
+        path = tmp_path / "run.yaml"
+        path.write_text(yaml.safe_dump(settings | sections))
+        return lambda *overrides: RunConfig.load(path, overrides)
+
+    return write

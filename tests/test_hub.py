@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import json
 
-import pico
 import pytest
-import yaml
 from huggingface_hub import HfApi
 from transformers import Trainer
 from trl import SFTTrainer
@@ -19,20 +17,19 @@ PUSH = ("training.arguments.push_to_hub=true", "training.arguments.hub_model_id=
 
 
 @pytest.fixture
-def run(tmp_path, pico_folder):
+def run(a_run):
     """Write a run of the tiny llava and return a function that gives its config, changed by ``key=value``."""
-    data = pico.write_data(tmp_path / "data", n=4)
-    settings = {
-        "base": str(pico_folder("llava")),
-        "output": "out",
-        "method": {"name": "lora", "r": 2, "target_modules": ["q_proj"]},
-        "data": {"train": str(data)},
-        "training": {"steps": 1, "batch": 2, "precision": "fp32", "report_to": []},
-        "evaluate": {"source": [str(data)], "target": [str(data)], "limit": 1, "max_new_tokens": 2, "strengths": []},
-    }
-    path = tmp_path / "run.yaml"
-    path.write_text(yaml.safe_dump(settings, sort_keys=False))
-    return lambda *overrides: RunConfig.load(path, overrides)
+    return a_run(
+        method={"name": "lora", "r": 2, "target_modules": ["q_proj"]},
+        training={"steps": 1, "batch": 2, "precision": "fp32", "report_to": []},
+        evaluate={
+            "source": ["data/train.jsonl"],
+            "target": ["data/train.jsonl"],
+            "limit": 1,
+            "max_new_tokens": 2,
+            "strengths": [],
+        },
+    )
 
 
 @pytest.fixture

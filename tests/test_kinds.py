@@ -10,14 +10,12 @@ import numpy as np
 import pico
 import pytest
 import torch
-import yaml
 from peft import PeftModel
 from peft.tuners.tuners_utils import BaseTunerLayer
 from safetensors.torch import load_file
 
 from lorasculpt import cli, corda
 from lorasculpt.adapters.load import load as load_adapter
-from lorasculpt.config import RunConfig
 from lorasculpt.data.batches import Collator, rows
 from lorasculpt.errors import UserError
 from lorasculpt.evaluation.strength import fixed, strength
@@ -48,20 +46,19 @@ def logits(model) -> torch.Tensor:
 
 
 @pytest.fixture
-def run(tmp_path, pico_folder):
+def run(a_run):
     """A function that gives the config of a run of the tiny llava, changed by ``key=value``."""
-    data = pico.write_data(tmp_path / "data", n=4)
-    settings = {
-        "base": str(pico_folder("llava")),
-        "output": "out",
-        "method": {"name": "pissa", "r": 2, "lora_alpha": 4},
-        "data": {"train": str(data)},
-        "training": {"steps": 2, "batch": 2, "lr": 0.05, "log_every": 1, "precision": "fp32", "report_to": []},
-        "evaluate": {"source": [str(data)], "target": [str(data)], "limit": 2, "max_new_tokens": 2, "strengths": [0.5]},
-    }
-    path = tmp_path / "run.yaml"
-    path.write_text(yaml.safe_dump(settings))
-    return lambda *overrides: RunConfig.load(path, overrides)
+    return a_run(
+        method={"name": "pissa", "r": 2, "lora_alpha": 4},
+        training={"steps": 2, "batch": 2, "lr": 0.05, "log_every": 1, "precision": "fp32", "report_to": []},
+        evaluate={
+            "source": ["data/train.jsonl"],
+            "target": ["data/train.jsonl"],
+            "limit": 2,
+            "max_new_tokens": 2,
+            "strengths": [0.5],
+        },
+    )
 
 
 @pytest.fixture

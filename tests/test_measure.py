@@ -8,11 +8,9 @@ import sys
 import pico
 import pytest
 import torch
-import yaml
 from peft import PeftModel
 
 from lorasculpt import UserError, cli
-from lorasculpt.config import RunConfig
 from lorasculpt.evaluation import strength
 from lorasculpt.measure import measure, retained
 from lorasculpt.models.load import load
@@ -20,20 +18,13 @@ from lorasculpt.train import held_out, train
 
 
 @pytest.fixture
-def run(tmp_path, pico_folder):
+def run(a_run):
     """A run of the tiny llava; a function that gives its config, changed by ``key=value``."""
-    data = pico.write_data(tmp_path / "data", n=4)
-    settings = {
-        "base": str(pico_folder("llava")),
-        "output": "out",
-        "method": {"name": "lora", "r": 4},
-        "data": {"train": str(data)},
-        "training": {"steps": 2, "batch": 2, "lr": 0.01, "precision": "fp32", "report_to": []},
-        "evaluate": {"target": [str(data)], "max_new_tokens": 2, "strengths": [0.5]},
-    }
-    path = tmp_path / "run.yaml"
-    path.write_text(yaml.safe_dump(settings))
-    return lambda *overrides: RunConfig.load(path, overrides)
+    return a_run(
+        method={"name": "lora", "r": 4},
+        training={"steps": 2, "batch": 2, "lr": 0.01, "precision": "fp32", "report_to": []},
+        evaluate={"target": ["data/train.jsonl"], "max_new_tokens": 2, "strengths": [0.5]},
+    )
 
 
 def entry(config) -> dict:

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 from contract import start, texts
-from differences import check_gradients
+from differences import check_gradients, detach_gate
 from torch import nn
 
 from lorasculpt import LoRAMoEConfig, UserError
@@ -199,8 +199,7 @@ def test_gates_left_out_do_not_pass(monkeypatch):
 
 
 def test_a_router_that_learns_nothing_of_the_output_is_seen_by_its_gradient_alone(monkeypatch):
-    mix = loramoe.mix
-    monkeypatch.setattr(loramoe, "mix", lambda x, A, B, gate: mix(x, A, B, gate.detach()))
+    detach_gate(monkeypatch, loramoe)
     compare(make(**KINDS), **KINDS)
     with pytest.raises(AssertionError, match=r"^router$"):
         differentiate(make(**KINDS))

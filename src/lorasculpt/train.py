@@ -582,11 +582,13 @@ def check_trained(config: RunConfig) -> None:
         return
     trained, asked = (_trained_with(each) for each in (RunConfig.load(path), config))
     for key in {**asked, **trained}:
-        if asked.get(key) != trained.get(key):
+        own, before = asked.get(key), trained.get(key)
+        if own != before:
+            was = "without it" if before is None else f"with {before}"
             raise config.error(
                 key,
-                f"is {asked.get(key)}, but {config.output} was trained with {trained.get(key)} (see {path}); "
-                "correct it, or name another output.",
+                f"is {'not set' if own is None else own}, but {config.output} was trained {was} (see {path}); correct "
+                "it, or name another output.",
             )
 
 

@@ -7,6 +7,9 @@ import os
 os.environ["HF_HUB_OFFLINE"] = "1"  # read when huggingface_hub is imported, so before everything else
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 os.environ.setdefault("MPLBACKEND", "Agg")
+# The models are so small that a second thread only costs time; and it sums in another order, so the processes that a
+# test starts must do as this one does for their numbers to be equal to the bit.
+os.environ["OMP_NUM_THREADS"] = "1"
 
 from collections.abc import Callable
 from pathlib import Path
@@ -18,7 +21,7 @@ import yaml
 
 from lorasculpt.config import RunConfig
 
-torch.set_num_threads(1)  # the models are so small that a second thread only costs time
+torch.set_num_threads(1)
 
 
 @pytest.fixture(autouse=True)

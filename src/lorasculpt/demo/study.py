@@ -56,7 +56,7 @@ TOGETHER: dict[str, dict[str, Any]] = {
 }
 TASKS = ("digits", "flags", "emoji_category")
 KEPT = ("emoji_kind", "definition")
-TASK_STEPS = 100
+TASK_STEPS = 300
 EACH = 1000  # rows of a task to train on
 HELD_OUT = 500  # rows of a task to be measured on; there are 400 at least
 
@@ -163,11 +163,13 @@ def tasks(work: Path, path: Path) -> Path:
             made = _several(name, method) | {"output": output}
             stages = [{"name": t, "train": f"data/{t}_few.jsonl", "test": f"data/{t}_held_out.jsonl"} for t in TASKS]
             made["data"], made["evaluate"]["target"] = {"sequence": stages}, []
-            made["training"]["steps"] = TASK_STEPS // 2  # for each task
+            made["training"]["steps"] = TASK_STEPS // len(TASKS)  # for each task
             config_path = work / f"{output}.yaml"
             config_path.write_text(yaml.safe_dump(made, sort_keys=False))
             _, matrix = learn(RunConfig.load(config_path))
-            found["sequences"].append({"method": name, "steps": TASK_STEPS // 2} | json.loads(matrix.read_text()))
+            found["sequences"].append(
+                {"method": name, "steps": TASK_STEPS // len(TASKS)} | json.loads(matrix.read_text())
+            )
             write_json(path, found)
     found["complete"] = True
     return write_json(path, found)

@@ -124,6 +124,78 @@ def test_a_stopped_comparison_goes_on(run, tmp_path, capsys, monkeypatch):
     assert "lorasculpt" in report(tmp_path / "all.json", tmp_path / "page").read_text()
 
 
+def test_the_results_file_alone_is_enough_to_go_on_from(labelled, tmp_path, capsys, monkeypatch):
+    text = "methods: {lora: {}, milder: {of: lora, edit: scale, by: 0.5}}"
+    config, options = labelled(text), {"seeds": 1, "rates": [0.01, 0.02]}
+    path = compare.compare(config, ["lora"], **options, out=tmp_path / "all.json", progress=False)
+    before = json.loads(path.read_text())
+    shutil.rmtree(config.output)  # another machine, which has the file alone
+    assert len(list(commands(planned(config, ["lora"], 1, [0.01, 0.02])))) == 3
+    assert list(commands(planned(config, ["lora"], 1, [0.01, 0.02], path))) == []
+
+    trained, asked = [], []
+    monkeypatch.setattr(compare, "train", lambda made, **more: (trained.append(made.output.name), train(made, **more)))
+    measure = compare.measure
+    monkeypatch.setattr(
+        compare, "measure", lambda made, **more: (asked.append(made.output.name), measure(made, **more))[1]
+    )
+    # the edit needs the adapter, which is trained and not measured again
+    lines = list(commands(planned(config, None, 1, [0.01, 0.02], path)))
+    name = f"lora-lr{before['rates']['lora']['chosen']:g}-seed0"
+    assert [line.split("/")[-1] for line in lines] == [
+        f"{name}.yaml",
+        "# 1 more runs, of milder, when what they are edits of is there: ask again then.",
+    ]
+    assert "eval" not in lines[0]
+    record = json.loads(compare.compare(config, **options, out=path, progress=False).read_text())
+    assert (trained, asked) == ([name], [name.replace("lora", "milder")])
+    assert record["complete"]
+    assert record["runs"][0] == before["runs"][0]
+    assert record["trials"] == before["trials"]
+    assert [(trial["seed"], trial["settings"]["training"]["lr"]) for trial in record["trials"]] == [
+        (0, 0.01),
+        (0, 0.02),
+    ]
+    assert record["runs"][0]["curve"][1]["source"] == record["runs"][1]["summary"]["source_after"]
+
+    # what the rates were chosen by is another set: only the tests are the same
+    shutil.rmtree(config.output)
+    validated = labelled(text, f"evaluate.validation={tmp_path / 'data' / 'train.jsonl'}")
+    assert len(planned(validated, ["lora"], 1, [0.01, 0.02], path).missing()) == 3
+    # so is the test, if its commonest answer is
+    rows = [json.loads(line) for line in (tmp_path / "test" / "train.jsonl").read_text().splitlines()]
+    same = tmp_path / "test" / "same.jsonl"
+    same.write_text("".join(json.dumps(row | {"answer": rows[0]["answer"]}) + "\n" for row in rows))
+    other = labelled(text, f"evaluate.target=[{same}]")
+    assert planned(other, ["lora"], 1, [0.01, 0.02], path).missing() == ["test/lora-seed0"]
+    # other settings are another run, and the file that has the old ones is kept
+    compare.compare(labelled(text, "training.steps=1"), ["lora"], seeds=1, rates=[0.01], out=path)
+    assert "all.json has 2 runs of another comparison or of other settings, kept in " in capsys.readouterr().out
+    assert json.loads((tmp_path / "all.before.json").read_text()) == record
+    assert [made["steps"] for made in json.loads(path.read_text())["runs"]] == [1]
+
+
+def test_the_runs_of_another_base_are_not_taken(run, tmp_path):
+    path = compare.compare(run(), ["lora"], seeds=1, rates=[0.01], progress=False, out=tmp_path / "all.json")
+    record = json.loads(path.read_text())
+    record["runs"][0]["summary"]["source_before"] += 0.02
+    path.write_text(json.dumps(record))
+    shutil.rmtree(run().output)
+    with pytest.raises(UserError, match=r"all.json holds runs of another base or other questions: the source was at"):
+        compare.compare(run(), ["lora"], seeds=2, rates=[0.01], progress=False, out=path)
+    assert json.loads(path.read_text()) == record
+    assert (run().output / "test" / "lora-lr0.01-seed1" / "results.json").is_file()  # it is not lost
+
+
+@pytest.mark.parametrize("content", ["nothing", "[]", "{}", '{"runs": [1]}', '{"sequences": []}'])
+def test_a_file_that_is_no_comparison_is_not_written_over(run, tmp_path, content):
+    path = tmp_path / "notes.json"
+    path.write_text(content)
+    with pytest.raises(UserError, match=r"notes.json is there and is not the file of a comparison of single tasks"):
+        compare.compare(run(), ["lora"], seeds=1, rates=[0.01], progress=False, out=path)
+    assert path.read_text() == content
+
+
 def test_every_method_sees_the_same_rows_in_the_same_order_and_never_those_set_aside(run, monkeypatch):
     seen: list[str] = []
 
@@ -170,6 +242,7 @@ def test_the_cost_is_told_as_soon_as_a_run_is_done(run, capsys, monkeypatch):
     # what is there tells it before anything is done, and to those who have it done elsewhere
     for label in METHODS:
         shutil.rmtree(run().output / "test" / f"{label}-lr0.001-seed1")
+    (run().output / "compare.json").unlink()
     monkeypatch.setattr(compare, "launch", lambda *arguments, done, **options: done())
     compare.compare(run(), METHODS, seeds=2, rates=[0.01, 0.001], cluster="slurm")
     out = capsys.readouterr().out.splitlines()
@@ -280,6 +353,7 @@ def measured_by(scores, **fields):
     def measure(config, before=None, **options):
         rate = config.training.lr
         made = entry(config.method["name"], *scores(rate), config.seed, lr=rate, **fields)
+        made["settings"] = compare.shape(config)
         config.output.mkdir(parents=True, exist_ok=True)
         (config.output / "run.yaml").write_text(config.to_yaml())
         content = {"schema": 1, "versions": compare.versions(), "runs": [made]}
@@ -509,6 +583,14 @@ def test_the_rates_of_sequences_are_chosen_by_what_is_left_of_all_tasks_on_their
         config.output / "test" / "apart-lr0.01-seed0" / "2-shape" / "adapter" / "adapter_model.safetensors"
     )
     assert {len(value) for key, value in adapter.items() if "lora_A" in key} == {4}
+    # the file alone is enough to go on from
+    written = config.output / "compare.json"
+    kept = written.rename(tmp_path / "all.json")
+    shutil.rmtree(config.output)
+    assert list(commands(planned(config, None, 1, [0.01, 0.001], kept))) == []
+    assert planned(config, None, 1, [0.01, 0.001], kept).record() == record
+    with pytest.raises(UserError, match=r"all.json is there and is not the file of a comparison of single tasks"):
+        Comparison(run(), METHODS, 1, [0.01], kept)
 
 
 def test_a_sequence_is_validated_whole_and_on_other_files_than_it_is_tested_on(run):
@@ -636,6 +718,7 @@ methods:
   fast: {name: lora, lr: 0.5}
 """
     monkeypatch.setattr(edits, "apply", lambda *arguments: None)
+    monkeypatch.setattr(edits, "ready", lambda parent: True)
     comparison = Comparison(labelled(text), seeds=1, rates=[0.01, 0.02])
     assert [(trial.label, trial.rate) for trial in comparison.trials()] == [("lora", 0.01), ("lora", 0.02)]
     assert [test.label for test in comparison.tests()] == ["fast"]

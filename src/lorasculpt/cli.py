@@ -197,7 +197,8 @@ def compare(
 ) -> None:
     """Train and measure several methods on RUN's data, with several seeds, and say what is learned and forgotten.
 
-    A stopped comparison goes on by itself, and runs that were made elsewhere are taken as they are.
+    A stopped comparison goes on by itself, and runs that were made elsewhere are taken as they are: their folders, or
+    the file that it writes (--out), which alone is enough to go on from.
 
     Settings of a method, beside those that it takes from RUN's own, go under a label; so do a rate (or the label whose
     rate is taken), the number of seeds and a share of general data, and edits of what another label learned:
@@ -223,7 +224,8 @@ def compare(
     except ValueError:
         raise UserError(f"--rates is {rates!r}; it must be numbers, such as 2e-4,5e-4,1.5e-3.") from None
     if dry_run:
-        for line in comparing.commands(comparing.planned(config, names, seeds, tried)):
+        path = out or config.output / comparing.COMPARISON_FILE
+        for line in comparing.commands(comparing.planned(config, names, seeds, tried, path)):
             print(line)
         return
     if job and not launch:

@@ -11,7 +11,9 @@ Everything but the method is the same: data, their order, steps, evaluation. The
 rates are chosen; of tasks in turn it is ``validation`` of each. The test set chooses nothing.
 
 Every run is an ordinary run in its own folder under ``output``, with its YAML file beside it. What is there already is
-not done again: a comparison that was stopped goes on, and runs may be made elsewhere (:func:`commands`).
+not done again: a comparison that was stopped goes on, and runs may be made elsewhere (:func:`commands`). Nor is what
+the results file has already (`lorasculpt.comparison.known`): that file alone is enough to go on from on another
+machine.
 """
 
 from __future__ import annotations
@@ -27,16 +29,17 @@ from pathlib import Path
 from statistics import mean
 from typing import Any
 
-from .comparison import edits, labels, sequences
+from .comparison import edits, known, labels, sequences
 from .comparison.drift import drift_and_loss
 from .comparison.edits import Edit
+from .comparison.known import Known
 from .comparison.labels import CHOICES
 from .comparison.launch import launch
 from .comparison.table import equal_target, pareto, table
 from .config import RunConfig
 from .errors import UserError
 from .evaluation.score import majority
-from .measure import RESULTS_FILE, measure, versions, write_json
+from .measure import RESULTS_FILE, measure, shape, versions, write_json
 from .report.words import duration
 from .sequence import grown, learn
 from .train import DRIFT_FILE, RUN_FILE, check_output, general, held_out, train
@@ -88,10 +91,15 @@ class Comparison:
         seeds: How many, from ``config.seed`` upwards, of a label that does not say it itself.
         rates: One to three learning rates, of a label that says nothing of them. One is used as it is; of several each
             label takes the one that is best for it on the validation set, the lowest of equals. Default: ``RATES``.
+        results: A file that an earlier comparison wrote. Runs of it are not made again if label, seed and settings are
+            those of a run here, and the target's test has the same commonest answer; of a trial, if the rates were
+            chosen by the same rule. Default: none.
 
     Raises:
         UserError: for what can be told about these before anything is trained.
     """
+
+    rows = "runs"  # where a record has its tests
 
     def __init__(
         self,
@@ -99,6 +107,7 @@ class Comparison:
         methods: Sequence[str] | None = None,
         seeds: int = 3,
         rates: Sequence[float] | None = None,
+        results: Path | None = None,
     ):
         self._check(config)
         if (config.output / RUN_FILE).is_file():
@@ -115,6 +124,7 @@ class Comparison:
         self.labels = labels.read(config, methods, seeds, rates)
         if config.data.train and any(what.replay for what in self.labels.values()):
             general(config)  # a row that is measured is told now, not after the trials
+        self._known = known.read(results, self.rows) if results else Known()
         self._results: dict[Path, dict[str, Any]] = {}
         self._before: dict[str, dict] = {}  # what the base answers, to each group of questions
         self._texts: Path | None = None  # what it says by itself, for the drift
@@ -179,10 +189,23 @@ class Comparison:
             UserError: if its folder holds another run.
         """
         folder = run.config.output
-        if folder not in self._results and (found := self._read(run)) is not None:
-            kept = {key: value for key, value in found.items() if key != "gallery"}
-            self._results[folder] = kept | {"label": run.label}
+        if folder not in self._results:
+            if (found := self._read(run)) is not None:
+                kept = {key: value for key, value in found.items() if key != "gallery"}
+                self._results[folder] = kept | {"label": run.label}
+            elif (found := self._recorded(run)) is not None:
+                self._results[folder] = found
         return self._results.get(folder)
+
+    def _recorded(self, run: Run) -> dict[str, Any] | None:
+        """What the results file says of ``run``."""
+        group = run.config.output.parent.name
+        wanted = {"label": run.label, "seed": run.config.seed, "settings": shape(run.config)}
+        wanted |= {"edit": run.edit.made(run.config)} if run.edit else {}
+        if group == "validation":
+            return self._known.find(group, **wanted, validation=self._validation)
+        found = self._known.find(group, **wanted)
+        return found if found is None or found == self._beside_majority(found) else None
 
     def _read(self, run: Run) -> dict[str, Any] | None:
         """What was measured in ``run``, with the versions that it was made with, which may not be those of today."""
@@ -197,20 +220,38 @@ class Comparison:
         return content["runs"][0] | edited | {"versions": content["versions"]}
 
     def make(self, run: Run, progress: bool = True) -> None:
-        """Train ``run`` and measure it, where that is still to be done; the base is asked once for all."""
+        """Train ``run`` and measure it, where that is still to be done; the base is asked once for all.
+
+        Raises:
+            UserError: also where the base does not do what it did in the runs of the results file.
+        """
         if run.edit and run.of:
             edits.apply(run.edit, run.config, run.of)
         else:
             train(run.config, progress=progress)
+        if self.result(run) is not None:
+            return  # measured elsewhere: what is needed of it is its adapter
         texts, group = run.config.output / DRIFT_FILE, run.config.output.parent.name
         if self._texts and not texts.is_file():
             shutil.copy(self._texts, texts)
         _, self._before[group] = measure(run.config, before=self._before.get(group), progress=progress)
         self._texts = texts if texts.is_file() else self._texts
+        self._compare_base(run)
+
+    def _compare_base(self, run: Run) -> None:
+        """Raise :class:`UserError` if the base of ``run``, just made, is not that of the results file."""
+        if (own := self.result(run)) is None:
+            return
+        trial = run.config.output.parent.name == "validation"
+        for other in self.trials() if trial else self.tests():
+            if (found := self._recorded(other)) is not None:
+                self._known.check(*(self._scores(one)["source_before"] for one in (found, own)))
 
     def command(self, run: Run) -> str:
         """The shell line that does what :meth:`make` would."""
         path = shlex.quote(str(run.write()))
+        if self.result(run) is not None:
+            return f"lorasculpt train {path}"
         first = edits.command(run.edit, run.config, run.of) if run.edit and run.of else f"lorasculpt train {path}"
         return f"{first} && lorasculpt eval {path}"
 
@@ -243,6 +284,8 @@ class Comparison:
 
     def _scores(self, result: dict[str, Any]) -> dict[str, float]:
         """What a trial says of its rate."""
+        if "scores" in result:
+            return result["scores"]
         return {key: result["summary"][key] for key in ("source_before", "source_after", "target_after", "h_mean")}
 
     def tests(self) -> list[Run]:
@@ -277,13 +320,19 @@ class Comparison:
             own += [tests[label, seed]] if (label, seed) in tests else []
             for run in own:
                 if self.result(run) is None:
-                    return run
+                    return self._first(run)
         return None
+
+    def _first(self, run: Run) -> Run:
+        """What is to be made for ``run``: it, or what it edits where that has no adapter here."""
+        if run.of is None or edits.ready(run.of):
+            return run
+        return next(test for test in self.tests() if test.config.output == run.of)
 
     def ready(self) -> list[Run]:
         """The runs that are still to be made and can be made now, in any order."""
         left = [run for run in (*self.trials(), *self.tests()) if self.result(run) is None]
-        return [run for run in left if run.of is None or edits.ready(run.of)]
+        return list({first.name: first for first in map(self._first, left)}.values())
 
     def missing(self) -> list[str]:
         """What is still to be done: trials by their folders, tests by method and seed."""
@@ -302,10 +351,17 @@ class Comparison:
     def costs(self) -> list[tuple[tuple[str, str], float]]:
         """The kind of each trained run that is there, and what its training took, in seconds: not what measuring did.
 
-        An edit costs no training; the time in its results is that of what it edits.
+        An edit costs no training; the time in its results is that of what it edits. A trial of the results file tells
+        none.
         """
         runs = [run for run in (*self.trials(), *self.tests()) if run.edit is None]
-        return [(run.kind, result["seconds"]) for run in runs if (result := self.result(run)) is not None]
+        found = [(run.kind, result) for run in runs if (result := self.result(run)) is not None]
+        return [(kind, result["seconds"]) for kind, result in found if "seconds" in result]
+
+    def left_out(self) -> int:
+        """How many runs of the results file are not of this comparison, or no longer what is measured here."""
+        own = self.record()[self.rows]
+        return sum(one not in own for one in self._known.tests)
 
     def _done(self) -> list[dict[str, Any]]:
         """The results of the tests that are there."""
@@ -316,6 +372,28 @@ class Comparison:
         order = list(self.labels)
         rows = tabled(sorted(runs, key=lambda run: order.index(run["label"])))
         return [row | {"complete": len(row["seeds"]) == self.labels[row["label"]].seeds} for row in rows]
+
+    @property
+    def _validation(self) -> str:
+        """By what rates are chosen, in words."""
+        if self.config.evaluate.validation:
+            return "evaluate.validation"
+        return f"{self.config.data.validation or SHARE:g} of data.train"
+
+    def _tried(self) -> list[dict[str, Any]]:
+        """The trials that are there, as the results file has them."""
+        found = [(run, result) for run in self.trials() if (result := self.result(run)) is not None]
+        return [
+            {
+                "label": run.label,
+                "seed": run.config.seed,
+                "validation": self._validation,
+                "settings": shape(run.config),
+                "scores": self._scores(result),
+                "versions": result["versions"],
+            }
+            for run, result in found
+        ]
 
     @cached_property
     def _majority(self) -> dict[str, float]:
@@ -343,14 +421,14 @@ class Comparison:
         """
         runs, missing = [self._beside_majority(run) for run in self._done()], self.missing()
         rows = self._rows(runs, table)
-        share = self.config.data.validation or SHARE
         return {
             "schema": 1,
             "complete": not missing,
             "missing": missing,
             "versions": versions(),
-            "validation": "evaluate.validation" if self.config.evaluate.validation else f"{share:g} of data.train",
+            "validation": self._validation,
             "rates": self.rates_of(),
+            "trials": self._tried(),
             "runs": runs,
             "table": rows,
             "pareto": pareto(rows),
@@ -370,8 +448,10 @@ class Sequences(Comparison):
         UserError: also for a label that learns no sequence, or that a sequence cannot be learned as it says.
     """
 
-    def __init__(self, config, methods=None, seeds=3, rates=None):
-        super().__init__(config, methods, seeds, rates)
+    rows = "sequences"
+
+    def __init__(self, config, methods=None, seeds=3, rates=None, results=None):
+        super().__init__(config, methods, seeds, rates, results)
         for label, what in self.labels.items():
             if len(what.rates) > 1 and not self._validated(config):
                 place = f"methods.{label}" if "rates" in config.methods.get(label, {}) else "data.sequence"
@@ -404,8 +484,15 @@ class Sequences(Comparison):
         ]
         return {"sequence": stages}, super()._asked(group)[1]
 
+    @property
+    def _validation(self):
+        return "data.sequence"
+
+    def _beside_majority(self, run):
+        return run
+
     def _scores(self, result):
-        return sequences.scores(result)
+        return result.get("scores") or sequences.scores(result)
 
     def _read(self, run):
         found = sequences.entry(run.config)
@@ -417,6 +504,7 @@ class Sequences(Comparison):
         group = run.config.output.parent.name
         _, path = learn(run.config, before=self._before.get(group), progress=progress)
         self._before[group] = json.loads(path.read_text())["rows"][0]
+        self._compare_base(run)
 
     def command(self, run):
         return f"lorasculpt train {shlex.quote(str(run.write()))}"
@@ -431,6 +519,7 @@ class Sequences(Comparison):
             "versions": versions(),
             "tasks": [stage.name for stage in self.config.data.sequence],
             "rates": self.rates_of(),
+            "trials": self._tried(),
             "sequences": runs,
             "table": self._rows(runs, sequences.table),
         }
@@ -441,9 +530,10 @@ def planned(
     methods: Sequence[str] | None = None,
     seeds: int = 3,
     rates: Sequence[float] | None = None,
+    results: Path | None = None,
 ) -> Comparison:
     """The :class:`Comparison` or, where tasks are learned in turn, the :class:`Sequences` of a config."""
-    return (Sequences if config.data.sequence else Comparison)(config, methods, seeds, rates)
+    return (Sequences if config.data.sequence else Comparison)(config, methods, seeds, rates, results)
 
 
 def _best(tried: dict[float, dict[str, float]], by: str) -> float:
@@ -467,7 +557,9 @@ def compare(
 ) -> Path:
     """Make the runs of a :class:`Comparison` that are still missing, and write what they say.
 
-    The file is written anew after every run, so that it can be read at any time; it says whether it is complete.
+    The file is written anew after every run, so that it can be read at any time; it says whether it is complete. Runs
+    that it has already are not made again. Those that this comparison does not have go into a file beside it,
+    ``<name>.before.json``, which is the old one.
 
     Args:
         config, methods, seeds, rates: Of the comparison.
@@ -484,8 +576,8 @@ def compare(
     Raises:
         UserError: for anything in the config, the data or the folders that the user can mend.
     """
-    comparison = planned(config, methods, seeds, rates)
     path = out or config.output / COMPARISON_FILE
+    comparison = planned(config, methods, seeds, rates, path)
 
     def told() -> None:
         if progress and comparison.left():
@@ -495,6 +587,12 @@ def compare(
         write_json(path, comparison.record())
         told()
 
+    if left_out := comparison.left_out():
+        kept = path.with_suffix(".before.json")
+        shutil.copy(path, kept)
+        if progress:
+            number = "1 run" if left_out == 1 else f"{left_out} runs"
+            print(f"{path} has {number} of another comparison or of other settings, kept in {kept}.")
     told()
     if cluster:
         launch(comparison, cluster, job or {}, done=written, progress=progress)

@@ -125,14 +125,8 @@ def measure(
         "method": name,
         "seed": config.seed,
         "steps": training["steps"],
-        # what shaped the run: not where it lies or is pushed to, nor its seed, which has a key of its own
-        "settings": config.model_dump(
-            mode="json",
-            include={"method", "scope", "projector", "training"},
-            exclude={"training": {"arguments": {"run_name", *PUSHING}}},
-        )
-        | ({"evaluate": {"as_task": config.evaluate.as_task}} if config.evaluate.as_task else {})
-        | ({"data": {"replay": config.data.replay}} if config.data.replay else {}),
+        "precision": training.get("precision"),
+        "settings": shape(config),
         **comparison(before, after),
         **({"drift": drifted} if drifted else {}),
         "seconds": training["seconds"],
@@ -150,6 +144,17 @@ def measure(
     }
     path = config.output / RESULTS_FILE
     return write_json(path, {"schema": 1, "versions": versions(), "runs": [run]}), before
+
+
+def shape(config: RunConfig) -> dict[str, Any]:
+    """The settings that shape a run and its numbers: not where it lies or is pushed to, its data, or its seed."""
+    found = config.model_dump(
+        mode="json",
+        include={"method", "scope", "projector", "training"},
+        exclude={"training": {"arguments": {"run_name", *PUSHING}}},
+    )
+    found |= {"evaluate": {"as_task": config.evaluate.as_task}} if config.evaluate.as_task else {}
+    return found | ({"data": {"replay": config.data.replay}} if config.data.replay else {})
 
 
 def _choosing(config: RunConfig) -> tuple[()] | tuple[list[Task], list[Task]]:

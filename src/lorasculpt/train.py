@@ -5,7 +5,8 @@
 ``output`` holds ``run.yaml`` (what ran), ``checkpoint-<step>`` (whole ones only), ``adapter`` and ``training.json``:
 ``seconds``, ``memory_bytes`` (the peak of the main process while it trained, measurements at steps included, over all
 parts of a run that was interrupted; null where it cannot be told) and ``memory_of``, what that is of: ``cuda`` or
-``process`` (`lorasculpt.memory`); ``steps``, ``trainable`` parameters, and the log as ``history``.
+``process`` (`lorasculpt.memory`); ``precision``, what ``auto`` came to: ``fp32``, ``bf16`` or ``fp16``; ``steps``,
+``trainable`` parameters, and the log as ``history``.
 """
 
 from __future__ import annotations
@@ -55,6 +56,7 @@ from .models.head import answers_alone
 from .models.load import autocast_dtype, load
 from .models.parts import parts, target_regex
 
+DTYPES = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}  # of autocast
 RUN_FILE, LOG_FILE, DRIFT_FILE, ADAPTER = "run.yaml", "training.json", "drift.jsonl", "adapter"
 COST_FILE, CORDA_FILE, FISHER_FILE = "cost.json", "corda.jsonl", "fisher.safetensors"
 
@@ -125,7 +127,7 @@ def train(
             raise
         raise config.error(key, f"is refused: {error}") from error
     if trainer.is_world_process_zero():
-        _write(output, config, trainer, cost, others)
+        _write(output, config, trainer, cost, others, autocast)
         push(config, adapter)
     return adapter
 
@@ -383,7 +385,7 @@ def precision(config: RunConfig, model: nn.Module) -> torch.dtype | None:
     device = next(model.parameters()).device
     if wanted == "auto":
         return autocast_dtype(device)
-    return {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}[wanted]
+    return DTYPES[wanted]
 
 
 def held_out(config: RunConfig, limit: int | None = None, *, each: int | None = None) -> tuple[list[Task], list[Task]]:
@@ -679,10 +681,18 @@ def save_projector(model: nn.Module, folder: Path) -> None:
     save_file(tensors, folder / PROJECTOR_FILE)
 
 
-def _write(output: Path, config: RunConfig, trainer: SFTTrainer, cost: _Cost, others: dict[str, Tensor]) -> None:
+def _write(
+    output: Path,
+    config: RunConfig,
+    trainer: SFTTrainer,
+    cost: _Cost,
+    others: dict[str, Tensor],
+    autocast: torch.dtype | None,
+) -> None:
     """``training.json`` and then ``adapter``, whose presence says that the run is done."""
     trained = sum(p.numel() for p in trainer.model.parameters() if p.requires_grad)
-    record = cost.record() | {"steps": trainer.state.global_step, "trainable": trained}
+    dtype = next(name for name, known in DTYPES.items() if known == autocast)
+    record = cost.record() | {"precision": dtype, "steps": trainer.state.global_step, "trainable": trained}
     record["history"] = trainer.state.log_history
     (output / LOG_FILE).write_text(json.dumps(record, indent=1) + "\n")
     partial = output / ".partial" / ADAPTER

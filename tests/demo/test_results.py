@@ -20,10 +20,9 @@ from lorasculpt.train import KINDS
 ROOT = Path(__file__).parents[2]
 
 
-def test_the_weight_for_a_tenth_scales_with_the_measured_ratio(tmp_path):
+def test_the_weight_for_a_tenth_scales_with_the_measured_ratio():
     history = [{"loss": 1.0}, {"penalty_ratio": 0.0}, {"penalty_ratio": 2e-4}, {"penalty_ratio": 4e-4}]
-    (tmp_path / "training.json").write_text(json.dumps({"history": history}))
-    found = results.tenth(tmp_path, {"cmr_weight": 1e-3})
+    found = results.tenth(history, {"cmr_weight": 1e-3})
     assert found["gradient_ratio"] == pytest.approx(3e-4)
     assert found["weight_for_a_tenth"] == pytest.approx(0.33)
 

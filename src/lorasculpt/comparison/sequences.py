@@ -13,6 +13,7 @@ from rich.table import Table
 from ..config import RunConfig
 from ..evaluation.student import mean_interval, paired
 from ..evaluation.summary import h_mean
+from ..measure import shape
 from ..report.results import REFERENCE
 from ..report.words import size
 from ..sequence import MATRIX_FILE, stages_of
@@ -48,8 +49,9 @@ def entry(config: RunConfig) -> dict[str, Any] | None:
         "method": found["method"],
         "seed": found["seed"],
         "lr": config.training.lr,
-        "settings": config.model_dump(mode="json", include={"method", "scope", "projector", "training"}),
+        "settings": shape(config),
         "steps": [log["steps"] for log in logs],
+        "precision": logs[-1].get("precision"),
         "tasks": found["tasks"],
         "matrix": [row["accuracy"] for row in found["rows"]],
         "source": source,

@@ -2,13 +2,12 @@
 
 ``lorasculpt demo results`` makes ``results/demo.json`` (digits), with ``--target flags`` ``results/flags.json``, with
 ``--others`` ``results/others.json`` (digits, more baselines). All it adds to ``lorasculpt compare`` is the data and the
-YAML file, which it leaves in its folder to be read or run. It goes on where it was stopped, and the file it writes says
-whether it is complete.
+YAML file, which it leaves in its folder to be read or run. It goes on where it was stopped, be it on another machine:
+what the file has is not done again. The file says whether it is complete.
 """
 
 from __future__ import annotations
 
-import json
 import random
 from pathlib import Path
 from typing import Any
@@ -16,10 +15,8 @@ from typing import Any
 import numpy as np
 import yaml
 
-from ..compare import Comparison, compare
+from ..compare import compare
 from ..config import RunConfig
-from ..measure import write_json
-from ..train import LOG_FILE
 from . import world
 from .run import METHODS, settings, write_data
 from .tower import remembering
@@ -28,7 +25,7 @@ RATES = (2e-4, 5e-4, 1.5e-3)
 SEEDS = 3
 WHOLE = [2e-5, 5e-5, 2e-4]  # rates of methods that train whole weights, which the others' would break
 GENERAL = "general.jsonl"
-TENTH = 2.1  # weight of the penalty at which its gradient is a tenth of the task's (``penalty`` in the results)
+TENTH = 2.1  # weight of the penalty at which its gradient is a tenth of the task's (`tenth`)
 SCULPT = METHODS["lorasculpt"]["method"]
 AS_SCULPT = SCULPT | {"lr": "lorasculpt"}  # LoRASculpt with something changed, at the rate that it chose
 # In this order, one seed of each and then the next: what is done at any time can be read.
@@ -96,14 +93,11 @@ def results(work: Path, path: Path, *, target: str = "digits", others: bool = Fa
     config = RunConfig.load(plan(work, target, others=others))
     with remembering():
         compare(config, seeds=SEEDS, rates=RATES, out=path)
-    first = next(run for run in Comparison(config, seeds=SEEDS, rates=RATES).tests() if run.label == "lorasculpt")
-    found = json.loads(path.read_text()) | {"target": target, "penalty": tenth(first.config.output, SCULPT)}
-    return write_json(path, found)
+    return path
 
 
-def tenth(folder: Path, method: dict[str, Any]) -> dict[str, float]:
+def tenth(history: list[dict[str, Any]], method: dict[str, Any]) -> dict[str, float]:
     """The penalty's gradient over the task's in a finished run, and the weight at which it would be a tenth."""
-    history = json.loads((folder / LOG_FILE).read_text())["history"]
     ratio = float(np.median([row["penalty_ratio"] for row in history if row.get("penalty_ratio")]))
     weight = method.get("cmr_weight", 1e-3)
     return {"weight": weight, "gradient_ratio": ratio, "weight_for_a_tenth": float(f"{0.1 * weight / ratio:.2g}")}

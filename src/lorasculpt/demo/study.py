@@ -132,6 +132,7 @@ def _measured(path: Path, made: dict[str, Any], before: dict | None) -> tuple[di
         "method",
         "seed",
         "steps",
+        "precision",
         "settings",
         "source",
         "target",

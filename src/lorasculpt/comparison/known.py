@@ -1,0 +1,68 @@
+"""What the file of a comparison holds already: runs of another machine, or whose folders are gone.
+
+They are taken as they are where they are the same runs by what the file says of them. Trials are there with their
+scores alone.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from ..errors import UserError
+
+NEAR = 0.01  # what the source score of one base may differ by from machine to machine
+
+
+@dataclass(frozen=True)
+class Known:
+    """The ``tests`` and ``trials`` of the file ``path``, as they are in it; none of either where there is no file."""
+
+    path: Path | None = None
+    tests: list[dict[str, Any]] = field(default_factory=list)
+    trials: list[dict[str, Any]] = field(default_factory=list)
+
+    def find(self, group: str, **wanted: Any) -> dict[str, Any] | None:
+        """The entry of a group, ``"validation"`` or ``"test"``, whose values at the keys of ``wanted`` are these."""
+        entries = self.trials if group == "validation" else self.tests
+        return next((one for one in entries if all(one.get(key) == value for key, value in wanted.items())), None)
+
+    def check(self, before: float | None, here: float | None) -> None:
+        """See that the base does on the source what it did when the entries that are taken were made.
+
+        Args:
+            before: The source score of the base then; None where it was not measured.
+            here: The same in a run of today.
+
+        Raises:
+            UserError: they differ.
+        """
+        if before is not None and here is not None and abs(before - here) > NEAR:
+            raise UserError(
+                f"{self.path} holds runs of another base or other questions: the source was at {before:.3f} before "
+                f"training there and is at {here:.3f} here; name another file with --out, or remove it."
+            )
+
+
+def read(path: Path, rows: str) -> Known:
+    """What ``path`` holds, which may not exist.
+
+    Args:
+        path: The file.
+        rows: Where its tests are: ``"runs"``, or ``"sequences"`` of a comparison of these.
+
+    Raises:
+        UserError: it is no file of a comparison, or of one of the other kind.
+    """
+    if not path.exists():
+        return Known()
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+        tests, trials = found[rows], found.get("trials", [])
+        assert all(isinstance(one, dict) and "label" in one for one in (*tests, *trials))
+    except (OSError, ValueError, LookupError, TypeError, AssertionError):
+        words = "comparison of sequences" if rows == "sequences" else "comparison of single tasks"
+        raise UserError(f"{path} is there and is not the file of a {words}; name another one with --out.") from None
+    return Known(path, tests, trials)

@@ -162,7 +162,9 @@ def test_the_results_file_alone_is_enough_to_go_on_from(labelled, tmp_path, caps
     shutil.rmtree(config.output)
     validated = labelled(text, f"evaluate.validation={tmp_path / 'data' / 'train.jsonl'}")
     assert len(planned(validated, ["lora"], 1, [0.01, 0.02], path).missing()) == 3
-    # so is the test, if its commonest answer is
+    # so is the test, if more is asked, or if its commonest answer is another
+    more = labelled(text, "evaluate.limit=3")
+    assert planned(more, ["lora"], 1, [0.01, 0.02], path).missing() == ["test/lora-seed0"]
     rows = [json.loads(line) for line in (tmp_path / "test" / "train.jsonl").read_text().splitlines()]
     same = tmp_path / "test" / "same.jsonl"
     same.write_text("".join(json.dumps(row | {"answer": rows[0]["answer"]}) + "\n" for row in rows))

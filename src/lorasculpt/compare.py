@@ -39,6 +39,7 @@ from .comparison.table import equal_target, pareto, table
 from .config import RunConfig
 from .errors import UserError
 from .evaluation.score import majority
+from .evaluation.tasks import Task
 from .measure import RESULTS_FILE, measure, shape, versions, write_json
 from .report.words import duration
 from .sequence import grown, learn
@@ -92,8 +93,8 @@ class Comparison:
         rates: One to three learning rates, of a label that says nothing of them. One is used as it is; of several each
             label takes the one that is best for it on the validation set, the lowest of equals. Default: ``RATES``.
         results: A file that an earlier comparison wrote. Runs of it are not made again if label, seed and settings are
-            those of a run here, and the target's test has the same commonest answer; of a trial, if the rates were
-            chosen by the same rule. Default: none.
+            those of a run here, and its test has as many questions and the same commonest answer; of a trial, if the
+            rates were chosen by the same rule. Default: none.
 
     Raises:
         UserError: for what can be told about these before anything is trained.
@@ -205,7 +206,12 @@ class Comparison:
         if group == "validation":
             return self._known.find(group, **wanted, validation=self._validation)
         found = self._known.find(group, **wanted)
-        return found if found is None or found == self._beside_majority(found) else None
+        return found if found is not None and self._same_questions(found) else None
+
+    def _same_questions(self, found: dict[str, Any]) -> bool:
+        """Whether a run of the results file was asked as many questions as are asked here, with these answers."""
+        numbers = tuple({name: task["n"] for name, task in found[side].items()} for side in ("source", "target"))
+        return numbers == self._numbers and found == self._beside_majority(found)
 
     def _read(self, run: Run) -> dict[str, Any] | None:
         """What was measured in ``run``, with the versions that it was made with, which may not be those of today."""
@@ -396,15 +402,21 @@ class Comparison:
         ]
 
     @cached_property
+    def _test(self) -> tuple[list[Task], list[Task]]:
+        """The source and target tasks of the tests."""
+        data = self.config.data.model_copy(update=self._asked("test")[0])
+        return held_out(self.config.model_copy(update={"data": data}))
+
+    @cached_property
+    def _numbers(self) -> tuple[dict[str, int], dict[str, int]]:
+        """How many questions each of these has."""
+        source, target = ({task.name: len(task.records) for task in side} for side in self._test)
+        return source, target
+
+    @cached_property
     def _majority(self) -> dict[str, float]:
         """By target task, what the commonest answer to its test questions gets."""
-        config = self.config
-        changes = {
-            "data": config.data.model_copy(update=self._asked("test")[0]),
-            "evaluate": config.evaluate.model_copy(update={"source": []}),  # is not read for this
-        }
-        _, target = held_out(config.model_copy(update=changes))
-        return {task.name: majority(task.records, task.metric) for task in target}
+        return {task.name: majority(task.records, task.metric) for task in self._test[1]}
 
     def _beside_majority(self, run: dict[str, Any]) -> dict[str, Any]:
         """A result with ``majority`` in each target task; None where the files no longer have that task."""
@@ -488,8 +500,8 @@ class Sequences(Comparison):
     def _validation(self):
         return "data.sequence"
 
-    def _beside_majority(self, run):
-        return run
+    def _same_questions(self, found):
+        return True
 
     def _scores(self, result):
         return result.get("scores") or sequences.scores(result)

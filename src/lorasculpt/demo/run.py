@@ -9,10 +9,12 @@ import time
 from pathlib import Path
 from typing import Any
 
+import torch
 import yaml
 
 from ..config import RunConfig
 from ..measure import measure
+from ..models.load import autocast_dtype, cpu_rate
 from ..report import report
 from ..train import train
 from . import base, world
@@ -27,12 +29,14 @@ METHODS: dict[str, dict[str, Any]] = {
         "lr": 1.5e-3,
     },
 }
-STEPS = 160  # three minutes a run on two cores, with fast bf16 or without: the batches are small
+STEPS = 160  # two minutes a run on two cores with fast bf16, eight on two threads of one core without
 REMARK = (
     "Both ran at the learning rate that teaches digits best on a validation set. At a seventh of that rate LoRA "
     "learned and kept as much as LoRASculpt, over three seeds (results/demo.json)."
 )
 QUICK = 60  # items behind each number of the quick demo
+WORK = {False: 1.0e14, True: 4.4e14}  # operations in products of the quick and of the full demo
+BESIDE = 2e-12  # seconds for each of them that everything else takes
 
 
 def write_data(folder: Path, target: str = "digits") -> None:
@@ -66,6 +70,15 @@ def settings(name: str, *, target: str = "digits", seed: int = 0, split: str = "
     }
 
 
+def expected(full: bool) -> str:
+    """How long the demo takes here, in words: by what this machine's processor does in a product, at its best."""
+    if torch.cuda.is_available():
+        return "some minutes"
+    dtype = autocast_dtype("cpu") or torch.float32
+    rate = max(cpu_rate(dtype) for _ in range(20))
+    return f"about {max(1, round(WORK[full] * (1 / rate + BESIDE) / 60))} minutes on this machine"
+
+
 def demo(out: Path, *, target: str = "digits", full: bool = False) -> list[Path]:
     """Run the demo in ``out`` and return the two result files; ``full`` measures every held-out item.
 
@@ -74,8 +87,7 @@ def demo(out: Path, *, target: str = "digits", full: bool = False) -> list[Path]
     A second call goes on where the first was stopped.
     """
     began = time.monotonic()
-    minutes = 25 if full else 8
-    print(f"The base model, the data and two runs of {STEPS} steps: about {minutes} minutes on two cores.")
+    print(f"The base model, the data and two runs of {STEPS} steps: {expected(full)}.")
     write_data(out / "data", target)
     results: list[Path] = []
     before = None

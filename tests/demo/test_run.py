@@ -30,7 +30,7 @@ def known(found: dict, name: str) -> str:
 
 def test_how_long_it_takes_is_told_by_what_the_processor_does(monkeypatch):
     monkeypatch.setattr(run.torch.cuda, "is_available", lambda: False)
-    for rate, quick, full in ((1e12, 5, 22), (7.5e10, 26, 112)):
+    for rate, quick, full in ((1e12, 5, 22), (7.5e10, 34, 149)):
         monkeypatch.setattr(run, "cpu_rate", lambda dtype, rate=rate: rate)
         assert run.expected(False) == f"about {quick} minutes on this machine"
         assert run.expected(True) == f"about {full} minutes on this machine"

@@ -7,7 +7,6 @@ prompts as the adapter does. Only then does it appear under its name; a failed e
 from __future__ import annotations
 
 import json
-import re
 import tempfile
 import warnings
 from collections.abc import Callable, Sequence
@@ -31,6 +30,7 @@ from .adapters.load import PROJECTOR_FILE, load_projector
 from .adapters.load import load as load_adapter
 from .adapters.update import UpdateConfig, updates
 from .errors import UserError
+from .hub import on_hub
 from .inspect import Pair, read_adapter, read_config
 from .inspect_update import config_of as kind_of
 from .kinds import TUNERS
@@ -360,11 +360,11 @@ def _write_lora(lora: _Lora, out: Path, base: str, dtype: str, task: str | None 
 
 def _card(config: LoraConfig, name: str, task: str | None) -> str:
     base = config.base_model_name_or_path
-    on_hub = re.fullmatch(r"[\w.-]+/[\w.-]+", base) is not None and not Path(base).exists()
-    shown = base if on_hub else "path/to/the/base/model"
+    known = on_hub(base)
+    shown = base if known else "path/to/the/base/model"
     rank = next((rank for rank in VLLM_RANKS if rank >= config.r), config.r)
     return CARD.format(
-        base_model=f"base_model: {base}\n" if on_hub else "",
+        base_model=f"base_model: {base}\n" if known else "",
         base=shown,
         name=name,
         r=config.r,

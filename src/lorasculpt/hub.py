@@ -6,11 +6,17 @@ The folder goes there as it is: what a trainer would push by itself is a checkpo
 from __future__ import annotations
 
 import os
+import re
 from pathlib import Path
 
 from huggingface_hub import HfApi
 
 from .config import RunConfig
+
+
+def on_hub(base: str) -> bool:
+    """Whether ``base`` is a name on the Hub, by its form, and no folder here."""
+    return re.fullmatch(r"[\w.-]+/[\w.-]+", base) is not None and not Path(base).exists()
 
 
 def push(config: RunConfig, adapter: Path) -> None:

@@ -13,7 +13,7 @@ from typing import Any
 
 from peft import PeftConfig
 
-from . import posthoc
+from . import card, posthoc
 from .adapters.load import load as load_adapter
 from .adapters.update import UpdateConfig
 from .config import RunConfig
@@ -142,8 +142,9 @@ def measure(
             for entry in gallery(source, target, before, after)
         ],
     }
-    path = config.output / RESULTS_FILE
-    return write_json(path, {"schema": 1, "versions": versions(), "runs": [run]}), before
+    content = {"schema": 1, "versions": versions(), "runs": [run]}
+    card.measured(config, folder, training, content)
+    return write_json(config.output / RESULTS_FILE, content), before
 
 
 def shape(config: RunConfig) -> dict[str, Any]:

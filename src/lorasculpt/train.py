@@ -32,7 +32,7 @@ from torch import Tensor, nn
 from transformers import TrainerCallback, set_seed
 from trl import SFTConfig, SFTTrainer
 
-from . import corda
+from . import card, corda
 from .adapters.beside import beside
 from .adapters.clock import ClockCallback
 from .adapters.load import PROJECTOR_FILE
@@ -701,5 +701,6 @@ def _write(
         write_plain(partial, others)
     if config.projector == "full":
         save_projector(trainer.model, partial)
+    card.write(partial, config, record)
     partial.rename(output / ADAPTER)
     shutil.rmtree(output / ".partial", ignore_errors=True)

@@ -1,0 +1,155 @@
+"""The README.md of a trained adapter, which the Hub shows as its card: how it is loaded, what it learned and kept.
+
+PEFT's own is a form to be filled in, and names a base that is a folder by its path, which the Hub refuses.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import yaml
+from huggingface_hub import ModelCardData
+from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
+
+from .adapters.load import PROJECTOR_FILE
+from .adapters.method import MethodConfig
+from .config import RunConfig
+from .hub import on_hub
+
+MARK = "<!-- Written by lorasculpt train and eval, which leave it alone where this line is not. -->"
+STOCK = """\
+from peft import PeftModel
+from transformers import AutoModelForImageTextToText
+
+model = AutoModelForImageTextToText.from_pretrained("{base}")  # AutoModelForCausalLM for a text model
+model = PeftModel.from_pretrained(model, "path/to/{name}")"""
+OWN = """\
+from lorasculpt import load
+from transformers import AutoModelForImageTextToText
+
+model = AutoModelForImageTextToText.from_pretrained("{base}")  # AutoModelForCausalLM for a text model
+model = load(model, "path/to/{name}")"""
+TEXT = """\
+---
+{head}---
+{mark}
+
+# {title}
+
+An adapter of {base}, trained by the method `{method}` on `{data}`.
+
+```python
+{code}
+```
+{measured}
+## How it was trained
+
+```yaml
+{settings}```
+
+{steps} steps, seed {seed}, in {precision}, {trainable:,} trainable parameters{versions}.
+"""
+MEASURED = """
+## What it learned and what it kept
+
+Percent of {number} questions a task, with 95 % intervals over these: *target* is what was to be learned, *source* what
+was to be kept.
+
+{table}
+{sentence}"""
+
+
+def write(adapter: Path, config: RunConfig, training: dict[str, Any]) -> Path:
+    """Write the card of the adapter in the folder ``adapter``, just trained as ``config`` says.
+
+    Args:
+        training: What ``training.json`` says.
+    """
+    path = adapter / "README.md"
+    path.write_text(_text(adapter, config, training, "", ""), encoding="utf-8")
+    return path
+
+
+def measured(config: RunConfig, adapter: Path, training: dict[str, Any], content: dict[str, Any]) -> None:
+    """Put what was measured into the card of ``adapter``, unless somebody has written another.
+
+    Args:
+        content: What ``results.json`` says.
+    """
+    path = adapter / "README.md"
+    if not path.is_file() or MARK not in path.read_text(encoding="utf-8"):
+        return
+    versions = ", ".join(f"{name} {version}" for name, version in content["versions"].items())
+    text = _text(adapter, config, training, _measured(content["runs"][0]), f"; {versions}")
+    partial = path.with_suffix(".partial")
+    partial.write_text(text, encoding="utf-8")
+    partial.replace(path)
+
+
+def _text(adapter: Path, config: RunConfig, training: dict[str, Any], numbers: str, versions: str) -> str:
+    known = on_hub(config.base)
+    base = config.base if known else "path/to/the/base/model"
+    head = ModelCardData(
+        base_model=config.base if known else None,
+        library_name="peft",
+        tags=["lorasculpt", config.method["name"], *([f"base_model:adapter:{config.base}"] if known else [])],
+    )
+    settings = config.model_dump(
+        mode="json", include={"method", "scope", "projector", "training"}, exclude_defaults=True
+    )
+    settings.get("training", {}).pop("arguments", None)
+    return TEXT.format(
+        head=head.to_yaml() + "\n",
+        mark=MARK,
+        title=config.output.name,
+        base=f"[{base}](https://huggingface.co/{base})" if known else f"`{Path(config.base).name}`",
+        method=config.method["name"],
+        data=Path(str(config.data.train)).name,
+        code=(STOCK if _stock(adapter) else OWN).format(base=base, name=config.output.name),
+        measured=numbers,
+        settings=yaml.safe_dump(settings, sort_keys=False, allow_unicode=True),
+        steps=training["steps"],
+        seed=config.seed,
+        precision=training["precision"],
+        trainable=training["trainable"],
+        versions=versions,
+    )
+
+
+def _stock(adapter: Path) -> bool:
+    """Whether PEFT alone loads all of the adapter."""
+    saved = json.loads((adapter / "adapter_config.json").read_text(encoding="utf-8"))
+    own = issubclass(PEFT_TYPE_TO_CONFIG_MAPPING[saved["peft_type"]], MethodConfig)
+    return not own and not (adapter / PROJECTOR_FILE).is_file()
+
+
+def _measured(run: dict[str, Any]) -> str:
+    """The numbers of a run as Markdown."""
+    from .report.results import entries  # brings the drawing along, which training does not need
+    from .report.words import bracket, percent
+
+    entry = entries([run])[0]
+
+    def cells(*numbers) -> str:
+        return " | ".join(f"{percent(number.value)} {bracket(number)}".rstrip() for number in numbers)
+
+    lines = ["| | base | with this adapter |", "| --- | ---: | ---: |"]
+    for side in ("source", "target"):
+        tasks = getattr(entry, side)
+        lines += [f"| {name} ({side}) | {cells(task['before'], task['after'])} |" for name, task in tasks.items()]
+        if len(tasks) > 1:
+            both = (entry.numbers[f"{side}_before"], entry.numbers[f"{side}_after"])
+            lines.append(f"| **{side}, mean** | {cells(*both)} |")
+    counts = [task["n"] for side in ("source", "target") for task in run[side].values()]
+    said = []
+    if entry.source:
+        said.append(f"It keeps {cells(entry.numbers['retention'])} % of what the base scored on the source.")
+    if entry.drift:
+        low, high = entry.drift.low, entry.drift.high
+        said.append(f"Its drift from the base is {entry.drift.value:.3f} nats a token [{low:.3f}, {high:.3f}].")
+    sentence = " ".join(said) + "\n" if said else ""
+    least, most = min(counts), max(counts)
+    number = f"{least}" if least == most else f"{least} to {most}"
+    return MEASURED.format(number=number, table="\n".join(lines) + "\n", sentence=sentence)

@@ -57,6 +57,17 @@ def test_a_card_tells_how_it_is_loaded_and_made_and_then_what_was_measured(run, 
     assert not list(path.parent.glob("*.partial"))
 
 
+def test_without_source_tasks_it_tells_the_drift(run):
+    config = run("evaluate.source=[]", "evaluate.drift=2")
+    path = train.train(config, progress=False) / "README.md"
+    measure(config, progress=False)
+    told = path.read_text()
+    assert "(target) |" in told
+    assert "(source)" not in told
+    assert "It keeps" not in told
+    assert "Its drift from the base is" in told
+
+
 def test_words_of_somebody_else_stay(run):
     config = run()
     path = train.train(config, progress=False) / "README.md"

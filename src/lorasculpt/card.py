@@ -127,29 +127,30 @@ def _stock(adapter: Path) -> bool:
 
 def _measured(run: dict[str, Any]) -> str:
     """The numbers of a run as Markdown."""
-    from .report.results import entries  # brings the drawing along, which training does not need
+    from .report.results import measured as number  # brings the drawing along, which training does not need
     from .report.words import bracket, percent
 
-    entry = entries([run])[0]
-
-    def cells(*numbers) -> str:
-        return " | ".join(f"{percent(number.value)} {bracket(number)}".rstrip() for number in numbers)
+    def cell(found: dict[str, Any], name: str) -> str:
+        value = number(found, name)
+        return f"{percent(value.value)} {bracket(value)}".rstrip()
 
     lines = ["| | base | with this adapter |", "| --- | ---: | ---: |"]
     for side in ("source", "target"):
-        tasks = getattr(entry, side)
-        lines += [f"| {name} ({side}) | {cells(task['before'], task['after'])} |" for name, task in tasks.items()]
-        if len(tasks) > 1:
-            both = (entry.numbers[f"{side}_before"], entry.numbers[f"{side}_after"])
-            lines.append(f"| **{side}, mean** | {cells(*both)} |")
-    counts = [task["n"] for side in ("source", "target") for task in run[side].values()]
+        for name, task in run[side].items():
+            lines.append(f"| {name} ({side}) | {cell(task, 'before')} | {cell(task, 'after')} |")
+        if len(run[side]) > 1:
+            before, after = (cell(run["summary"], f"{side}_{when}") for when in ("before", "after"))
+            lines.append(f"| **{side}, mean** | {before} | {after} |")
     said = []
-    if entry.source:
-        said.append(f"It keeps {cells(entry.numbers['retention'])} % of what the base scored on the source.")
-    if entry.drift:
-        low, high = entry.drift.low, entry.drift.high
-        said.append(f"Its drift from the base is {entry.drift.value:.3f} nats a token [{low:.3f}, {high:.3f}].")
-    sentence = " ".join(said) + "\n" if said else ""
+    if run["source"]:
+        said.append(f"It keeps {cell(run['summary'], 'retention')} % of what the base scored on the source.")
+    if drift := run.get("drift"):
+        low, high = drift["interval"]
+        said.append(f"Its drift from the base is {drift['value']:.3f} nats a token [{low:.3f}, {high:.3f}].")
+    counts = [task["n"] for side in ("source", "target") for task in run[side].values()]
     least, most = min(counts), max(counts)
-    number = f"{least}" if least == most else f"{least} to {most}"
-    return MEASURED.format(number=number, table="\n".join(lines) + "\n", sentence=sentence)
+    return MEASURED.format(
+        number=f"{least}" if least == most else f"{least} to {most}",
+        table="\n".join(lines) + "\n",
+        sentence=" ".join(said) + "\n" if said else "",
+    )

@@ -614,7 +614,8 @@ class _Cost:
     def __init__(self, device: torch.device, resumed: Path | None):
         path = resumed / COST_FILE if resumed else None
         self.earlier = json.loads(path.read_text()) if path and path.is_file() else {}
-        self.began, self.peak = time.monotonic(), Peak(device)
+        self.peak = Peak(device)
+        self.began = time.monotonic()  # to forget an earlier peak takes a large process a second
 
     def record(self) -> dict[str, Any]:
         """``seconds``, ``memory_bytes`` and ``memory_of`` (:class:`~lorasculpt.memory.Peak`) so far."""

@@ -49,7 +49,7 @@ def test_three_tasks_at_once(name, folder):
 
 def test_a_finished_run_is_not_done_again(folder, monkeypatch):
     numbers = dict.fromkeys(("method", "seed", "steps", "settings", "source", "target", "summary", "seconds"), 0)
-    numbers |= {"adapter_bytes": 1, "trainable": 2, "gallery": "left out"}
+    numbers |= {"precision": "fp32", "adapter_bytes": 1, "trainable": 2, "gallery": "left out"}
     made = run.settings("lora", output="done")
     (folder / "done").mkdir()
     (folder / "done" / "run.yaml").write_text(built(made, folder).to_yaml())

@@ -993,6 +993,16 @@ def test_what_a_method_costs_is_told_seed_by_seed_in_units_of_loras():
     assert second["time"] == pytest.approx(expected)
     assert second["memory"] == {"mean": 2, "low": 2, "high": 2}
     assert third["time"] == third["memory"] == {"mean": None, "low": None, "high": None}
+    # on another machine, or in another precision, neither says anything
+    slow[0] |= {"machine": "another", "seconds": 1.0}
+    slow[1] |= {"precision": "bf16", "seconds": 1.0}
+    _, second = table([*lora, *slow])
+    assert (second["time"]["mean"], second["memory"]["mean"]) == (pytest.approx(1.6), 2)  # of seed 1 alone
+    assert second["time"]["low"] is None
+    _, second = table([run | {"memory_of": "process"} for run in (*lora, *slow[:2])])
+    assert second["time"]["mean"] is second["memory"]["mean"] is None
+    for run in slow:
+        run |= {"machine": None, "precision": None, "seconds": ratios[run["seed"]] * seconds[run["seed"]]}
     # in one process the smallest peak of each counts, and says nothing of another seed
     _, second = table([run | {"memory_of": "process"} for run in (*lora, *slow[:2])])
     assert (second["memory"], second["memory_bytes"]) == ({"mean": 2, "low": None, "high": None}, 200)

@@ -19,7 +19,7 @@ from lorasculpt.config import RunConfig
 from lorasculpt.data.batches import Collator
 from lorasculpt.export import export
 from lorasculpt.measure import measure
-from lorasculpt.memory import Peak
+from lorasculpt.memory import Peak, machine
 from lorasculpt.models.load import load
 from lorasculpt.overview import meanings
 from lorasculpt.train import _Cost, train, trained_on
@@ -512,6 +512,7 @@ def test_time_and_memory_are_those_of_all_parts(run, monkeypatch):
     train(config, progress=False)
     found = json.loads(measure(config, progress=False)[0].read_text())["runs"][0]
     assert found["seconds"] > 1000
+    assert (found["machine"], found["precision"]) == (machine(torch.device("cpu")), "fp32")
     assert (found["memory_bytes"], found["memory_of"]) == (9, "process")
 
 

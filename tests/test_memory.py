@@ -16,6 +16,14 @@ CPU = torch.device("cpu")
 MEGABYTE = 2**20
 
 
+def test_a_machine_is_its_processor_and_threads_or_its_gpu(monkeypatch):
+    name, threads = memory.machine(CPU).rsplit(", ", 1)
+    assert name
+    assert threads == f"{torch.get_num_threads()} threads"
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "a GPU")
+    assert memory.machine(torch.device("cuda", 0)) == "a GPU"
+
+
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="elsewhere there is no peak to be set back")
 def test_it_is_the_peak_since_it_was_asked_for_and_not_of_what_was_before():
     if not memory._reset():

@@ -125,6 +125,7 @@ def measure(
         "method": name,
         "seed": config.seed,
         "steps": training["steps"],
+        "machine": training.get("machine"),
         "precision": training.get("precision"),
         "settings": shape(config),
         **comparison(before, after),

@@ -1,14 +1,25 @@
-"""The most memory in use while something is done: of the GPU where one is used, else of this process."""
+"""What time and memory are of, and the most memory in use while something is done: the GPU's, else the process's."""
 
 from __future__ import annotations
 
 import ctypes
 import gc
+import platform
 import re
 import sys
 from pathlib import Path
 
 import torch
+
+
+def machine(device: torch.device) -> str:
+    """What times on ``device`` are of: the GPU by its name, or the processor and the threads that torch takes of it."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    cpuinfo = Path("/proc/cpuinfo")
+    named = re.search(r"^model name\s*: (.+)$", cpuinfo.read_text(), re.MULTILINE) if cpuinfo.is_file() else None
+    name = named[1] if named else platform.processor() or platform.machine()
+    return f"{name}, {torch.get_num_threads()} threads"
 
 
 class Peak:

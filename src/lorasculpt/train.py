@@ -5,8 +5,8 @@
 ``output`` holds ``run.yaml`` (what ran), ``checkpoint-<step>`` (whole ones only), ``adapter`` and ``training.json``:
 ``seconds``, ``memory_bytes`` (the peak of the main process while it trained, measurements at steps included, over all
 parts of a run that was interrupted; null where it cannot be told) and ``memory_of``, what that is of: ``cuda`` or
-``process`` (`lorasculpt.memory`); ``precision``, what ``auto`` came to: ``fp32``, ``bf16`` or ``fp16``; ``steps``,
-``trainable`` parameters, and the log as ``history``.
+``process`` (`lorasculpt.memory`); ``machine``, what it ran on, and ``precision``, what ``auto`` came to: ``fp32``,
+``bf16`` or ``fp16``; ``steps``, ``trainable`` parameters, and the log as ``history``.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ from .evaluation.summary import task_average
 from .evaluation.tasks import asked_as
 from .hub import push
 from .kinds import KINDS, built, must_be, settings_of, started, words
-from .memory import Peak
+from .memory import Peak, machine
 from .methods import METHODS
 from .models.head import answers_alone
 from .models.load import autocast_dtype, load
@@ -693,7 +693,12 @@ def _write(
     """``training.json`` and then ``adapter``, whose presence says that the run is done."""
     trained = sum(p.numel() for p in trainer.model.parameters() if p.requires_grad)
     dtype = next(name for name, known in DTYPES.items() if known == autocast)
-    record = cost.record() | {"precision": dtype, "steps": trainer.state.global_step, "trainable": trained}
+    record = cost.record() | {
+        "machine": machine(trainer.args.device),
+        "precision": dtype,
+        "steps": trainer.state.global_step,
+        "trainable": trained,
+    }
     record["history"] = trainer.state.log_history
     (output / LOG_FILE).write_text(json.dumps(record, indent=1) + "\n")
     partial = output / ".partial" / ADAPTER

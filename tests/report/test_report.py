@@ -341,6 +341,11 @@ def test_costs_and_drift(tmp_path):
     assert content["methods"][1]["drift"] == {"value": 0.5, "low": 0.4, "high": 0.6}
     path = report(write(tmp_path, *runs[:2]), tmp_path / "two")
     assert "3.0 GB (1.50\u00a0× lora)" in path.with_suffix(".md").read_text()
+    # on another machine, neither time nor memory is in those of lora
+    runs[1]["machine"] = "another"
+    told = report(write(tmp_path, *runs[:2]), tmp_path / "apart").with_suffix(".md").read_text()
+    assert "2 min 30 s |" in told
+    assert "× lora" not in told
 
 
 def test_the_order_of_runs_changes_no_interval(tmp_path):

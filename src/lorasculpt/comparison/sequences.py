@@ -51,6 +51,7 @@ def entry(config: RunConfig) -> dict[str, Any] | None:
         "lr": config.training.lr,
         "settings": shape(config),
         "steps": [log["steps"] for log in logs],
+        "machine": logs[-1].get("machine"),
         "precision": logs[-1].get("precision"),
         "tasks": found["tasks"],
         "matrix": [row["accuracy"] for row in found["rows"]],

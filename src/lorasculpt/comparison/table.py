@@ -11,7 +11,7 @@ from rich.console import Console
 from rich.table import Table
 
 from ..evaluation.student import mean_interval, paired
-from ..report.results import NUMBERS, REFERENCE, front
+from ..report.results import NUMBERS, REFERENCE, front, made_on
 from ..report.words import size
 
 NEAR = 0.5  # of the best target score: who does not reach this share of it is not compared at equal target
@@ -46,7 +46,8 @@ def costs(label: str, runs: list[dict], reference: dict[int, dict]) -> dict[str,
     """Time, memory and size of the runs of a label.
 
     ``time`` and ``memory`` are the training time and its peak of memory in units of the reference's: the mean over the
-    seeds that both have of one over the other, with its 95 % interval; all None where one of them is not known.
+    seeds that both have of one over the other, made on the same machine and in the same precision, with its 95 %
+    interval; all None where one of them is not known.
 
     A process that trains several runs still holds some of the earlier ones, so that of the peaks of a process
     (``memory_of``) the smallest of a label is divided by the smallest of the reference, and there is no interval.
@@ -55,16 +56,18 @@ def costs(label: str, runs: list[dict], reference: dict[int, dict]) -> dict[str,
     others = list(reference.values()) if label != REFERENCE else runs
     by = {run["seed"]: run for run in others}
     pairs = [(run, by[run["seed"]]) for run in runs if run["seed"] in by]
-    peak, of = _peak(runs), {run.get("memory_of") for run in (*runs, *others)}
+    pairs = [(one, two) for one, two in pairs if made_on(one) == made_on(two)]
+    of, made = {run.get("memory_of") for run in (*runs, *others)}, {made_on(run) for run in runs}
     if of == {"process"}:
-        memory = mean_interval([_over(peak, _peak(others))])
+        alike = [run for run in others if {made_on(run)} == made]
+        memory = mean_interval([_over(_peak(runs), _peak(alike))])
     else:
         both = pairs if len(of) == 1 else []
         memory = mean_interval([_over(one.get("memory_bytes"), two.get("memory_bytes")) for one, two in both])
     return {
         "seconds": mean(run["seconds"] for run in runs),
         "time": mean_interval([_over(one["seconds"], two["seconds"]) for one, two in pairs]),
-        "memory_bytes": peak,
+        "memory_bytes": _peak(runs),
         "memory": memory,
         "trainable": runs[0]["trainable"],
         "adapter_bytes": round(mean(run["adapter_bytes"] for run in runs)),

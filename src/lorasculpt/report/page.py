@@ -21,7 +21,21 @@ from ..errors import UserError
 from ..evaluation.score import normalise
 from . import plots, sequences
 from .inside import TOTALS, inside
-from .results import NUMBERS, REFERENCE, Entry, Number, against, best, ends, entries, front, measured, read, reference
+from .results import (
+    NUMBERS,
+    REFERENCE,
+    Entry,
+    Number,
+    against,
+    best,
+    ends,
+    entries,
+    front,
+    made_on,
+    measured,
+    read,
+    reference,
+)
 from .words import (
     MANY,
     NONE,
@@ -70,7 +84,8 @@ def _costs(found: list[Entry]) -> dict[str, list[dict]]:
         cells = [_plain_cell(words(getattr(entry, key)), getattr(entry, key)) for entry in found]
         alike = key != "memory_bytes" or len({run.get("memory_of") for entry in found for run in entry.runs}) == 1
         for entry, cell in zip(found, cells, strict=True):
-            if known is not None and entry is not known and alike and key != "adapter_bytes":
+            same = known is not None and len({made_on(run) for run in (*entry.runs, *known.runs)}) == 1
+            if entry is not known and same and alike and key != "adapter_bytes":
                 cell["test"] = times(getattr(entry, key), getattr(known, key))
         return cells
 

@@ -157,6 +157,11 @@ def measured(found: dict, name: str) -> Number:
     return Number(value, None if unknown else low, None if unknown else high)
 
 
+def made_on(run: dict) -> tuple[str | None, str | None]:
+    """Machine and precision of a run: time and memory are compared where both are the same."""
+    return run.get("machine"), run.get("precision")
+
+
 def over_seeds(values: Sequence[Number], least: float = 0.0, most: float = 1.0) -> Number:
     """One run's number as it is; of several seeds the mean, with an interval for seeds and test items together.
 

@@ -19,18 +19,8 @@ from .config import RunConfig
 from .hub import on_hub
 
 MARK = "<!-- Written by lorasculpt train and eval, which leave it alone where this line is not. -->"
-STOCK = """\
-from peft import PeftModel
-from transformers import AutoModelForImageTextToText
-
-model = AutoModelForImageTextToText.from_pretrained("{base}")  # AutoModelForCausalLM for a text model
-model = PeftModel.from_pretrained(model, "path/to/{name}")"""
-OWN = """\
-from lorasculpt import load
-from transformers import AutoModelForImageTextToText
-
-model = AutoModelForImageTextToText.from_pretrained("{base}")  # AutoModelForCausalLM for a text model
-model = load(model, "path/to/{name}")"""
+STOCK = ("from peft import PeftModel", "PeftModel.from_pretrained")  # what loads it: the import, and the call
+OWN = ("from lorasculpt import load", "load")
 TEXT = """\
 ---
 {head}---
@@ -38,10 +28,14 @@ TEXT = """\
 
 # {title}
 
-An adapter of {base}, trained by the method `{method}` on `{data}`.
+An adapter of `{base}`, trained by the method `{method}` on `{data}`.
 
 ```python
-{code}
+{imported}
+from transformers import AutoModelForImageTextToText
+
+model = AutoModelForImageTextToText.from_pretrained("{path}")  # AutoModelForCausalLM for a text model
+model = {call}(model, "path/to/{title}")
 ```
 {measured}
 ## How it was trained
@@ -90,7 +84,7 @@ def measured(config: RunConfig, adapter: Path, training: dict[str, Any], content
 
 def _text(adapter: Path, config: RunConfig, training: dict[str, Any], numbers: str, versions: str) -> str:
     known = on_hub(config.base)
-    base = config.base if known else "path/to/the/base/model"
+    imported, call = STOCK if _stock(adapter) else OWN
     head = ModelCardData(
         base_model=config.base if known else None,
         library_name="peft",
@@ -104,10 +98,12 @@ def _text(adapter: Path, config: RunConfig, training: dict[str, Any], numbers: s
         head=head.to_yaml() + "\n",
         mark=MARK,
         title=config.output.name,
-        base=f"[{base}](https://huggingface.co/{base})" if known else f"`{Path(config.base).name}`",
+        base=config.base if known else Path(config.base).name,
+        path=config.base if known else "path/to/the/base/model",
         method=config.method["name"],
         data=Path(str(config.data.train)).name,
-        code=(STOCK if _stock(adapter) else OWN).format(base=base, name=config.output.name),
+        imported=imported,
+        call=call,
         measured=numbers,
         settings=yaml.safe_dump(settings, sort_keys=False, allow_unicode=True),
         steps=training["steps"],

@@ -289,9 +289,11 @@ class Comparison:
         return found
 
     def _scores(self, result: dict[str, Any]) -> dict[str, float]:
-        """What a trial says of its rate."""
-        if "scores" in result:
-            return result["scores"]
+        """What a trial says of its rate; that of a results file has nothing else."""
+        return result["scores"] if "scores" in result else self._scored(result)
+
+    def _scored(self, result: dict[str, Any]) -> dict[str, float]:
+        """The same of what was measured."""
         return {key: result["summary"][key] for key in ("source_before", "source_after", "target_after", "h_mean")}
 
     def tests(self) -> list[Run]:
@@ -366,12 +368,12 @@ class Comparison:
 
     def left_out(self) -> int:
         """How many runs of the results file are not of this comparison, or no longer what is measured here."""
-        own = self.record()[self.rows]
+        own = self._done()
         return sum(one not in own for one in self._known.tests)
 
     def _done(self) -> list[dict[str, Any]]:
-        """The results of the tests that are there."""
-        return [result for run in self.tests() if (result := self.result(run)) is not None]
+        """The results of the tests that are there, as the record has them."""
+        return [self._beside_majority(result) for run in self.tests() if (result := self.result(run)) is not None]
 
     def _rows(self, runs: list[dict[str, Any]], tabled: Callable[[list[dict]], list[dict]]) -> list[dict[str, Any]]:
         """The table of ``runs``, in the order of the labels; a row with all its seeds is ``complete``."""
@@ -431,7 +433,7 @@ class Comparison:
         has the ``versions`` that it was made with, and each of its target tasks its ``majority``, the score of the
         commonest answer: to reach that proves nothing.
         """
-        runs, missing = [self._beside_majority(run) for run in self._done()], self.missing()
+        runs, missing = self._done(), self.missing()
         rows = self._rows(runs, table)
         return {
             "schema": 1,
@@ -503,8 +505,11 @@ class Sequences(Comparison):
     def _same_questions(self, found):
         return True
 
-    def _scores(self, result):
-        return result.get("scores") or sequences.scores(result)
+    def _beside_majority(self, run):
+        return run
+
+    def _scored(self, result):
+        return sequences.scores(result)
 
     def _read(self, run):
         found = sequences.entry(run.config)

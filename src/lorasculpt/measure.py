@@ -144,8 +144,9 @@ def measure(
         ],
     }
     content = {"schema": 1, "versions": versions(), "runs": [run]}
+    path = write_json(config.output / RESULTS_FILE, content)
     card.measured(config, folder, training, content)
-    return write_json(config.output / RESULTS_FILE, content), before
+    return path, before
 
 
 def shape(config: RunConfig) -> dict[str, Any]:

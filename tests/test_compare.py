@@ -189,7 +189,9 @@ def test_the_runs_of_another_base_are_not_taken(run, tmp_path):
     assert (run().output / "test" / "lora-lr0.01-seed1" / "results.json").is_file()  # it is not lost
 
 
-@pytest.mark.parametrize("content", ["nothing", "[]", "{}", '{"runs": [1]}', '{"sequences": []}'])
+@pytest.mark.parametrize(
+    "content", ["nothing", "[]", "{}", '{"runs": [1], "table": []}', '{"sequences": []}', '{"runs": []}']
+)
 def test_a_file_that_is_no_comparison_is_not_written_over(run, tmp_path, content):
     path = tmp_path / "notes.json"
     path.write_text(content)

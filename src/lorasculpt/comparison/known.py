@@ -61,6 +61,7 @@ def read(path: Path, rows: str) -> Known:
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
         tests, trials = found[rows], found.get("trials", [])
+        assert "table" in found  # other files have runs too
         assert all(isinstance(one, dict) and "label" in one for one in (*tests, *trials))
     except (OSError, ValueError, LookupError, TypeError, AssertionError):
         words = "comparison of sequences" if rows == "sequences" else "comparison of single tasks"

@@ -16,6 +16,7 @@ from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
 from .adapters.load import PROJECTOR_FILE
 from .adapters.method import MethodConfig
 from .config import RunConfig
+from .files import write_text
 from .hub import on_hub
 
 MARK = "<!-- Written by lorasculpt train and eval, which leave it alone where this line is not. -->"
@@ -62,8 +63,7 @@ def write(adapter: Path, config: RunConfig, training: dict[str, Any]) -> Path:
         training: What ``training.json`` says.
     """
     path = adapter / "README.md"
-    path.write_text(_text(adapter, config, training, "", ""), encoding="utf-8")
-    return path
+    return write_text(path, _text(adapter, config, training, "", ""))
 
 
 def measured(config: RunConfig, adapter: Path, training: dict[str, Any], content: dict[str, Any]) -> None:
@@ -77,9 +77,7 @@ def measured(config: RunConfig, adapter: Path, training: dict[str, Any], content
         return
     versions = ", ".join(f"{name} {version}" for name, version in content["versions"].items())
     text = _text(adapter, config, training, _measured(content["runs"][0]), f"; {versions}")
-    partial = path.with_suffix(".partial")
-    partial.write_text(text, encoding="utf-8")
-    partial.replace(path)
+    write_text(path, text)
 
 
 def _text(adapter: Path, config: RunConfig, training: dict[str, Any], numbers: str, versions: str) -> str:

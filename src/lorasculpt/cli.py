@@ -5,6 +5,7 @@ Exit codes: 0 done, 1 something broke here, 2 the input has to be mended (one se
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import re
@@ -12,12 +13,13 @@ import sys
 import warnings
 from enum import StrEnum
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, NoReturn
 
 import typer
 from rich import box
 from rich.console import Console
 from rich.table import Table
+from tqdm import tqdm
 
 from .cli_posthoc import app as posthoc_app
 from .errors import UserError
@@ -34,6 +36,17 @@ app = typer.Typer(
 demo_app = typer.Typer(invoke_without_command=True, add_completion=False, help="See it work on a small real model.")
 app.add_typer(demo_app, name="demo")
 app.add_typer(posthoc_app, name="posthoc")
+
+# What the system says of a place that the user has named, and the mend.
+REFUSED = {
+    errno.EACCES: "this user may not read or write there; change its permissions, or name another place.",
+    errno.EPERM: "the system does not permit that; change its permissions, or name another place.",
+    errno.EROFS: "the disk can only be read; name another place.",
+    errno.ENOTDIR: "a part of this path is a file, not a folder; correct it.",
+    errno.EISDIR: "this is a folder, and a file is wanted; correct it.",
+    errno.EEXIST: "there is a file where a folder is to be made; remove it, or name another place.",
+    errno.ENAMETOOLONG: "this name is too long; choose a shorter one.",
+}
 
 Run = Annotated[Path, typer.Argument(help="The YAML file of the run.", show_default=False)]
 Overrides = Annotated[
@@ -104,10 +117,10 @@ def evaluate(run: Run, overrides: Overrides = None) -> None:
     path, _ = measure(config)
     _summary([path])
     for found in json.loads(path.read_text())["runs"]:
-        if "budget" in found:
-            print(told(found["budget"]))
-            print(retained(config, found["budget"]))
-            if not config.evaluate.validation and "fixed" not in found["budget"]:
+        if budget := found.get("budget"):
+            print(told(budget))
+            print(retained(config, budget))
+            if not config.evaluate.validation and "fixed" not in budget and budget["strength"] is not None:
                 print(
                     "It was chosen on the target itself, which flatters it there: name evaluate.validation for another."
                 )
@@ -547,16 +560,24 @@ def main() -> None:
     try:
         app()
     except UserError as error:
-        print(f"lorasculpt: {error}", file=sys.stderr)
-        sys.exit(2)
-    except OSError as error:
-        if error.errno == 28:  # no space left on device
-            print(
-                f"lorasculpt: the disk is full ({error.filename or 'while writing'}); make room and run it again.",
-                file=sys.stderr,
-            )
-            sys.exit(2)
-        raise
+        _refuse(str(error))
+    except Exception as error:
+        from .files import disk_full
+
+        place = getattr(error, "filename", None)
+        if disk_full(error):
+            told = f"the disk has no room left ({place or 'while writing'}); make some and run it again."
+        elif place is not None and isinstance(error, OSError) and error.errno in REFUSED:
+            told = f"{place}: {REFUSED[error.errno]}"
+        else:
+            raise
+        _refuse(told)
+
+
+def _refuse(told: str) -> NoReturn:
+    """End with 2 after one sentence, on a line of its own where a progress bar stands."""
+    tqdm.write(f"lorasculpt: {told}", file=sys.stderr)
+    sys.exit(2)
 
 
 if __name__ == "__main__":

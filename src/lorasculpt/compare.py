@@ -40,7 +40,8 @@ from .config import RunConfig
 from .errors import UserError
 from .evaluation.score import majority
 from .evaluation.tasks import Task
-from .measure import RESULTS_FILE, measure, shape, versions, write_json
+from .files import write_json, write_text
+from .measure import RESULTS_FILE, measure, shape, versions
 from .report.words import duration
 from .sequence import grown, learn
 from .train import DRIFT_FILE, RUN_FILE, check_output, general, held_out, train
@@ -78,7 +79,7 @@ class Run:
         """Write its YAML file, beside its folder."""
         path = Path(f"{self.config.output}.yaml")
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(self.config.to_yaml())
+        write_text(path, self.config.to_yaml())
         return path
 
 

@@ -138,6 +138,10 @@ class Data(_Section):
         return self
 
 
+# How a run is watched, kept and fed, by which what it learns does not change.
+WATCHING = frozenset({"save_every", "keep", "log_every", "report_to", "workers"})
+
+
 class Training(_Section):
     """How it is trained.
 
@@ -154,7 +158,7 @@ class Training(_Section):
         max_grad_norm: Gradients are clipped to this norm; 0 does not clip.
         precision: Of the computation; weights of the adapter stay in fp32. ``auto``: bf16 where it is faster.
         checkpointing: Compute activations twice to save memory.
-        save_every: Steps between checkpoints. Default: none before the end.
+        save_every: Steps between checkpoints, from which a run that was stopped goes on; null makes none.
         keep: Newest checkpoints to keep.
         log_every: Steps between log entries.
         report_to: Trackers by transformers' names. Default: ``[tensorboard]`` where it is installed.
@@ -176,7 +180,7 @@ class Training(_Section):
     max_grad_norm: Annotated[float, Field(ge=0)] = 1.0
     precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
     checkpointing: bool = False
-    save_every: Positive | None = None
+    save_every: Positive | None = 500
     keep: Positive = 2
     log_every: Positive = 10
     report_to: list[str] = Field(

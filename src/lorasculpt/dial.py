@@ -20,8 +20,9 @@ from .errors import UserError
 from .evaluation import curve
 from .evaluation.budget import kept, within
 from .evaluation.strength import fixed
+from .files import whole, write_json
 from .inspect import Adapter
-from .measure import TEXTS, versions, write_json
+from .measure import TEXTS, versions
 from .models.load import load
 from .train import ADAPTER, check_tasks, check_trained, drift_prompts, held_out, precision
 
@@ -166,7 +167,5 @@ def plot(content: dict[str, Any], path: str | Path) -> None:
     below.set(xlabel="strength", ylabel=f"kept, by {by}, %")
     above.legend(fontsize="small", frameon=False)
     path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_suffix(".partial")
-    figure.savefig(partial, format=path.suffix[1:], dpi=150)
-    partial.replace(path)
+    with whole(path) as partial:
+        figure.savefig(partial, format=path.suffix[1:], dpi=150)

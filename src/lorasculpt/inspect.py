@@ -26,6 +26,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from torch import Tensor
 
+from . import files
 from .adapters.load import check_family
 from .errors import UserError
 from .ops.conflict import awareness
@@ -522,7 +523,7 @@ def _together(group: Sequence[Measures]) -> Measures:
 
 def write_json(inspection: Inspection, path: str | Path) -> None:
     """Everything that was measured, as JSON."""
-    Path(path).write_text(json.dumps(inspection.to_dict(), indent=1, allow_nan=False) + "\n", encoding="utf-8")
+    files.write_json(path, inspection.to_dict())
 
 
 def show(inspection: Inspection, *, layers: bool = False, console: Console | None = None) -> None:

@@ -8,7 +8,6 @@ where the update is a matrix, one for all inputs or one for each task.
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -24,6 +23,7 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn
 
+from . import files
 from .adapters.load import load as load_adapter
 from .adapters.method import read_record
 from .adapters.update import Update, UpdateConfig, context_of, updates
@@ -229,7 +229,7 @@ def _size(update: Update) -> dict[str, dict[str, float]]:
 
 def write_json(inspection: Inspection, path: str | Path) -> None:
     """Everything that was measured, as JSON."""
-    Path(path).write_text(json.dumps(inspection.to_dict(), indent=1, allow_nan=False) + "\n", encoding="utf-8")
+    files.write_json(path, inspection.to_dict())
 
 
 def show(inspection: Inspection, *, layers: bool = False, console: Console | None = None) -> None:

@@ -16,13 +16,14 @@ from peft import PeftConfig
 from . import card, posthoc
 from .adapters.load import load as load_adapter
 from .adapters.update import UpdateConfig
-from .config import RunConfig
+from .config import WATCHING, RunConfig
 from .errors import UserError
 from .evaluation import comparison, curve, drift, evaluate, gallery
 from .evaluation.budget import within
 from .evaluation.run import curve_point
 from .evaluation.strength import fixed
 from .evaluation.tasks import Task
+from .files import write_json
 from .models.load import load
 from .posthoc.files import RECORD
 from .train import ADAPTER, LOG_FILE, PUSHING, check_tasks, check_trained, drift_prompts, held_out, precision
@@ -150,11 +151,11 @@ def measure(
 
 
 def shape(config: RunConfig) -> dict[str, Any]:
-    """The settings that shape a run and its numbers: not where it lies or is pushed to, its data, or its seed."""
+    """The settings that shape a run and its numbers: not where it lies, how it is watched, its data, or its seed."""
     found = config.model_dump(
         mode="json",
         include={"method", "scope", "projector", "training"},
-        exclude={"training": {"arguments": {"run_name", *PUSHING}}},
+        exclude={"training": {**dict.fromkeys(WATCHING, True), "arguments": {"run_name", *PUSHING}}},
     )
     found |= {"evaluate": {"as_task": config.evaluate.as_task}} if config.evaluate.as_task else {}
     return found | ({"data": {"replay": config.data.replay}} if config.data.replay else {})
@@ -208,12 +209,3 @@ def versions() -> dict[str, str]:
     """What the numbers were made with."""
     names = ("lorasculpt", "torch", "transformers", "peft", "trl", "accelerate")
     return {"python": platform.python_version(), **{name: version(name) for name in names}}
-
-
-def write_json(path: Path, content: dict[str, Any]) -> Path:
-    """``content`` as JSON, whole or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_suffix(".partial")
-    partial.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
-    partial.replace(path)
-    return path

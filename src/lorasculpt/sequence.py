@@ -43,7 +43,8 @@ from .data.records import read
 from .errors import UserError
 from .evaluation import Task, evaluate
 from .evaluation.summary import task_average
-from .measure import versions, write_json
+from .files import write_json, write_text
+from .measure import versions
 from .models.load import load
 from .switch import add_task
 from .train import ADAPTER, RUN_FILE, attach, check_output, held_out, kind_of, precision, thaw_projector, train
@@ -78,7 +79,7 @@ def learn(config: RunConfig, *, before: dict[str, Any] | None = None, progress: 
     check_output(config.output, config)
     measured = _Matrix(config, progress)
     config.output.mkdir(parents=True, exist_ok=True)
-    (config.output / RUN_FILE).write_text(config.to_yaml())
+    write_text(config.output / RUN_FILE, config.to_yaml())
     stages = stages_of(config)
     names = [stage.name for stage in config.data.sequence]
     try:

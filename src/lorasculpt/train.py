@@ -29,6 +29,7 @@ import torch
 from peft import PeftConfig, PeftModel, get_peft_model
 from safetensors.torch import save_file
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from transformers import TrainerCallback, set_seed
 from trl import SFTConfig, SFTTrainer
 
@@ -39,7 +40,7 @@ from .adapters.load import PROJECTOR_FILE
 from .adapters.method import methods_of
 from .adapters.residual import taken, write_plain
 from .adapters.update import UpdateConfig, known_tasks
-from .config import RunConfig
+from .config import WATCHING, RunConfig
 from .data.batches import Collator, rows
 from .data.records import Record, read, replayed, set_aside, shared
 from .errors import UserError
@@ -48,6 +49,7 @@ from .evaluation.drift import Prompt, question
 from .evaluation.strength import moved
 from .evaluation.summary import task_average
 from .evaluation.tasks import asked_as
+from .files import disk_full, free, write_json, write_text
 from .hub import push
 from .kinds import KINDS, built, must_be, settings_of, started, words
 from .memory import Peak, machine
@@ -59,6 +61,7 @@ from .models.parts import parts, target_regex
 DTYPES = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}  # of autocast
 RUN_FILE, LOG_FILE, DRIFT_FILE, ADAPTER = "run.yaml", "training.json", "drift.jsonl", "adapter"
 COST_FILE, CORDA_FILE, FISHER_FILE = "cost.json", "corda.jsonl", "fisher.safetensors"
+OF_CHECKPOINT = 3  # its size over that of the trained weights: they and AdamW's two moments
 
 
 def train(
@@ -109,27 +112,42 @@ def train(
     )
     clock.lead(trainer)
     cost = _Cost(trainer.args.device, resume)
-    for callback in (_Keep(output, config.training.keep, config.projector == "full", cost), *measured):
+    for callback in (_Keep(config, cost), *measured):
         trainer.add_callback(callback)
-    output.mkdir(parents=True, exist_ok=True)
-    (output / RUN_FILE).write_text(config.to_yaml())
-    try:
-        _inform(config, trainer.model, processor, records, autocast, progress)
-        with nullcontext() if trainer.args.device.type == "cuda" else answers_alone(model.get_base_model()):
-            trainer.train(resume_from_checkpoint=str(resume) if resume else None)
-    except (UserError, ValueError) as error:
-        # some settings can only be judged once the steps are counted
-        key = _setting(config, error) if isinstance(error, ValueError) else None
-        if resume is not None or trainer.state.global_step or (key is None and not isinstance(error, UserError)):
-            raise
-        shutil.rmtree(output)  # nothing has run: leave the folder free for the mended file
-        if key is None:
-            raise
-        raise config.error(key, f"is refused: {error}") from error
+    with _telling_where_it_goes_on(output):
+        write_text(output / RUN_FILE, config.to_yaml())
+        try:
+            _inform(config, trainer.model, processor, records, autocast, progress)
+            with nullcontext() if trainer.args.device.type == "cuda" else answers_alone(model.get_base_model()):
+                trainer.train(resume_from_checkpoint=str(resume) if resume else None)
+        except (UserError, ValueError) as error:
+            # some settings can only be judged once the steps are counted
+            key = _setting(config, error) if isinstance(error, ValueError) else None
+            if resume is not None or trainer.state.global_step or (key is None and not isinstance(error, UserError)):
+                raise
+            shutil.rmtree(output)  # nothing has run: leave the folder free for the mended file
+            if key is None:
+                raise
+            raise config.error(key, f"is refused: {error}") from error
+        if trainer.is_world_process_zero():
+            _write(output, config, trainer, cost, others, autocast)
     if trainer.is_world_process_zero():
-        _write(output, config, trainer, cost, others, autocast)
         push(config, adapter)
     return adapter
+
+
+@contextmanager
+def _telling_where_it_goes_on(output: Path) -> Iterator[None]:
+    """Remove what is half written where there was no room for the rest, and say where the run will go on."""
+    try:
+        yield
+    except Exception as error:
+        if not disk_full(error):
+            raise
+        shutil.rmtree(output / ".partial", ignore_errors=True)
+        last = _last_checkpoint(output)
+        where = f"goes on from {last.name}" if last else "begins again, because it had made no checkpoint"
+        raise UserError(f"the disk of {output} has no room left; make some and run it again: it {where}.") from error
 
 
 def _split(config: RunConfig) -> tuple[list[Record], list[Record]]:
@@ -276,8 +294,7 @@ def _said(
 ) -> list[Record]:
     """What the base writes, kept in the run's folder: a run that goes on must begin with the same texts."""
     images = list(dict.fromkeys(record.images[0] for record in records if record.images))
-    config.output.mkdir(parents=True, exist_ok=True)
-    (config.output / RUN_FILE).write_text(config.to_yaml())
+    write_text(config.output / RUN_FILE, config.to_yaml())
     path, batch = config.output / CORDA_FILE, config.evaluate.batch
     prompts = self_prompts(
         model, processor, corda.TEXTS, config.seed, images, path=path, batch=batch, precision=autocast
@@ -563,10 +580,15 @@ def _arguments(config: RunConfig, progress: bool, autocast: torch.dtype | None) 
 
 
 def check_output(output: Path, config: RunConfig) -> None:
-    """See that ``output`` is free or already this run's, and clear what an interrupted checkpoint left there."""
+    """See that ``output`` is free or already this run's, and clear what an interrupted checkpoint left there.
+
+    It is this run's if all is the same but how it is watched.
+    """
     path = output / RUN_FILE
     if path.is_file():
-        if RunConfig.load(path) != config:
+        watched: Any = {"training": WATCHING}
+        before, asked = (each.model_dump(exclude=watched) for each in (RunConfig.load(path), config))
+        if before != asked:
             raise config.error("output", f"is {output}, which holds another run (see {path}); choose another folder.")
     elif output.is_dir() and any(output.iterdir()):
         raise config.error("output", f"is {output}, which holds something else; choose an empty folder.")
@@ -597,7 +619,8 @@ def check_trained(config: RunConfig) -> None:
 def _trained_with(config: RunConfig) -> dict[str, Any]:
     """The settings that shape an adapter, by their dotted keys."""
     settings: dict[str, Any] = {}
-    for section, value in config.model_dump(mode="json", exclude={"output", "methods", "evaluate"}).items():
+    left_out: Any = {"output": True, "methods": True, "evaluate": True, "training": WATCHING}
+    for section, value in config.model_dump(mode="json", exclude=left_out).items():
         inner = {f"{section}.{key}": one for key, one in value.items()} if isinstance(value, dict) else {section: value}
         settings |= inner
     return settings
@@ -629,21 +652,63 @@ class _Cost:
 
 
 class _Keep(TrainerCallback):
-    """Move each checkpoint out of ``.partial`` when it is whole, and drop the oldest."""
+    """Move each checkpoint out of ``.partial`` when it is whole, and drop the oldest.
 
-    def __init__(self, output: Path, keep: int, projector: bool, cost: _Cost):
-        self.output, self.keep, self.projector, self.cost = output, keep, projector, cost
+    The one that a trainer makes at the very end is left out: the adapter is written then.
+    """
+
+    def __init__(self, config: RunConfig, cost: _Cost):
+        self.config, self.output, self.cost = config, config.output, cost
+
+    def on_train_begin(self, args, state, control, model=None, **kwargs):
+        weights = sum(p.numel() * p.element_size() for p in model.parameters() if p.requires_grad)
+        every = self.config.training.save_every
+        most = min(state.max_steps // every, self.config.training.keep + 1) if every else 0
+        wanted = weights + OF_CHECKPOINT * weights * max(0, most - len(list(self.output.glob("checkpoint-*"))))
+        if (left := free(self.output)) < wanted:
+            from .report.words import size  # brings the drawing along, which training does not need
+
+            what = f"the adapter and {most} checkpoint{'s' if most > 1 else ''} take" if most else "the adapter takes"
+            mend = "make room, or name a folder on another disk" + (", or lower training.keep" if most > 2 else "")
+            raise self.config.error(
+                "output", f"is {self.output}, whose disk has {size(left)} left, and {what} {size(wanted)}; {mend}."
+            )
+
+    def on_step_end(self, args, state, control, **kwargs):
+        if state.global_step >= state.max_steps and state.global_step % (self.config.training.save_every or 1):
+            control.should_save = False
+
+    def on_log(self, args, state, control, model=None, **kwargs):
+        self.check(model, state)
+
+    def check(self, model: nn.Module, state) -> None:
+        """See that there is something to keep: a trainer goes on with weights that are no numbers any more."""
+        trained = (p.detach() for p in model.parameters() if p.requires_grad)
+        own = (p.to_local() if isinstance(p, DTensor) else p for p in trained)  # clipping spreads a NaN to all shards
+        if all(bool(torch.isfinite(p).all()) for p in own):
+            return
+        mend = "lower it, or training.max_grad_norm"
+        if _last_checkpoint(self.output) is not None:
+            mend += f", and name another output than {self.output}"
+        elif state.is_world_process_zero:
+            shutil.rmtree(self.output)  # there is nothing in it: leave the folder free for the mended file
+        raise self.config.error(
+            "training.lr",
+            f"is {self.config.training.lr:g}, and at step {state.global_step} of {state.max_steps} the weights of the "
+            f"adapter are not finite any more; {mend}.",
+        )
 
     def on_save(self, args, state, control, model=None, **kwargs):
+        self.check(model, state)
         if not state.is_world_process_zero:
             return
         made = Path(args.output_dir) / f"checkpoint-{state.global_step}"
-        if self.projector:
+        if self.config.projector == "full":
             save_projector(model, made)
         (made / COST_FILE).write_text(json.dumps(self.cost.record()) + "\n")
         made.rename(self.output / made.name)
         found = sorted(self.output.glob("checkpoint-*"), key=lambda path: int(path.name.split("-")[1]))
-        for old in found[: -self.keep]:
+        for old in found[: -self.config.training.keep]:
             shutil.rmtree(old)
 
 
@@ -700,7 +765,7 @@ def _write(
         "trainable": trained,
     }
     record["history"] = trainer.state.log_history
-    (output / LOG_FILE).write_text(json.dumps(record, indent=1) + "\n")
+    write_json(output / LOG_FILE, record)
     partial = output / ".partial" / ADAPTER
     trainer.model.save_pretrained(partial)
     if others:

@@ -525,6 +525,9 @@ def test_several_files_and_another_base(tmp_path):
     files = [write(tmp_path / "a", run("A", (0.3, 0.2), 0.6)), write(tmp_path / "b", other)]
     text = report(files, tmp_path / "out").read_text()
     assert "B starts from another base (source 50.0\u00a0% before training)" in text
+    other["precision"] = "fp32"
+    text = report([files[0], write(tmp_path / "b", other)], tmp_path / "out").read_text()
+    assert "B ran in fp32 precision, A in another: the base answers a little differently there (source 50.0" in text
     assert "pictures, drawn by chance" not in text
     assert text.count("<figure>") == 1
 

@@ -9,7 +9,6 @@ metadata.
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -19,6 +18,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from ..errors import UserError
+from ..files import whole
 
 KIND = "lorasculpt.fisher"  # the key of the metadata that says what the file is
 
@@ -34,9 +34,8 @@ def save_fisher(path: str | Path, found: Mapping[str, Tensor], **made_of: int) -
     if not 0 < mean < float("inf"):
         raise UserError(f"the Fisher information is {mean} on average, which tells nothing; look at the texts.")
     tensors = {name: (F / mean).bfloat16().cpu().contiguous() for name, F in found.items()}
-    partial = path.with_name(f".{path.name}.{os.getpid()}")
-    save_file(tensors, partial, metadata={KIND: json.dumps({"mean": mean, **made_of})})
-    partial.replace(path)
+    with whole(path) as partial:
+        save_file(tensors, partial, metadata={KIND: json.dumps({"mean": mean, **made_of})})
 
 
 def read_fisher(path: str | Path, shapes: Mapping[str, tuple[int, int]]) -> tuple[dict[str, Tensor], float]:

@@ -19,6 +19,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from .. import posthoc
 from ..config import RunConfig
 from ..errors import UserError
+from ..files import write_text
 from ..inspect import Adapter
 from ..posthoc.files import RECORD
 from ..train import ADAPTER, LOG_FILE, RUN_FILE, check_output
@@ -183,8 +184,7 @@ def prepare(edit: Edit, config: RunConfig, parent: Path) -> None:
     """
     check_output(config.output, config)
     check(edit, config)
-    config.output.mkdir(parents=True, exist_ok=True)
-    (config.output / RUN_FILE).write_text(config.to_yaml())
+    write_text(config.output / RUN_FILE, config.to_yaml())
     shutil.copy(parent / LOG_FILE, config.output / LOG_FILE)
 
 

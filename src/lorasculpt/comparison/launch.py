@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 import yaml
 
 from ..errors import UserError
-from ..measure import write_json
+from ..files import write_json
 
 if TYPE_CHECKING:
     from ..compare import Comparison

@@ -25,6 +25,7 @@ from torch.nn import functional as F
 from tqdm import tqdm
 
 from ..errors import UserError
+from ..files import whole
 from . import artwork, base, world
 from .world import Emoji, Item
 
@@ -311,9 +312,8 @@ def _save(tuned, projector, config: LoraConfig, target: Path) -> None:
             stem, factor = name.removeprefix("base_model.model.").split(".lora_")
             scale = config.lora_alpha / config.r if factor.startswith("B") else 1.0
             kept[f"{stem}.lora_{factor[0]}"] = (value * scale).half()
-    partial = target.with_suffix(".partial")
-    save_file({name: value.contiguous() for name, value in kept.items()}, partial)
-    partial.rename(target)
+    with whole(target) as partial:
+        save_file({name: value.contiguous() for name, value in kept.items()}, partial)
 
 
 @torch.no_grad()

@@ -21,7 +21,8 @@ from ..config import RunConfig
 from ..data.records import read
 from ..evaluation import evaluate
 from ..evaluation import tasks as grouped
-from ..measure import RESULTS_FILE, measure, versions, write_json
+from ..files import write_json
+from ..measure import RESULTS_FILE, measure, versions
 from ..models.load import autocast_dtype, load
 from ..sequence import learn
 from ..train import check_output, train

@@ -26,6 +26,7 @@ from tqdm import tqdm
 
 from ..data.records import Record
 from ..errors import UserError
+from ..files import whole
 from .answer import GREEDY, asked, stops, task_of
 from .prompts import batches, chat, encode, evaluating, followed, tokenizer_of
 from .strength import moved
@@ -152,8 +153,7 @@ def _ended(tokens: Sequence[int], ends: Sequence[int]) -> tuple[int, ...]:
 
 def _write(prompts: Sequence[Prompt], tokenizer, path: Path) -> None:
     """One JSON object a line; pictures relative to the file."""
-    partial = path.with_name(f".{path.name}.{os.getpid()}")
-    with partial.open("w", encoding="utf-8") as file:
+    with whole(path) as partial, partial.open("w", encoding="utf-8") as file:
         for prompt in prompts:
             row = {
                 "question": prompt.record.question,
@@ -162,7 +162,6 @@ def _write(prompts: Sequence[Prompt], tokenizer, path: Path) -> None:
                 "tokens": prompt.tokens,
             }
             file.write(json.dumps(row, ensure_ascii=False) + "\n")
-    partial.replace(path)
 
 
 def read_prompts(path: str | Path) -> list[Prompt]:

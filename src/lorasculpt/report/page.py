@@ -19,6 +19,7 @@ from ..comparison.drift import drift_and_loss
 from ..data.images import open_image
 from ..errors import UserError
 from ..evaluation.score import normalise
+from ..files import write_text
 from . import plots, sequences
 from .inside import TOTALS, inside
 from .results import (
@@ -356,13 +357,20 @@ def _of_file(run: dict) -> dict[str, Any]:
 
 def _notes(found: list[Entry]) -> list[str]:
     """What a reader has to know before comparing the entries."""
-    first, notes = found[0].numbers, []
+    first, notes = found[0], []
     for entry in found[1:]:
         for side in ("source_before", "target_before"):
-            if abs(entry.numbers[side].value - first[side].value) > 1e-9:
+            own, other = (each.numbers[side].value for each in (entry, first))
+            if abs(own - other) <= 1e-9:
+                continue
+            before = f"{side.split('_')[0]} {percent(own)}{SPACE}% before training"
+            ran, with_ = (sorted({run.get("precision") or "another" for run in each.runs}) for each in (entry, first))
+            if ran == with_:
+                notes.append(f"{entry.label} starts from another base ({before}): compare with care.")
+            else:
                 notes.append(
-                    f"{entry.label} starts from another base ({side.split('_')[0]} "
-                    f"{percent(entry.numbers[side].value)}{SPACE}% before training): compare with care."
+                    f"{entry.label} ran in {listed(ran)} precision, {first.label} in {listed(with_)}: the base answers "
+                    f"a little differently there ({before}, not {percent(other)}{SPACE}%)."
                 )
     runs = [run for entry in found for run in entry.runs]
     if not all(run["complete"] for run in runs):
@@ -398,16 +406,15 @@ def report(results: str | Path | Sequence[str | Path], out_dir: str | Path, rema
     first = parts[0]
     sentences = [sentence for part in parts for sentence in part.sentences]
     out = Path(out_dir)
-    out.mkdir(parents=True, exist_ok=True)
 
     content = {key: value for part in reversed(parts) for key, value in part.content.items()}
     content |= {"headline": [*sentences, *first.notes]}
-    (out / "report.json").write_text(json.dumps(content, indent=1, allow_nan=False) + "\n", encoding="utf-8")
+    write_text(out / "report.json", json.dumps(content, indent=1, allow_nan=False) + "\n")
     blocks = [f"# {first.title}", " ".join(content["headline"])]
     for part in parts:
         blocks += [*map(markdown_table, part.tables), part.note]
     text = "\n\n".join(block.rstrip() for block in blocks if block) + "\n"
-    (out / "report.md").write_text(text, encoding="utf-8")
+    write_text(out / "report.md", text)
 
     environment = Environment(
         loader=FileSystemLoader(Path(__file__).parent),
@@ -416,10 +423,8 @@ def report(results: str | Path | Sequence[str | Path], out_dir: str | Path, rema
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    path = out / "report.html"
     page |= {"title": first.title, "sentences": sentences, "notes": first.notes, "versions": first.versions}
-    path.write_text(environment.get_template("page.html.j2").render(page), encoding="utf-8")
-    return path
+    return write_text(out / "report.html", environment.get_template("page.html.j2").render(page))
 
 
 @dataclass(frozen=True)

@@ -191,6 +191,11 @@ def test_writers(tmp_path, pico_folder):
         assert wanted in text
         assert "lorasculpt" in text
         assert "on large |W|" in text
+    console = Console(file=io.StringIO(), width=80)
+    show(found, console=console)
+    lines = [line.split() for line in console.file.getvalue().splitlines()]
+    assert ["all", "100.0", *3 * ["100.0"]] in [line[:5] for line in lines]  # no number is cut, nor a column left out
+    assert [len(line) for line in lines if line[:1] == ["all"]] == [10, 4]
 
 
 def change(folder: Path, **settings) -> None:

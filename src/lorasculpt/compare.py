@@ -113,7 +113,7 @@ class Comparison:
     ):
         self._check(config)
         if (config.output / RUN_FILE).is_file():
-            raise config.error("output", f"is {config.output}, which holds a single run; choose another folder.")
+            raise config.error("output", f"is {config.output}, which holds a single run; add output=FOLDER for this.")
         methods = list(config.methods) if methods is None else methods
         if not methods or len(set(methods)) < len(methods):
             raise UserError("--methods must name each method once, such as lora,lorasculpt, or the file list methods.")

@@ -13,13 +13,14 @@ from __future__ import annotations
 import json
 import math
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
+from rich import box
 from rich.console import Console
 from rich.table import Table
 from safetensors import SafetensorError, safe_open
@@ -531,43 +532,60 @@ def show(inspection: Inspection, *, layers: bool = False, console: Console | Non
     console = console or Console()
     rows = [(x.name, x.measures) for x in inspection.layers] if layers else list(inspection.kinds.items())
     total = inspection.total
-    table = Table(
-        title=f"{inspection.folder} ({inspection.method or 'LoRA'}, {total.modules} modules)", title_justify="left"
-    )
-    table.add_column("module", no_wrap=True)
-    heads = ["energy", "density A", "B", "BA", "expected", "stable rank", "rows", "columns", "ranks used"]
-    if inspection.base is not None:
-        heads += ["on large |W|", "M update", "M plain"]
-    for head in heads:
-        table.add_column(head, justify="right")
-    for name, measures in rows:
-        table.add_row(name, *_cells(measures, inspection.base is not None))
-    table.add_section()
-    table.add_row("all", *_cells(total, inspection.base is not None), style="bold")
-    console.print(table)
+    title = f"{inspection.folder} ({inspection.method or 'LoRA'}, {total.modules} modules)"
+    _table(console, title, OF_UPDATE, rows, total)
     console.print(
-        "energy: share of ||(alpha/r) BA||²; expected: density of BA if the kept entries lay at random; "
-        "rows of B, columns of A and ranks that are used at all.",
+        "In percent, but the stable rank. energy: share of ||(alpha/r) BA||²; A, B, BA: entries that are not zero; "
+        "expected: those of BA if the kept entries lay at random; rows of B, columns of A and ranks that are used.",
         style="dim",
     )
     if inspection.base is not None:
+        console.print()
+        _table(console, f"On the weights of {inspection.base}", ON_BASE, rows, total)
         console.print(
-            f"on large |W|: share of the energy on the largest {LARGE:.0%} of the base weights, {LARGE:.0%} being no "
-            "preference; M: LoRASculpt's measure of how important a weight is, where the update is and everywhere.",
+            f"on large |W|: percent of the energy on the largest {LARGE:.0%} of the base weights, {100 * LARGE:g} being "
+            "no preference; M: LoRASculpt's measure of a weight's importance, where the update is and everywhere.",
             style="dim",
         )
     if inspection.other:
         console.print(f"Not measured: {', '.join(inspection.other[:5])}{' ...' if len(inspection.other) > 5 else ''}")
 
 
-def _cells(m: Measures, against: bool) -> list[str]:
-    shares = [m.share, m.density_a, m.density_b, m.density_ba, m.expected_ba]
-    cells = [f"{x:.1%}" for x in shares] + [f"{m.stable_rank:.1f}"]
-    cells += [f"{x:.0%}" for x in (m.used_rows, m.used_columns, m.used_ranks)]
-    if against:
-        cells.append("-" if m.overlap is None else f"{m.overlap:.1%}")
-        cells += ["-" if x is None else f"{x:.3f}" for x in (m.m_update, m.m_plain)]
-    return cells
+# Heads, with what stands below them and how it is written; two tables, because one is wider than a terminal.
+Column = tuple[Callable[[Measures], float | None], str]
+OF_UPDATE: dict[str, Column] = {
+    "energy": (lambda m: 100 * m.share, ".1f"),
+    "A": (lambda m: 100 * m.density_a, ".1f"),
+    "B": (lambda m: 100 * m.density_b, ".1f"),
+    "BA": (lambda m: 100 * m.density_ba, ".1f"),
+    "expected": (lambda m: 100 * m.expected_ba, ".1f"),
+    "stable rank": (lambda m: m.stable_rank, ".1f"),
+    "rows": (lambda m: 100 * m.used_rows, ".0f"),
+    "cols": (lambda m: 100 * m.used_columns, ".0f"),
+    "ranks": (lambda m: 100 * m.used_ranks, ".0f"),
+}
+ON_BASE: dict[str, Column] = {
+    "on large |W|": (lambda m: None if m.overlap is None else 100 * m.overlap, ".1f"),
+    "M update": (lambda m: m.m_update, ".3f"),
+    "M plain": (lambda m: m.m_plain, ".3f"),
+}
+
+
+def _table(
+    console: Console, title: str, columns: Mapping[str, Column], rows: Sequence[tuple[str, Measures]], total: Measures
+) -> None:
+    """A row for each of ``rows`` and one for all. Names fold before a number is cut."""
+    table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, padding=0)
+    table.add_column("module", overflow="fold")
+    for head in columns:
+        table.add_column(head, justify="right", min_width=max(5, *map(len, head.split())))
+    for name, measures in [*rows, ("all", total)]:
+        if name == "all":
+            table.add_section()
+        values = [(value(measures), form) for value, form in columns.values()]
+        cells = ["-" if value is None else format(value, form) for value, form in values]
+        table.add_row(name, *cells, style="bold" if name == "all" else None)
+    console.print(table)
 
 
 def plot(inspection: Inspection, path: str | Path) -> None:

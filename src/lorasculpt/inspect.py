@@ -543,8 +543,8 @@ def show(inspection: Inspection, *, layers: bool = False, console: Console | Non
         console.print()
         _table(console, f"On the weights of {inspection.base}", ON_BASE, rows, total)
         console.print(
-            f"on large |W|: percent of the energy on the largest {LARGE:.0%} of the base weights, {100 * LARGE:g} being "
-            "no preference; M: LoRASculpt's measure of a weight's importance, where the update is and everywhere.",
+            f"on large |W|: percent of the energy on the largest {LARGE:.0%} of the base weights, {100 * LARGE:g} "
+            "being no preference; M: LoRASculpt's measure of a weight's importance, where the update is, everywhere.",
             style="dim",
         )
     if inspection.other:

@@ -1127,6 +1127,22 @@ def test_a_label_that_learns_far_less_does_not_set_the_level():
     assert equal_target([near, knew])["source"]["knew"]["values"] == [0.8]
 
 
+def test_the_tables_fit_a_terminal_of_80_columns(capsys, monkeypatch):
+    """With the project's own results: no row is folded and no number cut."""
+    monkeypatch.setenv("COLUMNS", "80")
+    record = json.loads((Path(__file__).parents[1] / "results" / "demo.json").read_text())
+    show(record)
+    lines = [line.split() for line in capsys.readouterr().out.splitlines()]
+    for row in record["table"]:
+        first, second, *_ = [words for words in lines if words[:1] == [row["label"]]]
+        values = [value for value in first[1:] if not value.startswith("±")]
+        assert values == [
+            f"{100 * row[name]['mean']:.1f}" for name in ("source_after", "target_after", "retention")
+        ] + [f"{100 * row[name]['mean']:.1f}" for name in ("gain", "h_mean", "average")]
+        assert second[1:3] == [str(len(row["seeds"])), f"{row['lr']:g}"]
+        assert second[-3] == f"{row['trainable']:,}"
+
+
 def test_the_screen_shows_tests_and_rates_at_the_edge(run, capsys, monkeypatch):
     monkeypatch.setenv("COLUMNS", "200")
     monkeypatch.setattr(compare, "train", lambda config, **options: None)
@@ -1160,9 +1176,9 @@ def test_the_screen_shows_tests_and_rates_at_the_edge(run, capsys, monkeypatch):
         "0.83 (0.41 to 0.97) over 12 runs, none over 36 points of curves.",
     ):
         assert words in out
-    assert "time and memory in that of lora" in out
+    assert "time and memory in those of lora" in out
     assert "lora: of the learning rates the largest did best; a larger one may do better." in out
     assert "Source where all reach the target 50.0, p against a: a 55.0 ±63.5, b 60.0 ±127.1 (p 0.500)." in out
     assert "Not compared there, for reaching less than 50 % of the best target score: weak." in out
-    assert "1 runs are still missing." in out
+    assert "1 run is still missing." in out
     assert report(path, path.parent / "page").with_suffix(".md").read_text().count("still missing") == 1

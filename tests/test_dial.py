@@ -203,7 +203,7 @@ def test_densities_on_the_command_line(trained, tmp_path, capsys, monkeypatch):
 
     code, said = call("--retain", "0.5", "--densities", "1,0.25", "--plot", str(tmp_path / "plots" / "dial.png"))
     assert not code
-    assert "┃ density ┃" in said.out
+    assert "strength density target" in said.out
     assert "Strength 0.5 at density 0.25 learns the most" in said.out  # the target is 0 everywhere
     assert (tmp_path / "plots" / "dial.png").read_bytes().startswith(b"\x89PNG")
     assert [path.name for path in (tmp_path / "plots").iterdir()] == ["dial.png"]

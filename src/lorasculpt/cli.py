@@ -22,6 +22,7 @@ from rich.table import Table
 from tqdm import tqdm
 
 from .cli_posthoc import app as posthoc_app
+from .console import numbers
 from .errors import UserError
 
 app = typer.Typer(
@@ -162,7 +163,7 @@ def dial(
     path, found = go(RunConfig.load(run, overrides or []), retain=retain, densities=shares, write=write)
     several = len({point["density"] for point in found["points"]}) > 1
     by, left = kept(found["points"])
-    table = Table("strength", *(["density"] if several else []), "target", "source", "drift", f"kept, by {by}")
+    table = numbers("strength", *(["density"] if several else []), "target", "source", "drift", f"kept, by {by}")
     for point, share in zip(found["points"], left, strict=True):
         cells = [f"{point['strength']:g}", *([f"{point['density']:g}"] if several else [])]
         cells += [f"{100 * point[side]:.1f} %" if side in point else "-" for side in ("target", "source")]
@@ -541,7 +542,7 @@ def _summary(results: list[Path]) -> None:
 def _matrix(path: Path) -> None:
     """Print how well each task was done after each."""
     record = json.loads(path.read_text())
-    table = Table("", *record["tasks"], "source")
+    table = numbers("", *record["tasks"], "source")
     for row in record["rows"]:
         cells = ["-" if value is None else f"{100 * value:.1f} %" for value in (*row["accuracy"], row["source"])]
         table.add_row(f"after {row['after']}" if row["after"] else "before", *cells)

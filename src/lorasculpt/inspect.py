@@ -20,15 +20,14 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-from rich import box
 from rich.console import Console
-from rich.table import Table
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from torch import Tensor
 
 from . import files
 from .adapters.load import check_family
+from .console import numbers
 from .errors import UserError
 from .ops.conflict import awareness
 from .ops.density import density, expected_density, product_density, redundancy_curve
@@ -574,11 +573,8 @@ ON_BASE: dict[str, Column] = {
 def _table(
     console: Console, title: str, columns: Mapping[str, Column], rows: Sequence[tuple[str, Measures]], total: Measures
 ) -> None:
-    """A row for each of ``rows`` and one for all. Names fold before a number is cut."""
-    table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, padding=0)
-    table.add_column("module", overflow="fold")
-    for head in columns:
-        table.add_column(head, justify="right", min_width=max(5, *map(len, head.split())))
+    """A row for each of ``rows`` and one for all."""
+    table = numbers("module", *columns, title=title)
     for name, measures in [*rows, ("all", total)]:
         if name == "all":
             table.add_section()

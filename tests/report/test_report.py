@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 from html.parser import HTMLParser
 from pathlib import Path
@@ -517,6 +518,13 @@ def test_best():
     assert best([Number(0.2, 0.1, 0.45), Number(0.5, 0.4, 0.6)]) is None
     assert best([Number(0.2), Number(0.5)]) is None
     assert best([Number(0.2, 0.1, 0.3)]) is None
+
+
+def test_what_is_unknown_in_one_seed_is_unknown_over_all():
+    """A base that knows nothing of the source has no retention."""
+    found = over_seeds([Number(float("nan")), Number(float("nan"))])
+    assert math.isnan(found.value)
+    assert (found.low, found.high) == (None, None)
 
 
 def test_several_files_and_another_base(tmp_path):

@@ -8,17 +8,16 @@ from typing import Any
 
 import numpy as np
 from rich.console import Console
-from rich.table import Table
 
 from ..config import RunConfig
+from ..console import numbers
 from ..evaluation.student import mean_interval, paired
 from ..evaluation.summary import h_mean
 from ..measure import shape
 from ..report.results import REFERENCE
-from ..report.words import size
 from ..sequence import MATRIX_FILE, stages_of
 from ..train import ADAPTER, LOG_FILE
-from .table import cell, costs, grouped, tell_ends, tested
+from .table import cell, costs, grouped, made_with, tell_ends, tell_missing, tested
 
 NUMBERS = {
     "last": "Last",
@@ -111,21 +110,20 @@ def table(entries: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
 def show(record: dict[str, Any]) -> None:
     """Print the table of a comparison of sequences, the tests against the reference, and every mean matrix."""
     names = {name: words for name, words in NUMBERS.items() if name != "source_before"}
-    shown = Table("method", "seeds", "lr", *names.values(), "time", "memory", "trainable", "size")
-    tests = Table(f"against {REFERENCE}", *(words for name in names.values() for words in (name, "p")))
+    shown = numbers("method", *names.values())
+    tests = numbers(f"against {REFERENCE}", *(words for name in names.values() for words in (name, "p")))
     for row in record["table"]:
-        cells = [row["label"], str(len(row["seeds"])), f"{row['lr']:g}", *(cell(row[name]) for name in names)]
-        cells += [cell(row["time"], 1, 2), cell(row["memory"], 1, 2), f"{row['trainable']:,}"]
-        shown.add_row(*cells, size(row["adapter_bytes"]))
+        shown.add_row(row["label"], *(cell(row[name]) for name in names))
         found = [row["against"].get(name) for name in names]
         if any(found):
             tests.add_row(row["label"], *(text for test in found for text in tested(test)))
     console = Console()
     console.print(shown)
+    console.print(made_with(record["table"]))
     if tests.row_count:
         console.print(tests)
     for row in record["table"]:
-        matrix = Table(row["label"], *record["tasks"], "source")
+        matrix = numbers(row["label"], *record["tasks"], "source")
         stages = ("before", *(f"after {task}" for task in record["tasks"]))
         for stage, accuracy, source in zip(stages, row["matrix"], row["source"], strict=True):
             matrix.add_row(stage, *(f"{100 * value:.1f}" for value in (*accuracy, source)))
@@ -136,5 +134,4 @@ def show(record: dict[str, Any]) -> None:
         f"did for later ones; time and memory in those of {REFERENCE}."
     )
     tell_ends(record["rates"])
-    if not record["complete"]:
-        print(f"{len(record['missing'])} runs are still missing.")
+    tell_missing(record["missing"])

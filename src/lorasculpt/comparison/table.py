@@ -10,9 +10,10 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from ..console import numbers
 from ..evaluation.student import mean_interval, paired
 from ..report.results import NUMBERS, REFERENCE, front, made_on
-from ..report.words import size
+from ..report.words import chance, size
 
 NEAR = 0.5  # of the best target score: who does not reach this share of it is not compared at equal target
 EQUALLED = "lorasculpt"  # what the others are tested against there
@@ -177,32 +178,26 @@ def _source_at(level: float, curve: Sequence[dict]) -> float:
 def show(record: dict[str, Any]) -> None:
     """Print the table of a comparison, the tests against the reference, and what a reader has to know."""
     columns = ("source_after", "target_after", "retention", "gain", "h_mean", "average")
-    drifts, memories = (
-        any(known(row) is not None for row in record["table"])
-        for known in (lambda row: row["drift"]["mean"], lambda row: row["memory"]["mean"])
-    )
-    heads = ["source", "target", "retention", "gain", "H-mean", "average", *["drift"] * drifts, "time"]
-    shown = Table("method", "seeds", "lr", *heads, *["memory"] * memories, "trainable", "size")
-    tests = Table(f"against {REFERENCE}", "source", "p", "target", "p", "H-mean", "p")
+    shown = numbers("method", "source", "target", "retention", "gain", "H-mean", "average")
+    tests = numbers(f"against {REFERENCE}", "source", "p", "target", "p", "H-mean", "p")
     for row in record["table"]:
-        cells = [row["label"], str(len(row["seeds"])), f"{row['lr']:g}", *(cell(row[name]) for name in columns)]
-        cells += [cell(row["drift"], 1, 3)] * drifts + [cell(row["time"], 1, 2)]
-        cells += [cell(row["memory"], 1, 2)] * memories
-        shown.add_row(*cells, f"{row['trainable']:,}", size(row["adapter_bytes"]))
+        shown.add_row(row["label"], *(cell(row[name]) for name in columns))
         found = [row["against"].get(name) for name in ("source_after", "target_after", "h_mean")]
         if any(found):
             tests.add_row(row["label"], *(text for test in found for text in tested(test)))
     console = Console()
     console.print(shown)
+    console.print(made_with(record["table"]))
     if tests.row_count:
         console.print(tests)
     steps = ", ".join(str(steps) for steps in sorted({row["steps"] for row in record["table"]}))
-    of = f"time{' and memory' if memories else ''} in that of {REFERENCE}"
-    print(f"Points of 100, ± the half of a 95 % interval over seeds; {steps} steps; {of}; trainable parameters.")
+    print(
+        f"Points of 100, ± half of a 95 % interval over seeds; {steps} steps; time and memory in those of {REFERENCE}."
+    )
     equal = record["equal_target"]
     if equal["source"]:
         kept = ", ".join(
-            f"{label} {cell(found)}" + (f" (p {found['test']['p']:.3f})" if (found["test"] or {}).get("p") else "")
+            f"{label} {cell(found)}" + (f" ({chance(found['test']['p'])})" if (found["test"] or {}).get("p") else "")
             for label, found in equal["source"].items()
         )
         print(f"Source where all reach the target {100 * equal['target']:.1f}, p against {equal['against']}: {kept}.")
@@ -215,8 +210,19 @@ def show(record: dict[str, Any]) -> None:
         told = ", ".join(_ranked(record["drift"][key], words[key]) for key in words if record["drift"][key])
         print(f"Drift and the source lost, Spearman's rank correlation (95 % interval): {told}.")
     tell_ends(record["rates"])
-    if not record["complete"]:
-        print(f"{len(record['missing'])} runs are still missing.")
+    tell_missing(record["missing"])
+
+
+def made_with(rows: Sequence[dict[str, Any]]) -> Table:
+    """What the methods of a table were trained with and cost; drift and memory where some have them."""
+    drifts, memories = (any(row.get(name, {}).get("mean") is not None for row in rows) for name in ("drift", "memory"))
+    shown = numbers("method", "seeds", "lr", *["drift"] * drifts, "time", *["memory"] * memories, "parameters", "size")
+    for row in rows:
+        cells = [row["label"], str(len(row["seeds"])), f"{row['lr']:g}"]
+        cells += [cell(row["drift"], 1, 3)] if drifts else []
+        cells += [cell(row["time"], 1, 2)] + ([cell(row["memory"], 1, 2)] if memories else [])
+        shown.add_row(*cells, f"{row['trainable']:,}", size(row["adapter_bytes"]))
+    return shown
 
 
 def tell_ends(rates: dict[str, dict[str, Any]]) -> None:
@@ -226,6 +232,12 @@ def tell_ends(rates: dict[str, dict[str, Any]]) -> None:
         for end, best, beyond in ((min, "smallest", "smaller"), (max, "largest", "larger")):
             if tried and found["chosen"] == end(tried):
                 print(f"{label}: of the learning rates the {best} did best; a {beyond} one may do better.")
+
+
+def tell_missing(names: Sequence[str]) -> None:
+    """Print how many runs are still to be made."""
+    if names:
+        print("1 run is still missing." if len(names) == 1 else f"{len(names)} runs are still missing.")
 
 
 def cell(found: dict[str, float | None], unit: int = 100, digits: int = 1) -> str:
@@ -245,10 +257,10 @@ def _ranked(found: dict[str, Any], words: str) -> str:
 
 
 def tested(found: dict[str, float | None] | None) -> tuple[str, str]:
-    """``+3.1 ±2.0`` and ``0.012``"""
+    """``+3.1 ±2.0`` and ``0.012``, or ``<0.001``"""
     if found is None:
         return "-", "-"
     difference, high, p = found["difference"], found["high"], found["p"]
     assert difference is not None  # of two pairs or more everything but t and p is known
     assert high is not None
-    return f"{100 * difference:+.1f} ±{100 * (high - difference):.1f}", "-" if p is None else f"{p:.3f}"
+    return f"{100 * difference:+.1f} ±{100 * (high - difference):.1f}", chance(p).removeprefix("p ")

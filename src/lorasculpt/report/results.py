@@ -172,6 +172,8 @@ def over_seeds(values: Sequence[Number], least: float = 0.0, most: float = 1.0) 
     if len(values) == 1:
         return values[0]
     x = [number.value for number in values]
+    if any(map(math.isnan, x)):  # such as the retention of a source of which the base knew nothing
+        return Number(math.nan)
     half = quantile(len(x) - 1) * stdev(x) / math.sqrt(len(x))
     below = mean(0.0 if number.low is None else number.value - number.low for number in values)
     above = mean(0.0 if number.high is None else number.high - number.value for number in values)

@@ -24,7 +24,7 @@ def bracket(number: Number) -> str:
 
 
 def chance(p: float | None) -> str:
-    """0.0123 -> 'p 0.012'."""
+    """0.0123 -> 'p 0.012', 0.0001 -> 'p < 0.001'."""
     if p is None:
         return f"p {NONE}"
     return "p < 0.001" if p < 0.001 else f"p {p:.3f}"

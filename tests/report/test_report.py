@@ -527,6 +527,14 @@ def test_what_is_unknown_in_one_seed_is_unknown_over_all():
     assert (found.low, found.high) == (None, None)
 
 
+def test_a_run_too_short_for_a_log_entry_has_no_empty_plot(tmp_path):
+    short = run("A", (0.3, 0.2), 0.6)
+    short["training"] = [{"step": 8, "train_loss": 5.9}]
+    assert "Training: the loss" not in report(write(tmp_path / "a", short), tmp_path / "out").read_text()
+    short["training"].insert(0, {"step": 4, "loss": 6.0})
+    assert "Training: the loss" in report(write(tmp_path / "a", short), tmp_path / "out").read_text()
+
+
 def test_several_files_and_another_base(tmp_path):
     other = run("B", (0.3, 0.2), 0.6)
     other["summary"]["source_before"] = 0.5

@@ -254,11 +254,12 @@ def training(entries: list[Entry]) -> str | None:
     Of those entries that are `drawn`. None without anything to show.
     """
     shown = [(i, run) for i in drawn(entries) for run in entries[i].runs if run.get("training")]
-    if not shown:
-        return None
+    losses = any(_series(run, "loss")[0] for _, run in shown)  # none in a run shorter than ``log_every``
     known = on_the_way([entries[i] for i in drawn(entries)])
     sides = {side: dashes for side, dashes in SIDES.items() if side in known}
-    kinds = ["training loss", *["average (%)"] * bool(sides), *["drift (nats a token)"] * ("drift" in known)]
+    kinds = ["training loss"] * losses + ["average (%)"] * bool(sides) + ["drift (nats a token)"] * ("drift" in known)
+    if not kinds:
+        return None
     with mpl.rc_context(STYLE):
         figure = Figure(figsize=(WIDTH, 1.6 + 1.6 * len(kinds)), layout="constrained")
         found = figure.subplots(len(kinds), 1, sharex=True, squeeze=False)[:, 0]
@@ -280,8 +281,9 @@ def training(entries: list[Entry]) -> str | None:
         if sides:
             lines = [Line2D([], [], color=MUTED, ls=dashes, label=side) for side, dashes in sides.items()]
             figure.legend(handles=lines, loc="outside upper left", ncols=2)
-        panels["training loss"].set_ylim(bottom=0)
-        return svg(figure, "training", f"{', '.join(['Training loss', *known])} over steps")
+        if losses:
+            panels["training loss"].set_ylim(bottom=0)
+        return svg(figure, "training", f"{', '.join([*['training loss'] * losses, *known])} over steps".capitalize())
 
 
 def drift(entries: list[Entry]) -> str | None:

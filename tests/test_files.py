@@ -45,6 +45,23 @@ def test_a_file_is_whole_or_as_it_was(tmp_path):
     assert [file.name for file in path.parent.iterdir()] == ["a.json"]
 
 
+def test_a_link_stays_one_and_a_pipe_is_no_file(tmp_path):
+    link, pipe = tmp_path / "link", tmp_path / "pipe"
+    link.symlink_to(tmp_path / "elsewhere")
+    for text in ("a", "b"):
+        files.write_text(link, text)
+        assert link.is_symlink()
+        assert (tmp_path / "elsewhere").read_text() == text
+    os.mkfifo(pipe)
+    end = os.open(pipe, os.O_RDONLY | os.O_NONBLOCK)
+    files.write_text(pipe, "c")
+    assert os.read(end, 9) == b"c"
+    os.close(end)
+    assert pipe.is_fifo()
+    with pytest.raises(IsADirectoryError):
+        files.write_text(tmp_path, "d")
+
+
 def long_text(path):
     path.write_text("x" * 2 * BYTES)
 

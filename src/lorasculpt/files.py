@@ -21,8 +21,15 @@ SAID = re.compile(  # by safetensors, then by torch.save, neither of which raise
 
 @contextmanager
 def whole(path: str | Path) -> Iterator[Path]:
-    """Where to write what becomes ``path`` once the block has ended, and is gone if it fails. Makes the folder."""
+    """Where to write what becomes ``path`` once the block has ended, and is gone if it fails. Makes the folder.
+
+    A link stays one, to the new file. What is no file, such as ``/dev/stdout``, is written to as it is.
+    """
     path = Path(path)
+    if path.exists() and not path.is_file():
+        yield path
+        return
+    path = path.resolve()
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f".{path.name}.{os.getpid()}")
     try:

@@ -24,6 +24,7 @@ from tqdm import tqdm
 from .cli_posthoc import app as posthoc_app
 from .console import numbers
 from .errors import UserError
+from .files import disk_full
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -563,8 +564,6 @@ def main() -> None:
     except UserError as error:
         _refuse(str(error))
     except Exception as error:
-        from .files import disk_full
-
         place = getattr(error, "filename", None)
         if disk_full(error):
             told = f"the disk has no room left ({place or 'while writing'}); make some and run it again."

@@ -46,9 +46,9 @@ def write_text(path: str | Path, text: str) -> Path:
     return Path(path)
 
 
-def write_json(path: str | Path, content: dict[str, Any]) -> Path:
-    """``content`` as JSON, whole or not at all."""
-    return write_text(path, json.dumps(content, indent=1) + "\n")
+def write_json(path: str | Path, content: dict[str, Any], *, nan: bool = True) -> Path:
+    """``content`` as JSON, whole or not at all; without ``nan`` a ValueError for a number that JSON does not have."""
+    return write_text(path, json.dumps(content, indent=1, allow_nan=nan) + "\n")
 
 
 def disk_full(error: BaseException | None) -> bool:

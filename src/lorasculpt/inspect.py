@@ -523,7 +523,7 @@ def _together(group: Sequence[Measures]) -> Measures:
 
 def write_json(inspection: Inspection, path: str | Path) -> None:
     """Everything that was measured, as JSON."""
-    files.write_json(path, inspection.to_dict())
+    files.write_json(path, inspection.to_dict(), nan=False)
 
 
 def show(inspection: Inspection, *, layers: bool = False, console: Console | None = None) -> None:
@@ -543,7 +543,7 @@ def show(inspection: Inspection, *, layers: bool = False, console: Console | Non
         _table(console, f"On the weights of {inspection.base}", ON_BASE, rows, total)
         console.print(
             f"on large |W|: percent of the energy on the largest {LARGE:.0%} of the base weights, {100 * LARGE:g} "
-            "being no preference; M: LoRASculpt's measure of a weight's importance, where the update is, everywhere.",
+            "being no preference; M: how much LoRASculpt takes a weight to hold, where the update is and everywhere.",
             style="dim",
         )
     if inspection.other:

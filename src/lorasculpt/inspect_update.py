@@ -27,6 +27,7 @@ from . import files
 from .adapters.load import load as load_adapter
 from .adapters.method import read_record
 from .adapters.update import Update, UpdateConfig, context_of, updates
+from .console import numbers
 from .data.batches import Collator, rows
 from .data.records import Record, read
 from .errors import UserError
@@ -229,7 +230,7 @@ def _size(update: Update) -> dict[str, dict[str, float]]:
 
 def write_json(inspection: Inspection, path: str | Path) -> None:
     """Everything that was measured, as JSON."""
-    files.write_json(path, inspection.to_dict())
+    files.write_json(path, inspection.to_dict(), nan=False)
 
 
 def show(inspection: Inspection, *, layers: bool = False, console: Console | None = None) -> None:
@@ -285,12 +286,9 @@ def _show_loads(inspection: Inspection, layers: bool, console: Console) -> None:
 
 def _show_energies(inspection: Inspection, layers: bool, console: Console) -> None:
     title = f"{inspection.folder} ({inspection.method}, {len(inspection.linears)} linears)"
-    table = Table(title=title, title_justify="left")
-    table.add_column("module", no_wrap=True)
     tasks = list(inspection.linears[0].energy)
-    for task in tasks:
-        table.add_column("energy" if task == ALL else f"{task}: energy", justify="right")
-        table.add_column("relative", justify="right")
+    heads = [head for task in tasks for head in ("energy" if task == ALL else f"{task}: energy", "relative")]
+    table = numbers("module", *heads, title=title)
     groups: dict[str, list[Linear]] = {}
     for linear in sorted(inspection.linears, key=lambda x: order(x.part, x.kind)) if not layers else inspection.linears:
         groups.setdefault(_name(linear) if layers else linear.kind, []).append(linear)

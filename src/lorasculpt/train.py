@@ -626,9 +626,14 @@ def _trained_with(config: RunConfig) -> dict[str, Any]:
     return settings
 
 
-def _last_checkpoint(output: Path) -> Path | None:
+def _checkpoints(output: Path) -> list[Path]:
+    """The whole ones, by their step."""
     found = [path for path in output.glob("checkpoint-*") if path.is_dir()]
-    return max(found, key=lambda path: int(path.name.split("-")[1]), default=None)
+    return sorted(found, key=lambda path: int(path.name.split("-")[1]))
+
+
+def _last_checkpoint(output: Path) -> Path | None:
+    return next(reversed(_checkpoints(output)), None)
 
 
 class _Cost:
@@ -664,7 +669,7 @@ class _Keep(TrainerCallback):
         weights = sum(p.numel() * p.element_size() for p in model.parameters() if p.requires_grad)
         every = self.config.training.save_every
         most = min(state.max_steps // every, self.config.training.keep + 1) if every else 0
-        wanted = weights + OF_CHECKPOINT * weights * max(0, most - len(list(self.output.glob("checkpoint-*"))))
+        wanted = weights + OF_CHECKPOINT * weights * max(0, most - len(_checkpoints(self.output)))
         if (left := free(self.output)) < wanted:
             from .report.words import size  # brings the drawing along, which training does not need
 
@@ -707,8 +712,7 @@ class _Keep(TrainerCallback):
             save_projector(model, made)
         (made / COST_FILE).write_text(json.dumps(self.cost.record()) + "\n")
         made.rename(self.output / made.name)
-        found = sorted(self.output.glob("checkpoint-*"), key=lambda path: int(path.name.split("-")[1]))
-        for old in found[: -self.config.training.keep]:
+        for old in _checkpoints(self.output)[: -self.config.training.keep]:
             shutil.rmtree(old)
 
 

@@ -19,7 +19,7 @@ from ..comparison.drift import drift_and_loss
 from ..data.images import open_image
 from ..errors import UserError
 from ..evaluation.score import normalise
-from ..files import write_text
+from ..files import write_json, write_text
 from . import plots, sequences
 from .inside import TOTALS, inside
 from .results import (
@@ -409,7 +409,7 @@ def report(results: str | Path | Sequence[str | Path], out_dir: str | Path, rema
 
     content = {key: value for part in reversed(parts) for key, value in part.content.items()}
     content |= {"headline": [*sentences, *first.notes]}
-    write_text(out / "report.json", json.dumps(content, indent=1, allow_nan=False) + "\n")
+    write_json(out / "report.json", content, nan=False)
     blocks = [f"# {first.title}", " ".join(content["headline"])]
     for part in parts:
         blocks += [*map(markdown_table, part.tables), part.note]

@@ -11,6 +11,8 @@
 
 BIN := .venv/bin
 ARGS ?=
+# One process for each processor, four at most: each takes a gigabyte. What a module makes once, one of them makes.
+WORKERS := -n logical --maxprocesses 4 --dist loadscope
 
 help:
 	@sed -n 's/^#     //p' Makefile
@@ -19,14 +21,14 @@ demo: .venv/.installed
 	$(BIN)/lorasculpt demo $(if $(filter-out 0 no false,$(FULL)),--full)
 
 test: .venv/.installed-dev
-	$(BIN)/python -m pytest $(ARGS)
+	$(BIN)/python -m pytest $(WORKERS) $(ARGS)
 
 # Tests treat warnings as errors (pyproject.toml). The last line runs every `>>>` example in docstrings and pages.
 check: .venv/.installed-dev
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
-	$(BIN)/python -m pytest --doctest-modules --doctest-glob='*.md' $(wildcard README.md) src docs tests $(ARGS)
+	$(BIN)/python -m pytest $(WORKERS) --doctest-modules --doctest-glob='*.md' $(wildcard README.md) src docs tests $(ARGS)
 
 # A stamp is newer than what it was made from; with the tools installed, the plain demo has all it needs as well.
 .venv/.installed: pyproject.toml constraints.txt

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import sys
 from pathlib import Path
@@ -77,6 +78,7 @@ def trainer(folder: Path, method: str, size: int, **settings) -> Trainer:
 
 def main(folder: Path) -> None:
     torch.set_num_threads(1)
+    gc.freeze()  # see conftest.py
     for strategy, method in RUNS:
         settings = STRATEGIES[strategy]
         AcceleratorState._reset_state(True)

@@ -7,14 +7,13 @@ every sample keeps its task.
 from __future__ import annotations
 
 import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 from contract import close, equal, masks, weights
 from launched import RUNS, trainer
+from launching import launch
 
 from lorasculpt import method_logs
 
@@ -24,14 +23,9 @@ pytestmark = pytest.mark.timeout(900)  # sixty trainings in turn, on a machine t
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory) -> Path:
     made = tmp_path_factory.mktemp("launched")
-    launch = [str(Path(sys.executable).with_name("accelerate")), "launch", "--multi_gpu", "--num_processes", "2"]
-    launch += ["--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0"]
     here = Path(__file__).parent
     path = os.pathsep.join([str(here), str(here.parent), os.environ.get("PYTHONPATH", "")])
-    environment = {**os.environ, "PYTHONPATH": path, "ACCELERATE_USE_CPU": "true"}
-    command = [*launch, str(here / "launched.py"), str(made)]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=850)
-    assert done.returncode == 0, done.stderr[-6000:]
+    launch(str(here / "launched.py"), str(made), PYTHONPATH=path)
     return made
 
 

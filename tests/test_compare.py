@@ -423,6 +423,52 @@ def test_every_run_says_what_it_was_made_with_and_every_row_whether_all_its_seed
     assert {row["label"]: row["complete"] for row in record["table"]} == {"lora": True, "lorasculpt": False}
 
 
+def test_a_rate_that_breaks_the_weights_is_not_chosen_and_not_tried_again(run, tmp_path, capsys, monkeypatch):
+    methods = ("training.steps=6", "methods={lora: {}, twin: {name: lora, lr: lora}}")
+    config, options = run(*methods), {"seeds": 1, "rates": [0.01, 1e30]}
+    path = compare.compare(config, **options, out=tmp_path / "all.json", progress=False)
+    record = json.loads(path.read_text())
+    assert record["complete"]
+    assert {label: found["chosen"] for label, found in record["rates"].items()} == {"lora": 0.01, "twin": 0.01}
+    broken = record["rates"]["lora"]["validation"]["1e+30"]
+    assert broken["diverged"][1] == 6
+    assert {broken[name] for name in ("source_before", "source_after", "target_after", "h_mean")} == {None}
+    show(record)
+    assert "lora: at the learning rate 1e+30 the weights came to no numbers by step " in capsys.readouterr().out
+    report(path, tmp_path / "page")
+
+    monkeypatch.setattr(compare, "train", lambda *args, **options: pytest.fail("trained again"))
+    compare.compare(config, **options, out=tmp_path / "other.json", progress=False)
+    other = planned(run("method.r=2", *methods), **options)
+    assert other.result(next(trial for trial in other.trials() if trial.rate == 1e30)) is None  # another run broke
+    shutil.rmtree(config.output)
+    assert planned(config, **options, results=path).missing() == []
+
+    monkeypatch.undo()
+    config = run("training.steps=6", "methods={lora: {}}")
+    path = compare.compare(config, **options | {"rates": [1e29, 1e30]}, progress=False)
+    record = json.loads(path.read_text())
+    assert (record["missing"], record["rates"]["lora"]["chosen"]) == (["test/lora-seed0"], None)
+    show(record)
+    assert "lora: no learning rate that was tried so far can be used; a smaller one may." in capsys.readouterr().out
+    with pytest.raises(UserError, match="not finite any more"):  # a test is not passed over
+        compare.compare(config, seeds=1, rates=[1e30], progress=False)
+
+
+def test_a_sequence_that_breaks_is_a_trial_that_failed(run, tmp_path):
+    file = str(pico.write_data(tmp_path / "validation", n=2))
+    train, test = str(tmp_path / "data" / "train.jsonl"), str(tmp_path / "test" / "train.jsonl")
+    stages = [{"name": name, "train": train, "test": test, "validation": file} for name in ("a", "b")]
+    config = run(
+        f"data={json.dumps({'sequence': stages})}", "methods={lora: {}}", "evaluate.target=[]", "training.steps=6"
+    )
+    record = json.loads(compare.compare(config, seeds=1, rates=[0.01, 1e30], progress=False).read_text())
+    assert (record["complete"], record["rates"]["lora"]["chosen"]) == (True, 0.01)
+    folder = config.output / "validation" / "lora-lr1e+30-seed0"
+    assert sorted(path.name for path in folder.iterdir()) == ["diverged.json", "run.yaml"]
+    assert json.loads((folder / "diverged.json").read_text())["task"] == "a"
+
+
 def test_one_rate_needs_no_validation(run):
     comparison = Comparison(run("data.validation=0.2"), METHODS, 2, [0.1])
     assert comparison.trials() == []

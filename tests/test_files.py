@@ -179,12 +179,12 @@ def test_the_end_is_no_checkpoint(run):
 
 
 def test_a_run_that_comes_to_nan_leaves_no_adapter(run, monkeypatch, capsys):
-    """Without a checkpoint nothing is left, so that the mended file can take the same folder."""
+    """Without a checkpoint only word of it is left, and the mended file can take the same folder."""
     wild = ("training.lr=1e30", "training.log_every=2", "training.save_every=null")
     line = refused("train", run, *wild, monkeypatch=monkeypatch, capsys=capsys)
     assert "training.lr is 1e+30, and at step" in line
     assert line.endswith("the weights of the adapter are not finite any more; lower it, or training.max_grad_norm.")
-    assert not (run.parent / "out").exists()
+    assert sorted(path.name for path in (run.parent / "out").iterdir()) == ["diverged.json", "run.yaml"]
     begin = ClockCallback.on_step_begin
 
     def spoil(self, args, state, control, model=None, **kwargs):
@@ -196,6 +196,11 @@ def test_a_run_that_comes_to_nan_leaves_no_adapter(run, monkeypatch, capsys):
     line = refused("train", run, "training.log_every=4", monkeypatch=monkeypatch, capsys=capsys)
     assert line.endswith(f"max_grad_norm, and name another output than {run.parent / 'out'}.")
     assert [path.name for path in (run.parent / "out").glob("checkpoint-*")] == ["checkpoint-1"]
+    line = refused("train", run, "training.lr=1e-3", monkeypatch=monkeypatch, capsys=capsys)
+    assert "holds another run" in line
+    monkeypatch.undo()
+    train(RunConfig.load(run, ["training.log_every=4"]), progress=False)
+    assert not (run.parent / "out" / "diverged.json").exists()
 
 
 def test_a_place_that_cannot_be_written_to_is_named(run, monkeypatch, capsys):

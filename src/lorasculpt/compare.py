@@ -37,14 +37,14 @@ from .comparison.labels import CHOICES
 from .comparison.launch import launch
 from .comparison.table import equal_target, pareto, table
 from .config import RunConfig
-from .errors import UserError
+from .errors import Diverged, UserError
 from .evaluation.score import majority
 from .evaluation.tasks import Task
 from .files import write_json, write_text
 from .measure import RESULTS_FILE, measure, shape, versions
 from .report.words import duration
 from .sequence import grown, learn
-from .train import DRIFT_FILE, RUN_FILE, check_output, general, held_out, train
+from .train import DRIFT_FILE, RUN_FILE, check_output, diverged, general, held_out, same_run, train
 
 COMPARISON_FILE = "compare.json"
 RATES = (2e-4, 5e-4, 1.5e-3)
@@ -69,6 +69,11 @@ class Run:
     def name(self) -> str:
         """Its folder in that of the comparison."""
         return "/".join(self.config.output.parts[-2:])
+
+    @property
+    def trial(self) -> bool:
+        """Whether it is there to choose a rate."""
+        return self.config.output.parent.name == "validation"
 
     @property
     def kind(self) -> tuple[str, str]:
@@ -201,12 +206,11 @@ class Comparison:
 
     def _recorded(self, run: Run) -> dict[str, Any] | None:
         """What the results file says of ``run``."""
-        group = run.config.output.parent.name
         wanted = {"label": run.label, "seed": run.config.seed, "settings": shape(run.config)}
         wanted |= {"edit": run.edit.made(run.config)} if run.edit else {}
-        if group == "validation":
-            return self._known.find(group, **wanted, validation=self._validation)
-        found = self._known.find(group, **wanted)
+        if run.trial:
+            return self._known.find("validation", **wanted, validation=self._validation)
+        found = self._known.find("test", **wanted)
         return found if found is not None and self._same_questions(found) else None
 
     def _same_questions(self, found: dict[str, Any]) -> bool:
@@ -218,7 +222,7 @@ class Comparison:
         """What was measured in ``run``, with the versions that it was made with, which may not be those of today."""
         path = run.config.output / RESULTS_FILE
         if not path.is_file():
-            return None
+            return self._diverged(run)
         check_output(path.parent, run.config)
         content = json.loads(path.read_text())
         if run.edit:
@@ -226,12 +230,29 @@ class Comparison:
         edited = {"edit": run.edit.made(run.config)} if run.edit else {}
         return content["runs"][0] | edited | {"versions": content["versions"]}
 
+    def _diverged(self, run: Run) -> dict[str, Any] | None:
+        """What a trial says whose weights came to no numbers: no score, and at which ``step`` of how many."""
+        folder = run.config.output
+        if not run.trial or (found := diverged(folder)) is None or not same_run(folder, run.config):
+            return None
+        scores = dict.fromkeys(("source_before", "source_after", "target_after", "h_mean"))
+        return {"scores": scores | {"diverged": [found["step"], found["steps"]]}, "versions": found["versions"]}
+
     def make(self, run: Run, progress: bool = True) -> None:
         """Train ``run`` and measure it, where that is still to be done; the base is asked once for all.
+
+        A trial whose weights come to no numbers is done with that.
 
         Raises:
             UserError: also where the base does not do what it did in the runs of the results file.
         """
+        try:
+            self._make(run, progress)
+        except Diverged:
+            if not run.trial:
+                raise
+
+    def _make(self, run: Run, progress: bool) -> None:
         if run.edit and run.of:
             edits.apply(run.edit, run.config, run.of)
         else:
@@ -249,8 +270,7 @@ class Comparison:
         """Raise :class:`UserError` if the base of ``run``, just made, is not that of the results file."""
         if (own := self.result(run)) is None:
             return
-        trial = run.config.output.parent.name == "validation"
-        for other in self.trials() if trial else self.tests():
+        for other in self.trials() if run.trial else self.tests():
             if (found := self._recorded(other)) is not None:
                 self._known.check(*(self._scores(one)["source_before"] for one in (found, own)))
 
@@ -265,8 +285,9 @@ class Comparison:
     def rates_of(self) -> dict[str, dict[str, Any]]:
         """By label what each rate did on the validation set, and the rate that is ``chosen`` (None: not yet known).
 
-        It is the one that is best ``by`` the target, or by the number that the label names. A label that takes the rate
-        of another, or chooses among its trials, says of which: ``like``.
+        It is the one that is best ``by`` the target, or by the number that the label names, of those with which the
+        weights stayed finite. A label that takes the rate of another, or chooses among its trials, says of which:
+        ``like``.
         """
         scores: dict[str, dict[float, dict]] = {label: {} for label in self.labels}
         for run in self.trials():
@@ -514,11 +535,12 @@ class Sequences(Comparison):
 
     def _read(self, run):
         found = sequences.entry(run.config)
-        if found is not None:
-            check_output(run.config.output, run.config)
+        if found is None:
+            return self._diverged(run)
+        check_output(run.config.output, run.config)
         return found
 
-    def make(self, run, progress=True):
+    def _make(self, run, progress):
         group = run.config.output.parent.name
         _, path = learn(run.config, before=self._before.get(group), progress=progress)
         self._before[group] = json.loads(path.read_text())["rows"][0]
@@ -554,9 +576,10 @@ def planned(
     return (Sequences if config.data.sequence else Comparison)(config, methods, seeds, rates, results)
 
 
-def _best(tried: dict[float, dict[str, float]], by: str) -> float:
-    """The rate with the highest score, the lowest of equals."""
-    return max(tried, key=lambda rate: tried[rate][CHOICES[by]])
+def _best(tried: dict[float, dict[str, Any]], by: str) -> float | None:
+    """The rate with the highest score, the lowest of equals; None where no rate has any."""
+    scored = {rate: score[CHOICES[by]] for rate, score in tried.items() if score[CHOICES[by]] is not None}
+    return max(scored, key=scored.__getitem__, default=None)
 
 
 # --- doing it -------------------------------------------------------------------------------------------------------

@@ -8,3 +8,7 @@ class UserError(Exception):
 
     The command line prints it without a traceback and exits with code 2; from Python it is an ordinary exception.
     """
+
+
+class Diverged(UserError):
+    """The weights that were trained are not finite any more; the run left no adapter."""

@@ -40,14 +40,27 @@ from .adapters.load import load_projector
 from .adapters.method import MethodConfig
 from .config import Data, RunConfig, Stage
 from .data.records import read
-from .errors import UserError
+from .errors import Diverged, UserError
 from .evaluation import Task, evaluate
 from .evaluation.summary import task_average
 from .files import write_json, write_text
 from .measure import versions
 from .models.load import load
 from .switch import add_task
-from .train import ADAPTER, RUN_FILE, attach, check_output, held_out, kind_of, precision, thaw_projector, train
+from .train import (
+    ADAPTER,
+    RUN_FILE,
+    attach,
+    came_to_nothing,
+    check_output,
+    diverged,
+    held_out,
+    kind_of,
+    leave_diverged,
+    precision,
+    thaw_projector,
+    train,
+)
 
 MATRIX_FILE = "matrix.json"
 
@@ -94,6 +107,10 @@ def learn(config: RunConfig, *, before: dict[str, Any] | None = None, progress: 
             measured.before(before)  # the base, once; only now, so that a mistake in the file is told first
             following = names[number + 1] if grows and stage is not stages[-1] else None
             measured.after(names[number], adapter, following)
+    except Diverged:
+        found = {**(diverged(stage.output) or {}), "task": names[number]}
+        leave_diverged(config, found, alone=not number and came_to_nothing(stage.output))
+        raise
     except UserError:
         if not any(stage.output.exists() for stage in stages):
             shutil.rmtree(config.output)  # nothing has run: leave the folder free for the mended file

@@ -6,7 +6,8 @@
 ``seconds``, ``memory_bytes`` (the peak of the main process while it trained, measurements at steps included, over all
 parts of a run that was interrupted; null where it cannot be told) and ``memory_of``, what that is of: ``cuda`` or
 ``process`` (`lorasculpt.memory`); ``machine``, what it ran on, and ``precision``, what ``auto`` came to: ``fp32``,
-``bf16`` or ``fp16``; ``steps``, ``trainable`` parameters, and the log as ``history``.
+``bf16`` or ``fp16``; ``steps``, ``trainable`` parameters, and the log as ``history``. A run whose weights came to no
+numbers has ``diverged.json`` in place of these two: the ``step``, of how many ``steps``.
 """
 
 from __future__ import annotations
@@ -43,7 +44,7 @@ from .adapters.update import UpdateConfig, known_tasks
 from .config import WATCHING, RunConfig
 from .data.batches import Collator, rows
 from .data.records import Record, read, replayed, set_aside, shared
-from .errors import UserError
+from .errors import Diverged, UserError
 from .evaluation import Task, drift, evaluate, fisher, self_prompts, spoken, tasks
 from .evaluation.drift import Prompt, question
 from .evaluation.strength import moved
@@ -61,6 +62,7 @@ from .models.parts import parts, target_regex
 DTYPES = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}  # of autocast
 RUN_FILE, LOG_FILE, DRIFT_FILE, ADAPTER = "run.yaml", "training.json", "drift.jsonl", "adapter"
 COST_FILE, CORDA_FILE, FISHER_FILE = "cost.json", "corda.jsonl", "fisher.safetensors"
+DIVERGED_FILE = "diverged.json"
 OF_CHECKPOINT = 3  # its size over that of the trained weights: they and AdamW's two moments
 
 
@@ -78,7 +80,8 @@ def train(
         start: gives a freshly loaded base the adapter to train. Default: :func:`attach`, a fresh one.
 
     Raises:
-        UserError: for anything in the config, the data or the folders that the user can mend.
+        UserError: for anything in the config, the data or the folders that the user can mend; :class:`Diverged` where
+            the weights came to no numbers.
     """
     output = config.output
     if config.data.train is None:
@@ -116,6 +119,7 @@ def train(
         trainer.add_callback(callback)
     with _telling_where_it_goes_on(output):
         write_text(output / RUN_FILE, config.to_yaml())
+        (output / DIVERGED_FILE).unlink(missing_ok=True)
         try:
             _inform(config, trainer.model, processor, records, autocast, progress)
             with nullcontext() if trainer.args.device.type == "cuda" else answers_alone(model.get_base_model()):
@@ -582,17 +586,41 @@ def _arguments(config: RunConfig, progress: bool, autocast: torch.dtype | None) 
 def check_output(output: Path, config: RunConfig) -> None:
     """See that ``output`` is free or already this run's, and clear what an interrupted checkpoint left there.
 
-    It is this run's if all is the same but how it is watched.
+    It is this run's if all is the same but how it is watched. A run that came to nothing leaves it free.
     """
     path = output / RUN_FILE
     if path.is_file():
-        watched: Any = {"training": WATCHING}
-        before, asked = (each.model_dump(exclude=watched) for each in (RunConfig.load(path), config))
-        if before != asked:
+        if not same_run(output, config) and not came_to_nothing(output):
             raise config.error("output", f"is {output}, which holds another run (see {path}); choose another folder.")
     elif output.is_dir() and any(output.iterdir()):
         raise config.error("output", f"is {output}, which holds something else; choose an empty folder.")
     shutil.rmtree(output / ".partial", ignore_errors=True)
+
+
+def same_run(output: Path, config: RunConfig) -> bool:
+    """Whether the run in ``output`` is this one in all but how it is watched."""
+    watched: Any = {"training": WATCHING}
+    before, asked = (each.model_dump(exclude=watched) for each in (RunConfig.load(output / RUN_FILE), config))
+    return before == asked
+
+
+def diverged(output: Path) -> dict[str, Any] | None:
+    """What the run in ``output`` left there if its weights came to no numbers."""
+    path = output / DIVERGED_FILE
+    return json.loads(path.read_text()) if path.is_file() else None
+
+
+def came_to_nothing(output: Path) -> bool:
+    """Whether there is nothing else in ``output`` of a run."""
+    return {path.name for path in output.iterdir()} == {RUN_FILE, DIVERGED_FILE}
+
+
+def leave_diverged(config: RunConfig, found: dict[str, Any], *, alone: bool) -> None:
+    """Leave what :func:`diverged` reads in the run's folder, where it is to be ``alone`` with the settings."""
+    if alone:
+        shutil.rmtree(config.output)
+        write_text(config.output / RUN_FILE, config.to_yaml())
+    write_json(config.output / DIVERGED_FILE, found)
 
 
 def check_trained(config: RunConfig) -> None:
@@ -692,16 +720,21 @@ class _Keep(TrainerCallback):
         own = (p.to_local() if isinstance(p, DTensor) else p for p in trained)  # clipping spreads a NaN to all shards
         if all(bool(torch.isfinite(p).all()) for p in own):
             return
+        from .measure import versions  # which imports this module
+
+        alone = _last_checkpoint(self.output) is None
         mend = "lower it, or training.max_grad_norm"
-        if _last_checkpoint(self.output) is not None:
+        if not alone:
             mend += f", and name another output than {self.output}"
-        elif state.is_world_process_zero:
-            shutil.rmtree(self.output)  # there is nothing in it: leave the folder free for the mended file
-        raise self.config.error(
+        if state.is_world_process_zero:
+            found = {"step": state.global_step, "steps": state.max_steps, "versions": versions()}
+            leave_diverged(self.config, found, alone=alone)
+        told = self.config.error(
             "training.lr",
             f"is {self.config.training.lr:g}, and at step {state.global_step} of {state.max_steps} the weights of the "
             f"adapter are not finite any more; {mend}.",
         )
+        raise Diverged(str(told))
 
     def on_save(self, args, state, control, model=None, **kwargs):
         self.check(model, state)

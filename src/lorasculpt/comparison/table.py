@@ -226,9 +226,15 @@ def made_with(rows: Sequence[dict[str, Any]]) -> Table:
 
 
 def tell_ends(rates: dict[str, dict[str, Any]]) -> None:
-    """Print which labels have a learning rate at the end of those that were tried."""
+    """Print which learning rates broke a label, and which labels have one at the end of those that were tried."""
     for label, found in rates.items():
+        for rate, score in found["validation"].items():
+            if "diverged" in score:
+                step, steps = score["diverged"]
+                print(f"{label}: at the learning rate {rate} the weights came to no numbers by step {step} of {steps}.")
         tried = [float(rate) for rate in found["validation"]]
+        if tried and found["chosen"] is None and all("diverged" in score for score in found["validation"].values()):
+            print(f"{label}: no learning rate that was tried so far can be used; a smaller one may.")
         for end, best, beyond in ((min, "smallest", "smaller"), (max, "largest", "larger")):
             if tried and found["chosen"] == end(tried):
                 print(f"{label}: of the learning rates the {best} did best; a {beyond} one may do better.")

@@ -191,6 +191,18 @@ def test_modes_are_restored():
     assert [module.training for module in model.modules()] == modes
 
 
+@pytest.mark.parametrize("adapted", [False, True])
+def test_the_head_gets_its_rows_in_one_piece(records, adapted):
+    """The last token of each prompt, cut out of all, is not; a product for each row is what torch makes of that."""
+    model, processor = sharpened("llava")
+    head, whole = model.lm_head, []
+    head.register_forward_hook(lambda module, inputs, output: whole.append(inputs[0].is_contiguous()))
+    answer(adapt(model) if adapted else model, processor, records[:2], max_new_tokens=2)
+    assert len(whole) >= 2
+    assert all(whole)
+    assert not head._forward_pre_hooks
+
+
 def test_precision(records):
     model, processor = sharpened("llava")
     seen = []

@@ -10,8 +10,9 @@ from pathlib import Path
 import pico
 import pytest
 import yaml
+from commands import refused
 
-from lorasculpt import UserError, cli
+from lorasculpt import UserError
 from lorasculpt.config import RunConfig
 from lorasculpt.play import _told
 from lorasculpt.train import train
@@ -47,18 +48,6 @@ def written(folder: Path, pico_folder) -> Path:
     path = folder / "run.yaml"
     path.write_text(yaml.safe_dump(settings, sort_keys=False))
     return path
-
-
-def told(*arguments, capsys, monkeypatch) -> str:
-    """What the command line says against ``arguments``; see that it is one sentence, and ends with 2."""
-    monkeypatch.setattr(sys, "argv", ["lorasculpt", *map(str, arguments)])
-    with pytest.raises(SystemExit) as stop:
-        cli.main()
-    lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("lorasculpt: ")]
-    assert stop.value.code == 2
-    assert len(lines) == 1
-    assert "\t" not in lines[0]
-    return lines[0]
 
 
 def contents(folder: Path) -> dict[str, bytes]:
@@ -97,24 +86,24 @@ def cut_short(path: Path) -> None:
     ],
     ids=["missing", "truncated", "no-answer"],
 )
-def test_data_are_read_before_training_begins(fresh, side, spoil, said, capsys, monkeypatch):
+def test_data_are_read_before_training_begins(fresh, side, spoil, said, monkeypatch):
     file = fresh / side / "train.jsonl"
     spoil(file)
     before = contents(fresh)
     monkeypatch.setattr("lorasculpt.train.load", lambda *_: pytest.fail("the base was loaded"))
-    words = told("train", fresh / "run.yaml", capsys=capsys, monkeypatch=monkeypatch)
+    words = refused("train", fresh / "run.yaml")
     assert words.startswith(f"lorasculpt: {file}:2: ")
     assert words.endswith(said)
     assert contents(fresh) == before
 
 
 @pytest.mark.parametrize("key", ["validation", "validation_source", "target"])
-def test_so_are_the_data_of_every_choice(fresh, key, capsys, monkeypatch):
+def test_so_are_the_data_of_every_choice(fresh, key):
     pico.write_data(fresh / "more", n=4)
     file = fresh / "more" / "train.jsonl"
     without_answer(file)
     settings = (f"evaluate.{key}={file}", *(["data.validation=0.5"] if key == "target" else []))
-    words = told("train", fresh / "run.yaml", *settings, capsys=capsys, monkeypatch=monkeypatch)
+    words = refused("train", fresh / "run.yaml", *settings)
     assert words.startswith(f"lorasculpt: {file}:2: 'answer' is missing")
     assert not (fresh / "out").exists()
 
@@ -131,10 +120,10 @@ def test_so_are_the_data_of_every_choice(fresh, key, capsys, monkeypatch):
     ],
     ids=["key", "key-of-a-section", "type", "type-of-a-section", "density", "prune-step"],
 )
-def test_a_setting_is_told_with_its_line(fresh, old, new, line, said, capsys, monkeypatch):
+def test_a_setting_is_told_with_its_line(fresh, old, new, line, said):
     edit(fresh / "run.yaml", old, new)
     before = contents(fresh)
-    words = told("train", fresh / "run.yaml", capsys=capsys, monkeypatch=monkeypatch)
+    words = refused("train", fresh / "run.yaml")
     assert words.startswith(f"lorasculpt: {fresh / 'run.yaml'}:{line}: {said}")
     assert contents(fresh) == before
 
@@ -145,12 +134,12 @@ def test_a_setting_is_told_with_its_line(fresh, old, new, line, said, capsys, mo
     ids=["lora", "merged", "inspect"],
 )
 @pytest.mark.parametrize(("family", "is_"), [("llava_next", "llava_next"), ("llama", "llama")])
-def test_a_base_of_another_family_is_refused(trained, tmp_path, pico_folder, command, family, is_, capsys, monkeypatch):
+def test_a_base_of_another_family_is_refused(trained, tmp_path, pico_folder, command, family, is_):
     before, adapter = contents(trained), trained / "out" / "adapter"
     verb, *options = command
     out = ["--out", tmp_path / "new"] if verb == "export" else []
     command = (verb, adapter, "--base", pico_folder(family), *options, *out)
-    words = told(*command, capsys=capsys, monkeypatch=monkeypatch)
+    words = refused(*command)
     assert f"it was trained on LlavaForConditionalGeneration, and this is {is_}" in words
     assert words.endswith("name the model it was trained on.")
     assert contents(trained) == before
@@ -159,11 +148,11 @@ def test_a_base_of_another_family_is_refused(trained, tmp_path, pico_folder, com
 
 @pytest.mark.parametrize("command", ["train", "eval", "dial"])
 @pytest.mark.parametrize("changed", ["base", "method.density"])
-def test_a_folder_with_another_run_is_left_alone(trained, pico_folder, command, changed, capsys, monkeypatch):
+def test_a_folder_with_another_run_is_left_alone(trained, pico_folder, command, changed):
     before = contents(trained)
     other = {"base": pico_folder("llava_next"), "method.density": 0.3}[changed]
     override = f"{changed}={other}"
-    words = told(command, trained / "run.yaml", override, capsys=capsys, monkeypatch=monkeypatch)
+    words = refused(command, trained / "run.yaml", override)
     place = "run.yaml:2: output" if command == "train" else f"override {override!r}: {changed}"
     assert f"{place} is " in words
     assert words.endswith("choose another folder." if command == "train" else "correct it, or name another output.")

@@ -15,9 +15,10 @@ import pico
 import pytest
 import torch
 import yaml
+from commands import call
 from safetensors.torch import load_file
 
-from lorasculpt import UserError, cli, compare, posthoc, sequence
+from lorasculpt import UserError, compare, posthoc, sequence
 from lorasculpt import train as training
 from lorasculpt.compare import Comparison, commands, planned
 from lorasculpt.comparison import edits, sequences
@@ -53,21 +54,10 @@ def run(tmp_path, pico_folder):
     return lambda *overrides: RunConfig.load(path, overrides)
 
 
-def words(*arguments, capsys, monkeypatch) -> tuple[int, str, str]:
-    """Exit code, standard output and standard error of one command line."""
-    monkeypatch.setattr(sys, "argv", ["lorasculpt", *map(str, arguments)])
-    code = 0
-    try:
-        cli.main()
-    except SystemExit as stop:
-        code = int(stop.code or 0)
-    return code, *capsys.readouterr()
-
-
 # --- the runs -------------------------------------------------------------------------------------------------------
 
 
-def test_a_stopped_comparison_goes_on(run, tmp_path, capsys, monkeypatch):
+def test_a_stopped_comparison_goes_on(run, tmp_path, monkeypatch):
     config, done = run(), []
 
     def training(config, **options):
@@ -94,11 +84,11 @@ def test_a_stopped_comparison_goes_on(run, tmp_path, capsys, monkeypatch):
     assert len(lines) == 1
     for line in lines:
         for command in line.split(" && "):
-            code, _, err = words(*command.split()[1:], capsys=capsys, monkeypatch=monkeypatch)
+            code, _, err = call(*command.split()[1:])
             assert code == 0, err
     options = ("--methods", ",".join(METHODS), "--seeds", "1", "--rates", "1e-3,1e-2", "--out", tmp_path / "all.json")
     monkeypatch.setattr(compare, "train", lambda *args, **options: pytest.fail("trained again"))
-    code, out, err = words("compare", tmp_path / "run.yaml", *options, capsys=capsys, monkeypatch=monkeypatch)
+    code, out, err = call("compare", tmp_path / "run.yaml", *options)
     assert code == 0, err
     assert "Pareto front" in out
     assert "still missing" not in out
@@ -327,7 +317,7 @@ def test_a_job_that_still_runs_is_waited_for(tmp_path, monkeypatch):
     launch(lines, "local", {}, seconds=0)
 
 
-def test_what_cannot_be_launched_is_told(run, tmp_path, monkeypatch, capsys):
+def test_what_cannot_be_launched_is_told(run, tmp_path, monkeypatch):
     pytest.importorskip("submitit")
     run()
     arguments = ("compare", tmp_path / "run.yaml", "--methods", "lora")
@@ -336,7 +326,7 @@ def test_what_cannot_be_launched_is_told(run, tmp_path, monkeypatch, capsys):
         ("--job", "mem_gb=3"): "--job is of the jobs of --launch; add --launch slurm",
         ("--launch", "slurm"): "submitit cannot launch on slurm (",
     }.items():
-        code, _, err = words(*arguments, *more, capsys=capsys, monkeypatch=monkeypatch)
+        code, _, err = call(*arguments, *more)
         assert code == 2
         assert part in err
     with pytest.raises(UserError, match=r"Unknown argument 'colour' for executor 'slurm'"):
@@ -502,7 +492,7 @@ def test_what_has_one_strength_is_measured_without_a_curve(run, name):
     assert name in report(path, path.parent / "page").with_suffix(".md").read_text()
 
 
-def test_sequences_are_compared_at_one_rate(run, tmp_path, capsys, monkeypatch):
+def test_sequences_are_compared_at_one_rate(run, tmp_path, monkeypatch):
     monkeypatch.setenv("COLUMNS", "200")
     files = {task: pico.write_data(tmp_path / task, n=4, tasks=[task]) for task in ("color", "shape")}
     stages = ", ".join(f"{{name: {task}, train: {file}, test: {file}}}" for task, file in files.items())
@@ -519,7 +509,7 @@ def test_sequences_are_compared_at_one_rate(run, tmp_path, capsys, monkeypatch):
         "lora-lr0.01-seed1.yaml",
     ]
     first, second, *_ = (line.split()[2] for line in commands(comparison))
-    assert words("train", first, capsys=capsys, monkeypatch=monkeypatch)[0] == 0  # from its own command
+    assert call("train", first)[0] == 0  # from its own command
     measured, evaluate = [], sequence.evaluate
 
     def counted(model, *arguments, **options):
@@ -545,13 +535,11 @@ def test_sequences_are_compared_at_one_rate(run, tmp_path, capsys, monkeypatch):
     assert rows["am_lora"]["against"]["last"] is None
     # of the seed that both have
     assert rows["am_lora"]["time"]["mean"] == entries["am_lora", 0]["seconds"] / entries["lora", 0]["seconds"]
-    code, out, err = words(
+    code, out, err = call(
         "compare",
         tmp_path / "run.yaml",
         *overrides,
         *("--seeds", "2"),
-        capsys=capsys,
-        monkeypatch=monkeypatch,
     )
     assert code == 0, err
     assert "forward" in out
@@ -705,12 +693,12 @@ def test_a_setting_that_is_refused_later_is_placed_where_it_was_written(run):
         (("--methods", "lora"), ("output=single",), "which holds a single run"),
     ],
 )
-def test_a_mistake_is_told_before_anything_is_trained(run, tmp_path, capsys, monkeypatch, options, overrides, part):
+def test_a_mistake_is_told_before_anything_is_trained(run, tmp_path, monkeypatch, options, overrides, part):
     monkeypatch.setattr(compare, "train", lambda *args, **options: pytest.fail("trained"))
     (tmp_path / "single").mkdir()
     (tmp_path / "single" / "run.yaml").write_text("a run")
     arguments = ("compare", tmp_path / "run.yaml", *overrides, *options)
-    code, _, err = words(*arguments, capsys=capsys, monkeypatch=monkeypatch)
+    code, _, err = call(*arguments)
     assert code == 2
     assert part in err
     assert err.count("\n") == 1
@@ -804,7 +792,7 @@ methods:
         Comparison(labelled(text, f"data.general={tmp_path / 'test' / 'train.jsonl'}"), None, 1, [0.1])
 
 
-def test_edits_are_runs_of_what_was_trained(labelled, tmp_path, capsys, monkeypatch):
+def test_edits_are_runs_of_what_was_trained(labelled, tmp_path, monkeypatch):
     chosen = ["lora", "sparser", "milder", "dare", "rank", "tailor", "pruned"]
     config = labelled(EDITED, "methods.lora.seeds=1", "seed=3")
     path = compare.compare(config, chosen, rates=[0.05], progress=False)
@@ -838,7 +826,7 @@ def test_edits_are_runs_of_what_was_trained(labelled, tmp_path, capsys, monkeypa
     assert len(lines) == 5
     for line in lines:
         for command in line.split(" && "):
-            code, _, err = words(*shlex.split(command)[1:], capsys=capsys, monkeypatch=monkeypatch)
+            code, _, err = call(*shlex.split(command)[1:])
             assert code == 0, err
     monkeypatch.setattr(compare, "train", lambda *args, **options: pytest.fail("trained again"))
     monkeypatch.setattr(edits.posthoc, "write", lambda *args, **options: pytest.fail("edited again"))

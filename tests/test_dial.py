@@ -4,16 +4,16 @@ from __future__ import annotations
 
 import json
 import shutil
-import sys
 
 import numpy as np
 import pico
 import pytest
 import torch
+from commands import call, done
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.numpy import load_file, save_file
 
-from lorasculpt import UserError, cli
+from lorasculpt import UserError
 from lorasculpt import dial as dialing
 from lorasculpt.dial import dial, plot
 from lorasculpt.evaluation import drift, evaluate, strength
@@ -64,17 +64,12 @@ def test_without_source_by_drift(run, tmp_path):
     assert json.loads(path.read_text())["budget"]["strength"] is None
 
 
-def test_with_source_on_the_command_line(run, tmp_path, capsys, monkeypatch):
+def test_with_source_on_the_command_line(run, tmp_path):
     data = tmp_path / "data" / "train.jsonl"
     config = run(f"evaluate.source=[{data}]", "evaluate.retain=0.9")
     train(config, progress=False)
-    monkeypatch.setattr(
-        sys, "argv", ["lorasculpt", "dial", str(tmp_path / "run.yaml"), f"evaluate.source=[{data}]", "--retain", "0.9"]
-    )
-    with pytest.raises(SystemExit) as stop:
-        cli.main()
-    assert not stop.value.code
-    assert "keeps 90 % of the source" in capsys.readouterr().out  # a base that knows nothing has nothing to keep
+    said = done("dial", tmp_path / "run.yaml", f"evaluate.source=[{data}]", "--retain", "0.9")
+    assert "keeps 90 % of the source" in said  # a base that knows nothing has nothing to keep
     found = json.loads((config.output / "dial.json").read_text())
     assert all("source" in point for point in found["points"])
     results, _ = measure(config, progress=False)
@@ -192,24 +187,14 @@ def test_what_is_measured_pruned_is_what_stock_peft_loads(trained, tmp_path, mon
     }
 
 
-def test_densities_on_the_command_line(trained, tmp_path, capsys, monkeypatch):
-    config = trained()
-
-    def call(*arguments):
-        monkeypatch.setattr(sys, "argv", ["lorasculpt", "dial", str(tmp_path / "run.yaml"), *arguments])
-        with pytest.raises(SystemExit) as stop:
-            cli.main()
-        return stop.value.code, capsys.readouterr()
-
-    code, said = call("--retain", "0.5", "--densities", "1,0.25", "--plot", str(tmp_path / "plots" / "dial.png"))
-    assert not code
-    assert "strength density target" in said.out
-    assert "Strength 0.5 at density 0.25 learns the most" in said.out  # the target is 0 everywhere
+def test_densities_on_the_command_line(trained, tmp_path):
+    config, file = trained(), tmp_path / "run.yaml"
+    said = done("dial", file, "--retain", "0.5", "--densities", "1,0.25", "--plot", tmp_path / "plots" / "dial.png")
+    assert "strength density target" in said
+    assert "Strength 0.5 at density 0.25 learns the most" in said  # the target is 0 everywhere
     assert (tmp_path / "plots" / "dial.png").read_bytes().startswith(b"\x89PNG")
     assert [path.name for path in (tmp_path / "plots").iterdir()] == ["dial.png"]
-    code, said = call("--retain", "0.5")
-    assert not code
-    assert "density" not in said.out
+    assert "density" not in done("dial", file, "--retain", "0.5")
     before = (config.output / "dial.json").read_text()
     for wrong, words in (
         (("--densities", "0"), r"the densities are [0]; name one or more"),
@@ -221,10 +206,10 @@ def test_densities_on_the_command_line(trained, tmp_path, capsys, monkeypatch):
         (("--plot", "dial.jpg"), "must end in .png or .svg"),
         (("--retain", "0"), "the share to keep is 0"),
     ):
-        code, said = call(*wrong)
+        code, _, err = call("dial", file, *wrong)
         assert code == 2
-        assert words in said.err
-        assert len(said.err.splitlines()) == 1
+        assert words in err
+        assert len(err.splitlines()) == 1
     assert (config.output / "dial.json").read_text() == before
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import sys
 from contextlib import contextmanager, suppress
 from pickle import UnpicklingError
 
@@ -11,10 +10,11 @@ import pico
 import pytest
 import torch
 import yaml
+from commands import refused
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
-from lorasculpt import UserError, cli, files
+from lorasculpt import UserError, files
 from lorasculpt.adapters.clock import ClockCallback
 from lorasculpt.config import RunConfig
 from lorasculpt.train import train
@@ -113,27 +113,17 @@ def run(tmp_path, pico_folder):
     return path
 
 
-def refused(*arguments, monkeypatch, capsys) -> str:
-    """The one sentence with which the command line ends with 2."""
-    monkeypatch.setattr(sys, "argv", ["lorasculpt", *map(str, arguments)])
-    with pytest.raises(SystemExit) as stop:
-        cli.main()
-    assert stop.value.code == 2
-    (line,) = (line for line in capsys.readouterr().err.splitlines() if line.startswith("lorasculpt: "))
-    return line
-
-
-def test_a_run_that_has_no_room_does_not_begin(run, monkeypatch, capsys):
+def test_a_run_that_has_no_room_does_not_begin(run, monkeypatch):
     monkeypatch.setattr("lorasculpt.train.free", lambda folder: 1000)
-    line = refused("train", run, monkeypatch=monkeypatch, capsys=capsys)
+    line = refused("train", run)
     assert ": output is" in line
     assert "1.0 kB left, and the adapter and 2 checkpoints take" in line
     assert not (run.parent / "out").exists()
-    line = refused("train", run, "training.save_every=null", monkeypatch=monkeypatch, capsys=capsys)
+    line = refused("train", run, "training.save_every=null")
     assert "and the adapter takes" in line
 
 
-def test_a_disk_that_runs_full_costs_no_checkpoint(run, monkeypatch, capsys):
+def test_a_disk_that_runs_full_costs_no_checkpoint(run, monkeypatch):
     """It ends in one sentence, and the next call goes on to the same bits as one that never stopped."""
     begin, soft = ClockCallback.on_step_begin, resource.getrlimit(resource.RLIMIT_FSIZE)
     out = run.parent / "out"
@@ -146,20 +136,20 @@ def test_a_disk_that_runs_full_costs_no_checkpoint(run, monkeypatch, capsys):
     with monkeypatch.context() as patch:
         patch.setattr(ClockCallback, "on_step_begin", fill)
         try:
-            line = refused("train", run, monkeypatch=patch, capsys=capsys)
+            line = refused("train", run)
         finally:
             resource.setrlimit(resource.RLIMIT_FSIZE, soft)
     assert line.endswith("out has no room left; make some and run it again: it goes on from checkpoint-2.")
     assert sorted(path.name for path in out.iterdir()) == ["checkpoint-2", "run.yaml"]
     with no_room(10):  # what is there already is not written over by half
-        assert "no room" in refused("train", run, "training.keep=2", monkeypatch=monkeypatch, capsys=capsys)
+        assert "no room" in refused("train", run, "training.keep=2")
     adapter = train(RunConfig.load(run), progress=False)
     whole = train(RunConfig.load(run, ["output=whole", "training.save_every=null"]), progress=False)
     resumed, never = (load_file(folder / "adapter_model.safetensors") for folder in (adapter, whole))
     assert resumed.keys() == never.keys()
     assert all(torch.equal(resumed[name], never[name]) for name in never)
     with no_room(10):
-        assert "no room" in refused("eval", run, monkeypatch=monkeypatch, capsys=capsys)
+        assert "no room" in refused("eval", run)
     assert not (out / "results.json").exists()
 
 
@@ -178,10 +168,10 @@ def test_the_end_is_no_checkpoint(run):
     assert [path.name for path in adapter.parent.glob("checkpoint-*")] == ["checkpoint-3"]
 
 
-def test_a_run_that_comes_to_nan_leaves_no_adapter(run, monkeypatch, capsys):
+def test_a_run_that_comes_to_nan_leaves_no_adapter(run, monkeypatch):
     """Without a checkpoint only word of it is left, and the mended file can take the same folder."""
     wild = ("training.lr=1e30", "training.log_every=2", "training.save_every=null")
-    line = refused("train", run, *wild, monkeypatch=monkeypatch, capsys=capsys)
+    line = refused("train", run, *wild)
     assert "training.lr is 1e+30, and at step" in line
     assert line.endswith("the weights of the adapter are not finite any more; lower it, or training.max_grad_norm.")
     assert sorted(path.name for path in (run.parent / "out").iterdir()) == ["diverged.json", "run.yaml"]
@@ -193,17 +183,17 @@ def test_a_run_that_comes_to_nan_leaves_no_adapter(run, monkeypatch, capsys):
         return begin(self, args, state, control, model=model, **kwargs)
 
     monkeypatch.setattr(ClockCallback, "on_step_begin", spoil)
-    line = refused("train", run, "training.log_every=4", monkeypatch=monkeypatch, capsys=capsys)
+    line = refused("train", run, "training.log_every=4")
     assert line.endswith(f"max_grad_norm, and name another output than {run.parent / 'out'}.")
     assert [path.name for path in (run.parent / "out").glob("checkpoint-*")] == ["checkpoint-1"]
-    line = refused("train", run, "training.lr=1e-3", monkeypatch=monkeypatch, capsys=capsys)
+    line = refused("train", run, "training.lr=1e-3")
     assert "holds another run" in line
     monkeypatch.undo()
     train(RunConfig.load(run, ["training.log_every=4"]), progress=False)
     assert not (run.parent / "out" / "diverged.json").exists()
 
 
-def test_a_place_that_cannot_be_written_to_is_named(run, monkeypatch, capsys):
+def test_a_place_that_cannot_be_written_to_is_named(run):
     (run.parent / "file").write_text("")
-    line = refused("train", run, "output=file/run", monkeypatch=monkeypatch, capsys=capsys)
+    line = refused("train", run, "output=file/run")
     assert "file/run: a part of this path is a file, not a folder" in line

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import json
 import shutil
-import sys
 
 import pico
 import pytest
 import torch
 import yaml
+from commands import call, done
 from peft import PeftModel
 from safetensors.torch import load_file
 
@@ -42,22 +42,11 @@ def run(tmp_path, pico_folder):
     return lambda *overrides: RunConfig.load(path, overrides)
 
 
-def words(*arguments, capsys, monkeypatch) -> tuple[int, str]:
-    """Exit code and standard error of one command line."""
-    monkeypatch.setattr(sys, "argv", ["lorasculpt", *map(str, arguments)])
-    code = 0
-    try:
-        cli.main()
-    except SystemExit as stop:
-        code = int(stop.code or 0)
-    return code, capsys.readouterr().err
-
-
 def weights(folder) -> dict[str, torch.Tensor]:
     return load_file(folder / "adapter_model.safetensors")
 
 
-def test_from_config_to_an_adapter_that_stock_peft_loads(run, tmp_path, capsys, monkeypatch):
+def test_from_config_to_an_adapter_that_stock_peft_loads(run, tmp_path):
     config = run("evaluate.every=2")
     adapter = train(config, progress=False)
     kept = {name: int(torch.count_nonzero(value)) / value.numel() for name, value in weights(adapter).items()}
@@ -75,12 +64,12 @@ def test_from_config_to_an_adapter_that_stock_peft_loads(run, tmp_path, capsys, 
     assert before["source"]
 
     command = ("report", results, "--out", tmp_path / "page")
-    assert words(*command, capsys=capsys, monkeypatch=monkeypatch)[0] == 0
+    assert call(*command)[0] == 0
     assert "lorasculpt" in (tmp_path / "page" / "report.html").read_text()
 
     for to in ("lora", "merged"):
         command = ("export", adapter, "--base", config.base, "--to", to, "--out", tmp_path / to)
-        code, err = words(*command, capsys=capsys, monkeypatch=monkeypatch)
+        code, _, err = call(*command)
         assert code == 0, err
     base, _ = load(config.base)
     inputs = {"input_ids": torch.arange(4, 20)[None]}
@@ -229,7 +218,7 @@ def test_another_run_in_the_output_folder_is_not_touched(run):
     assert (adapter / "adapter_model.safetensors").stat().st_mtime_ns == stamp
 
 
-def test_the_command_line_ends_with_2_for_a_users_mistake(run, tmp_path, capsys, monkeypatch):
+def test_the_command_line_ends_with_2_for_a_users_mistake(run, tmp_path):
     for command, part in (
         (("train", tmp_path / "none.yaml"), "none.yaml"),
         (("train", tmp_path / "run.yaml", "training.lr=fast"), "training.lr"),
@@ -239,18 +228,14 @@ def test_the_command_line_ends_with_2_for_a_users_mistake(run, tmp_path, capsys,
         (("inspect", tmp_path), "adapter"),
         (("frobnicate",), "frobnicate"),
     ):
-        code, err = words(*command, capsys=capsys, monkeypatch=monkeypatch)
+        code, _, err = call(*command)
         assert code == 2, (command, err)
         assert part in err
         assert "Traceback" not in err
 
 
-def test_methods_are_listed_with_their_settings(capsys, monkeypatch):
-    monkeypatch.setattr(sys, "argv", ["lorasculpt", "methods", "--json"])
-    with pytest.raises(SystemExit) as stop:
-        cli.main()
-    assert not stop.value.code
-    facts = json.loads(capsys.readouterr().out)
+def test_methods_are_listed_with_their_settings():
+    facts = json.loads(done("methods", "--json"))
     assert facts[0]["method"] == "lorasculpt"
     assert facts[0]["settings"]["density"] == 0.1
     assert [fact["method"] for fact in facts] == list(METHODS)
@@ -269,13 +254,9 @@ def test_methods_are_listed_with_their_settings(capsys, monkeypatch):
 
 
 @pytest.mark.parametrize("name", [None, *METHODS])
-def test_the_tables_of_methods_are_readable(name, capsys, monkeypatch):
+def test_the_tables_of_methods_are_readable(name, monkeypatch):
     monkeypatch.setenv("COLUMNS", "200")
-    monkeypatch.setattr(sys, "argv", ["lorasculpt", "methods", *([name] if name else [])])
-    with pytest.raises(SystemExit) as stop:
-        cli.main()
-    assert not stop.value.code
-    out = capsys.readouterr().out
+    out = done("methods", *([name] if name else []))
     assert all(method in out for method in ([] if name else METHODS))
     assert "parameters" in out or "default" in out
 
@@ -308,7 +289,7 @@ def logits(model, **task) -> torch.Tensor:
     return model(**INPUTS, **task).logits
 
 
-def test_from_tasks_in_the_data_to_a_plain_lora_for_each(several, tmp_path, capsys, monkeypatch):
+def test_from_tasks_in_the_data_to_a_plain_lora_for_each(several, tmp_path):
     config = several("evaluate.every=2", "evaluate.as_task=shape")
     adapter = train(config, progress=False)
     assert json.loads((adapter / "adapter_config.json").read_text())["tasks"] == list(TASKS)
@@ -323,11 +304,11 @@ def test_from_tasks_in_the_data_to_a_plain_lora_for_each(several, tmp_path, caps
     assert record["settings"]["evaluate"] == {"as_task": "shape"}
     assert measure(config, before=before, progress=False)[1] is before
     command = ("report", results, "--out", tmp_path / "page")
-    assert words(*command, capsys=capsys, monkeypatch=monkeypatch)[0] == 0
+    assert call(*command)[0] == 0
 
     for to in ("lora", "merged"):
         command = ("export", adapter, "--base", config.base, "--to", to, "--task", "all", "--out", tmp_path / to)
-        code, err = words(*command, capsys=capsys, monkeypatch=monkeypatch)
+        code, _, err = call(*command)
         assert code == 0, err
     model, found = live(config, adapter), []
     for task in TASKS:
@@ -343,11 +324,11 @@ def test_from_tasks_in_the_data_to_a_plain_lora_for_each(several, tmp_path, caps
     assert not torch.equal(*found)
 
 
-def test_tasks_that_would_share_a_folder_are_numbered(several, tmp_path, capsys, monkeypatch):
+def test_tasks_that_would_share_a_folder_are_numbered(several, tmp_path):
     config = several("method.tasks=[color, shape, a/b, a b]")
     adapter = train(config, progress=False)
     command = ("export", adapter, "--base", config.base, "--task", "all", "--out", tmp_path / "loras")
-    assert words(*command, capsys=capsys, monkeypatch=monkeypatch)[0] == 0
+    assert call(*command)[0] == 0
     assert {path.name for path in (tmp_path / "loras").iterdir()} == {"1-color", "2-shape", "3-a_b", "4-a_b"}
 
 
@@ -449,7 +430,7 @@ def test_a_method_may_choose_its_own_layers(several):
         train(several("output=none", "method={name: spider}", "projector=full"), progress=False)
 
 
-def test_what_an_adapter_cannot_become_is_told(several, tmp_path, capsys, monkeypatch):
+def test_what_an_adapter_cannot_become_is_told(several, tmp_path, monkeypatch):
     for method, told in {
         "mtl_lora": [
             ((), "is another LoRA for each task; say which with --task: color, shape, or all."),
@@ -474,7 +455,7 @@ def test_what_an_adapter_cannot_become_is_told(several, tmp_path, capsys, monkey
             adapter = train(config, progress=False)
         for options, part in told:
             command = ("export", adapter, "--base", config.base, "--out", tmp_path / "out", *options)
-            code, err = words(*command, capsys=capsys, monkeypatch=monkeypatch)
+            code, _, err = call(*command)
             assert code == 2, err
             assert part in err
             assert not (tmp_path / "out").exists()

@@ -2,17 +2,17 @@ from __future__ import annotations
 
 import io
 import json
-import sys
 
 import numpy as np
 import pico
 import pytest
 import torch
+from commands import call
 from contract import CASES, adapt
 from rich.console import Console
 
 import lorasculpt
-from lorasculpt import UserError, cli
+from lorasculpt import UserError
 from lorasculpt.adapters.update import UpdateConfig, UpdateLayer, context_of
 from lorasculpt.data.batches import Collator, rows
 from lorasculpt.data.records import read
@@ -41,17 +41,6 @@ def printed(found, **options) -> str:
     console = Console(file=io.StringIO(), width=160)
     show(found, console=console, **options)
     return console.file.getvalue()
-
-
-def run(*arguments, capsys, monkeypatch) -> tuple[int, str, str]:
-    """Exit code, output and error of ``lorasculpt inspect``."""
-    monkeypatch.setattr(sys, "argv", ["lorasculpt", "inspect", *map(str, arguments)])
-    code = 0
-    try:
-        cli.main()
-    except SystemExit as stop:
-        code = int(stop.code or 0)
-    return code, *capsys.readouterr()
 
 
 # --- loads ----------------------------------------------------------------------------------------------------------
@@ -232,7 +221,7 @@ def test_many_tasks_have_no_columns(tmp_path, pico_folder):
 # --- the command line -----------------------------------------------------------------------------------------------
 
 
-def test_the_command_line(tmp_path, pico_folder, data, capsys, monkeypatch):
+def test_the_command_line(tmp_path, pico_folder, data):
     adapter, base = folder(tmp_path, "loramoe", tasks=[], knowledge=[]), pico_folder("llava")
     options = (
         "--base",
@@ -246,14 +235,14 @@ def test_the_command_line(tmp_path, pico_folder, data, capsys, monkeypatch):
         "--plot",
         tmp_path / "a.svg",
     )
-    code, out, err = run(adapter, *options, capsys=capsys, monkeypatch=monkeypatch)
+    code, out, err = call("inspect", adapter, *options)
     assert code == 0, err
     assert "entropy" in out
     assert json.loads((tmp_path / "a.json").read_text())["records"] == dict.fromkeys(TASKS, 1)
     assert "Loads, color (1)" in (tmp_path / "a.svg").read_text()
 
 
-def test_mistakes_are_told_in_one_sentence(tmp_path, pico_folder, data, capsys, monkeypatch):
+def test_mistakes_are_told_in_one_sentence(tmp_path, pico_folder, data):
     routed, plain = folder(tmp_path, "loramoe", tasks=[], knowledge=[]), folder(tmp_path, "lorasculpt")
     multitask = folder(tmp_path, "mtl_lora", tasks=["color", "shape"])
     base = pico_folder("llava")
@@ -267,7 +256,7 @@ def test_mistakes_are_told_in_one_sentence(tmp_path, pico_folder, data, capsys, 
         ),
         ((plain, "--base", base, "--data", data), "routes nothing"),
     ):
-        code, _, err = run(*arguments, capsys=capsys, monkeypatch=monkeypatch)
+        code, _, err = call("inspect", *arguments)
         assert code == 2
         assert message in err
         assert len(err.strip().splitlines()) == 1

@@ -10,11 +10,12 @@ import numpy as np
 import pico
 import pytest
 import torch
+from commands import done, refused
 from peft import PeftModel
 from peft.tuners.tuners_utils import BaseTunerLayer
 from safetensors.torch import load_file
 
-from lorasculpt import cli, corda
+from lorasculpt import corda
 from lorasculpt.adapters.load import load as load_adapter
 from lorasculpt.data.batches import Collator, rows
 from lorasculpt.errors import UserError
@@ -273,15 +274,8 @@ def test_a_mistake_is_one_sentence_and_leaves_nothing(run, overrides, part):
     assert not config.output.exists()
 
 
-def test_the_list_of_methods_names_those_of_peft(capsys, monkeypatch):
-    monkeypatch.setattr("sys.argv", ["lorasculpt", "methods"])
-    with pytest.raises(SystemExit):
-        cli.main()
-    last = capsys.readouterr().out.splitlines()[-1]
+def test_the_list_of_methods_names_those_of_peft():
+    last = done("methods").splitlines()[-1]
     assert last.startswith("Also trained and compared, by PEFT: lora, dora, ")
     assert set(OF_PEFT) <= set(last.removesuffix(".").replace(",", "").split())
-    monkeypatch.setattr("sys.argv", ["lorasculpt", "methods", "pissa"])
-    with pytest.raises(SystemExit) as stop:
-        cli.main()
-    assert stop.value.code == 2
-    assert "peft.LoraConfig, pissa being {'init_lora_weights': 'pissa'}." in capsys.readouterr().err
+    assert "peft.LoraConfig, pissa being {'init_lora_weights': 'pissa'}." in refused("methods", "pissa")

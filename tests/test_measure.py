@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import json
-import sys
 
 import pico
 import pytest
 import torch
+from commands import done, refused
 from peft import PeftModel
 
-from lorasculpt import UserError, cli
+from lorasculpt import UserError
 from lorasculpt.evaluation import strength
 from lorasculpt.measure import measure, retained
 from lorasculpt.models.load import load
@@ -31,21 +31,11 @@ def entry(config) -> dict:
     return json.loads(measure(config, progress=False)[0].read_text())["runs"][0]
 
 
-def said(*arguments, capsys, monkeypatch) -> tuple[int, str]:
-    """Exit code, and what one command line printed in all, in one line."""
-    monkeypatch.setattr(sys, "argv", ["lorasculpt", *map(str, arguments)])
-    with pytest.raises(SystemExit) as stop:
-        cli.main()
-    printed = capsys.readouterr()
-    return int(stop.value.code or 0), " ".join((printed.out + printed.err).split())
-
-
-def test_without_source_the_adapter_that_keeps_enough_is_left(run, tmp_path, capsys, monkeypatch):
+def test_without_source_the_adapter_that_keeps_enough_is_left(run, tmp_path):
     config = run("evaluate.retain=0.5", "evaluate.drift=4")
     adapter, out = train(config, progress=False), config.output / "adapter-retained"
     file, share = tmp_path / "run.yaml", "evaluate.retain=0.5"
-    code, words = said("eval", file, share, "evaluate.drift=4", capsys=capsys, monkeypatch=monkeypatch)
-    assert code == 0, words
+    words = " ".join(done("eval", file, share, "evaluate.drift=4").split())
     assert f"The adapter at that strength: {out}" in words  # the target is the same at both, so the smaller is taken
     assert "chosen on the target itself" in words
     found = json.loads((config.output / "results.json").read_text())["runs"][0]
@@ -68,12 +58,8 @@ def test_without_source_the_adapter_that_keeps_enough_is_left(run, tmp_path, cap
         torch.testing.assert_close(written(**inputs).logits, turned_down, atol=1e-5, rtol=1e-4)
         assert not torch.allclose(tuned(**inputs).logits, turned_down, atol=1e-4)
 
-    code, words = said("report", config.output, "--out", tmp_path / "page", capsys=capsys, monkeypatch=monkeypatch)
-    assert code == 2
-    assert "measured without source tasks" in words
-    code, words = said("compare", file, share, capsys=capsys, monkeypatch=monkeypatch)
-    assert code == 2
-    assert "must name what to measure: source" in words
+    assert "measured without source tasks" in refused("report", config.output, "--out", tmp_path / "page")
+    assert "must name what to measure: source" in refused("compare", file, share)
 
     budget = found["budget"]
     assert str(out) in retained(config, budget | {"strength": 0.25})  # again: it is replaced,

@@ -4,17 +4,17 @@ from __future__ import annotations
 
 import json
 import shutil
-import sys
 
 import numpy as np
 import pico
 import pytest
 import torch
 import yaml
+from commands import done
 from peft import LoraConfig, PeftModel
 from safetensors.torch import load_file
 
-from lorasculpt import UserError, cli
+from lorasculpt import UserError
 from lorasculpt.adapters.clock import ClockCallback
 from lorasculpt.adapters.load import load as load_adapter
 from lorasculpt.config import RunConfig
@@ -251,12 +251,8 @@ def test_a_sequence_is_no_single_run(run, monkeypatch):
         learn(run(), progress=False)
 
 
-def test_the_command_line_shows_the_matrix(run, tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(sys, "argv", ["lorasculpt", "train", str(tmp_path / "sequence.yaml"), "training.steps=1"])
-    with pytest.raises(SystemExit) as stop:
-        cli.main()
-    assert not stop.value.code
-    out = capsys.readouterr().out
+def test_the_command_line_shows_the_matrix(run, tmp_path):
+    out = done("train", tmp_path / "sequence.yaml", "training.steps=1")
     assert "after shape" in out
     assert "backward transfer" in out
     assert "matrix.json" in out

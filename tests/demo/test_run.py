@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import re
-import sys
 
 import made_up
 import pico
 import pytest
+from commands import done
 from trl import SFTTrainer
 
 from lorasculpt import cli
@@ -95,16 +95,12 @@ def tiny(tmp_path, pico_folder, monkeypatch):
     return trained
 
 
-def test_two_runs_a_table_and_a_page_and_a_second_call_trains_nothing(tiny, tmp_path, capsys, narrow, monkeypatch):
+def test_two_runs_a_table_and_a_page_and_a_second_call_trains_nothing(tiny, tmp_path, narrow):
     out = tmp_path / "demo"
-    monkeypatch.setattr(sys, "argv", ["lorasculpt", "demo", "--out", str(out)])
-    with pytest.raises(SystemExit) as stop:
-        cli.main()
-    assert stop.value.code == 0
+    shown = done("demo", "--out", out)
     assert len(tiny) == 2
     for name in ("lora", "lorasculpt"):
         assert (out / name / "adapter" / "adapter_model.safetensors").is_file()
-    shown = capsys.readouterr().out
     found = rows(shown)
     assert found["lora"] == ["lorasculpt"]
     assert len(found["color"]) == len(found["shape"]) == 3

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import sys
 from collections import Counter
 
 import numpy as np
@@ -11,13 +10,14 @@ import pico
 import pytest
 import torch
 import yaml
+from commands import done
 from contract import close, equal, sgd, start, texts, train, trained, weights
 from dense import LINEARS, by_hand, check, check_plain, check_resumed
 from peft import get_peft_model
 from torch import nn
 
 import lorasculpt
-from lorasculpt import Clock, FullConfig, UserError, cli
+from lorasculpt import Clock, FullConfig, UserError
 from lorasculpt.adapters.method import methods_of
 from lorasculpt.adapters.update import updates
 from lorasculpt.compare import Comparison
@@ -291,7 +291,7 @@ def test_a_sharded_weight_has_a_sharded_mask():
     close(*found)
 
 
-def test_a_quantised_base_is_masked_by_what_it_stands_for(tmp_path, monkeypatch):
+def test_a_quantised_base_is_masked_by_what_it_stands_for(tmp_path):
     bitsandbytes = pytest.importorskip("bitsandbytes")
     base = nn.Sequential(nn.Linear(64, 64, bias=False))
     W0 = base[0].weight.detach().clone()
@@ -349,17 +349,6 @@ def test_config_says_what_is_wrong(wrong):
 # --- the command line -----------------------------------------------------------------------------------------------
 
 
-def words(*arguments, capsys, monkeypatch) -> str:
-    """Standard output of one command line that must do."""
-    monkeypatch.setenv("COLUMNS", "200")
-    monkeypatch.setattr(sys, "argv", ["lorasculpt", *map(str, arguments)])
-    with pytest.raises(SystemExit) as stop:
-        cli.main()
-    out, err = capsys.readouterr()
-    assert not stop.value.code, err
-    return out
-
-
 @pytest.fixture
 def run(tmp_path, pico_folder):
     """A run file."""
@@ -377,22 +366,19 @@ def run(tmp_path, pico_folder):
     return path
 
 
-def test_from_a_run_file_to_a_merged_model(run, tmp_path, pico_folder, capsys, monkeypatch):
+def test_from_a_run_file_to_a_merged_model(run, tmp_path, pico_folder):
     base = pico_folder("llava")
 
-    def call(*arguments):
-        return words(*arguments, capsys=capsys, monkeypatch=monkeypatch)
-
-    call("train", run)
-    call("eval", run)
+    done("train", run)
+    done("eval", run)
     record = json.loads((tmp_path / "out" / "results.json").read_text())["runs"][0]
     assert [point["strength"] for point in record["curve"]] == [0, 0.5, 1]
     adapter = tmp_path / "out" / "adapter"
     live = lorasculpt.load(pico.build("llava")[0], adapter).eval()
     assert len(updates(live)) == 2 * 7
-    assert "100.0%" in call("inspect", adapter, "--base", base)  # of the energy
-    assert "round_steps" in call("methods", "full")
-    call("export", adapter, "--base", base, "--to", "merged", "--out", tmp_path / "merged")
+    assert "100.0%" in done("inspect", adapter, "--base", base)  # of the energy
+    assert "round_steps" in done("methods", "full")
+    done("export", adapter, "--base", base, "--to", "merged", "--out", tmp_path / "merged")
     assert json.loads((adapter / "lorasculpt.json").read_text())["state"] == {"step": 2}
     ids = {"input_ids": torch.arange(4, 20)[None]}
     with torch.no_grad():

@@ -2,18 +2,17 @@ from __future__ import annotations
 
 import json
 import re
-import sys
 from dataclasses import asdict, replace
 from pathlib import Path
 
 import pico
 import pytest
 import torch
+from commands import call
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForImageTextToText
 
-from lorasculpt import cli
 from lorasculpt.errors import UserError
 from lorasculpt.inspect import read_adapter
 from lorasculpt.posthoc import average, dare, prune, read, scale, ties, write
@@ -182,22 +181,11 @@ def test_a_weight_that_two_layers_share_is_not_changed_for_one(tmp_path, make):
 # --- the command line -----------------------------------------------------------------------------------------------
 
 
-def words(*arguments, capsys, monkeypatch) -> tuple[int, str, str]:
-    """Exit code, standard output and standard error of one command line."""
-    monkeypatch.setattr(sys, "argv", ["lorasculpt", "posthoc", *map(str, arguments)])
-    code = 0
-    try:
-        cli.main()
-    except SystemExit as stop:
-        code = int(stop.code or 0)
-    return code, *capsys.readouterr()
-
-
-def test_every_verb(make, tmp_path, pico_folder, capsys, monkeypatch):
+def test_every_verb(make, tmp_path, pico_folder):
     a, b, base = make("a", 1), make("b", 2), pico_folder("llava")
 
     def made(verb, *arguments) -> tuple[str, dict]:
-        code, out, err = words(verb, *arguments, "--out", tmp_path / verb, capsys=capsys, monkeypatch=monkeypatch)
+        code, out, err = call("posthoc", verb, *arguments, "--out", tmp_path / verb)
         assert code == 0, err
         return out, json.loads((tmp_path / verb / "posthoc.json").read_text())
 
@@ -234,10 +222,10 @@ def test_every_verb(make, tmp_path, pico_folder, capsys, monkeypatch):
         (("tailor", "a", "--base", "x", "--data", "y.jsonl", "--keep", 0), "not 0"),
     ],
 )
-def test_mistakes_are_one_sentence_and_exit_code_2(make, tmp_path, capsys, monkeypatch, arguments, message):
+def test_mistakes_are_one_sentence_and_exit_code_2(make, tmp_path, monkeypatch, arguments, message):
     make("a"), make("b")
     monkeypatch.chdir(tmp_path)
-    code, out, err = words(*arguments, "--out", "new", capsys=capsys, monkeypatch=monkeypatch)
+    code, out, err = call("posthoc", *arguments, "--out", "new")
     assert (code, out) == (2, "")
     assert message in err
     assert err.count("\n") == 1

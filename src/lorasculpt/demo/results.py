@@ -81,7 +81,7 @@ def plan(work: Path, target: str = "digits", *, others: bool = False) -> Path:
         "validation": [f"data/{target}_validation.jsonl"],
         "validation_source": ["data/source_validation.jsonl"],
         "drift": 64,
-        "curve": 150,
+        "curve": 400,
     }
     path = work / (f"{target}-others.yaml" if others else f"{target}.yaml")
     path.write_text(yaml.safe_dump(made, sort_keys=False))

@@ -413,6 +413,28 @@ def test_every_run_says_what_it_was_made_with_and_every_row_whether_all_its_seed
     assert {row["label"]: row["complete"] for row in record["table"]} == {"lora": True, "lorasculpt": False}
 
 
+def test_what_is_measured_may_change_without_training_again(labelled, tmp_path, monkeypatch):
+    text = "methods: {lora: {}, milder: {of: lora, edit: scale, by: 0.5}}"
+    options = {"seeds": 1, "rates": [0.01, 0.02], "progress": False}
+    path = compare.compare(labelled(text), **options, out=tmp_path / "first.json")
+    before = json.loads(path.read_text())
+    monkeypatch.setattr("lorasculpt.train.load", lambda base: pytest.fail("trained again"))
+    longer = labelled(text, "evaluate.max_new_tokens=2")
+    comparison = planned(longer, None, 1, [0.01, 0.02])
+    assert len(comparison.missing()) == 4  # both trials, and both tests whose rate is not known
+    assert all("train" in line and "eval" in line for line in list(commands(comparison))[:2])
+    for evaluate in ("evaluate.max_new_tokens=2", "evaluate.strengths=[0.25]"):
+        record = json.loads(compare.compare(labelled(text, evaluate), **options, out=tmp_path / "new.json").read_text())
+        assert record["complete"]
+        assert [run["seconds"] for run in record["runs"]] == [run["seconds"] for run in before["runs"]]
+        key, _, value = evaluate.removeprefix("evaluate.").partition("=")
+        assert [run["evaluate"][key] for run in record["runs"]] == [json.loads(value)] * 2
+    assert [point["strength"] for point in record["runs"][0]["curve"]] == [0, 0.25, 1]
+    compare.compare(labelled(text, "evaluate.strengths=[0.25]"), **options, out=tmp_path / "again.json")
+    with pytest.raises(UserError, match="holds another run"):  # which was measured while it trained, or is to be
+        compare.compare(labelled(text, "evaluate.strengths=[0.25]", "evaluate.every=1"), **options)
+
+
 def test_a_rate_that_breaks_the_weights_is_not_chosen_and_not_tried_again(run, tmp_path, capsys, monkeypatch):
     methods = ("training.steps=6", "methods={lora: {}, twin: {name: lora, lr: lora}}")
     config, options = run(*methods), {"seeds": 1, "rates": [0.01, 1e30]}

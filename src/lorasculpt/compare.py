@@ -11,9 +11,9 @@ Everything but the method is the same: data, their order, steps, evaluation. The
 rates are chosen; of tasks in turn it is ``validation`` of each. The test set chooses nothing.
 
 Every run is an ordinary run in its own folder under ``output``, with its YAML file beside it. What is there already is
-not done again: a comparison that was stopped goes on, and runs may be made elsewhere (:func:`commands`). Nor is what
-the results file has already (`lorasculpt.comparison.known`): that file alone is enough to go on from on another
-machine.
+not done again: a comparison that was stopped goes on, and runs may be made elsewhere (:func:`commands`). Where
+``evaluate`` has changed they are measured again and not trained again. Nor is what the results file has already
+(`lorasculpt.comparison.known`): that file alone is enough to go on from on another machine.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ from .errors import Diverged, UserError
 from .evaluation.score import majority
 from .evaluation.tasks import Task
 from .files import write_json, write_text
-from .measure import RESULTS_FILE, measure, shape, versions
+from .measure import manner, measure, measured, shape, versions
 from .report.words import duration
 from .sequence import grown, learn
 from .train import DRIFT_FILE, RUN_FILE, check_output, diverged, general, held_out, same_run, train
@@ -99,8 +99,8 @@ class Comparison:
         rates: One to three learning rates, of a label that says nothing of them. One is used as it is; of several each
             label takes the one that is best for it on the validation set, the lowest of equals. Default: ``RATES``.
         results: A file that an earlier comparison wrote. Runs of it are not made again if label, seed and settings are
-            those of a run here, and its test has as many questions and the same commonest answer; of a trial, if the
-            rates were chosen by the same rule. Default: none.
+            those of a run here, and its test was asked in the same manner, as many questions with the same commonest
+            answer; of a trial, if the rates were chosen by the same rule. Default: none.
 
     Raises:
         UserError: for what can be told about these before anything is trained.
@@ -210,8 +210,10 @@ class Comparison:
         wanted |= {"edit": run.edit.made(run.config)} if run.edit else {}
         if run.trial:
             return self._known.find("validation", **wanted, validation=self._validation)
-        found = self._known.find("test", **wanted)
-        return found if found is not None and self._same_questions(found) else None
+        found, how = self._known.find("test", **wanted), manner(run.config)
+        if found is None or found.get("evaluate", how) != how:
+            return None
+        return found if self._same_questions(found) else None
 
     def _same_questions(self, found: dict[str, Any]) -> bool:
         """Whether a run of the results file was asked as many questions as are asked here, with these answers."""
@@ -220,11 +222,9 @@ class Comparison:
 
     def _read(self, run: Run) -> dict[str, Any] | None:
         """What was measured in ``run``, with the versions that it was made with, which may not be those of today."""
-        path = run.config.output / RESULTS_FILE
-        if not path.is_file():
+        if (content := measured(run.config)) is None:
             return self._diverged(run)
-        check_output(path.parent, run.config)
-        content = json.loads(path.read_text())
+        check_output(run.config.output, run.config)
         if run.edit:
             edits.check(run.edit, run.config)
         edited = {"edit": run.edit.made(run.config)} if run.edit else {}

@@ -66,6 +66,7 @@ def measure(
     if not (folder / "adapter_config.json").is_file():
         raise UserError(f"{config.output} holds no trained adapter yet; run lorasculpt train first.")
     check_trained(config)
+    how = manner(config)
     source, target = held_out(config)
     if not target or not (source or config.evaluate.drift or config.evaluate.retain):
         raise config.error(
@@ -129,6 +130,7 @@ def measure(
         "machine": training.get("machine"),
         "precision": training.get("precision"),
         "settings": shape(config),
+        "evaluate": how,
         **comparison(before, after),
         **({"drift": drifted} if drifted else {}),
         "seconds": training["seconds"],
@@ -159,6 +161,22 @@ def shape(config: RunConfig) -> dict[str, Any]:
     )
     found |= {"evaluate": {"as_task": config.evaluate.as_task}} if config.evaluate.as_task else {}
     return found | ({"data": {"replay": config.data.replay}} if config.data.replay else {})
+
+
+def measured(config: RunConfig) -> dict[str, Any] | None:
+    """The content of the run's ``results.json``; None if it is not there, or was made in another manner."""
+    path = config.output / RESULTS_FILE
+    if not path.is_file():
+        return None
+    content = json.loads(path.read_text())
+    how = manner(config)
+    return content if content["runs"][0].get("evaluate", how) == how else None
+
+
+def manner(config: RunConfig) -> dict[str, Any]:
+    """How a run is measured, but for where the questions lie."""
+    places = {"source", "target", "validation", "validation_source", "images"}
+    return config.evaluate.model_dump(mode="json", exclude={*places, "every", "during", "batch"})
 
 
 def _choosing(config: RunConfig) -> tuple[()] | tuple[list[Task], list[Task]]:

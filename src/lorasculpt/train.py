@@ -586,7 +586,8 @@ def _arguments(config: RunConfig, progress: bool, autocast: torch.dtype | None) 
 def check_output(output: Path, config: RunConfig) -> None:
     """See that ``output`` is free or already this run's, and clear what an interrupted checkpoint left there.
 
-    It is this run's if all is the same but how it is watched. A run that came to nothing leaves it free.
+    It is this run's if all is the same but how it is watched, and what is measured once it is trained. A run that came
+    to nothing leaves it free.
     """
     path = output / RUN_FILE
     if path.is_file():
@@ -598,10 +599,12 @@ def check_output(output: Path, config: RunConfig) -> None:
 
 
 def same_run(output: Path, config: RunConfig) -> bool:
-    """Whether the run in ``output`` is this one in all but how it is watched."""
-    watched: Any = {"training": WATCHING}
-    before, asked = (each.model_dump(exclude=watched) for each in (RunConfig.load(output / RUN_FILE), config))
-    return before == asked
+    """Whether the run in ``output`` is this one in all but how it is watched, and what is measured afterwards."""
+    before, asked = RunConfig.load(output / RUN_FILE), config
+    left_out: Any = {"training": WATCHING}
+    if not (config.data.sequence or before.evaluate.every or asked.evaluate.every):  # these measure while they train
+        left_out["evaluate"] = True
+    return before.model_dump(exclude=left_out) == asked.model_dump(exclude=left_out)
 
 
 def diverged(output: Path) -> dict[str, Any] | None:

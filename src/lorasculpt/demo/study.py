@@ -22,7 +22,7 @@ from ..data.records import read
 from ..evaluation import evaluate
 from ..evaluation import tasks as grouped
 from ..files import write_json
-from ..measure import RESULTS_FILE, measure, versions
+from ..measure import RESULTS_FILE, measure, measured, versions
 from ..models.load import autocast_dtype, load
 from ..sequence import learn
 from ..train import check_output, train
@@ -123,7 +123,7 @@ def _measured(path: Path, made: dict[str, Any], before: dict | None) -> tuple[di
     path.write_text(yaml.safe_dump(made, sort_keys=False))
     config = RunConfig.load(path)
     check_output(config.output, config)
-    if not (config.output / RESULTS_FILE).is_file():
+    if measured(config) is None:
         print(f"\n{path.stem}")
         train(config)
         _, before = measure(config, before=before, strengths=())

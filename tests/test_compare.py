@@ -431,6 +431,11 @@ def test_what_is_measured_may_change_without_training_again(labelled, tmp_path, 
         assert [run["evaluate"][key] for run in record["runs"]] == [json.loads(value)] * 2
     assert [point["strength"] for point in record["runs"][0]["curve"]] == [0, 0.25, 1]
     compare.compare(labelled(text, "evaluate.strengths=[0.25]"), **options, out=tmp_path / "again.json")
+    elsewhere = pico.write_data(tmp_path / "elsewhere", n=4)  # other files are other numbers, however they are asked
+    moved = planned(
+        labelled(text, "evaluate.strengths=[0.25]", f"evaluate.source=[{elsewhere}]"), None, 1, [0.01, 0.02]
+    )
+    assert len(moved.missing()) == 4
     with pytest.raises(UserError, match="holds another run"):  # which was measured while it trained, or is to be
         compare.compare(labelled(text, "evaluate.strengths=[0.25]", "evaluate.every=1"), **options)
 

@@ -29,6 +29,7 @@ from .posthoc.files import RECORD
 from .train import ADAPTER, LOG_FILE, PUSHING, check_tasks, check_trained, drift_prompts, held_out, precision
 
 RESULTS_FILE, RETAINED = "results.json", "adapter-retained"
+PLACES = ("source", "target", "validation", "validation_source", "images")  # of evaluate
 TEXTS = 32  # of the drift, where a budget needs one and the run says nothing
 AT_BASE = {"value": 0.0, "interval": [0.0, 0.0]}  # the drift of the base from itself
 
@@ -146,7 +147,7 @@ def measure(
             for entry in gallery(source, target, before, after)
         ],
     }
-    content = {"schema": 1, "versions": versions(), "runs": [run]}
+    content = {"schema": 1, "versions": versions(), "places": places(config), "runs": [run]}
     path = write_json(config.output / RESULTS_FILE, content)
     card.measured(config, folder, training, content)
     return path, before
@@ -164,19 +165,26 @@ def shape(config: RunConfig) -> dict[str, Any]:
 
 
 def measured(config: RunConfig) -> dict[str, Any] | None:
-    """The content of the run's ``results.json``; None if it is not there, or was made in another manner."""
+    """The content of the run's ``results.json``; None if it is not there, or was asked other files or otherwise."""
     path = config.output / RESULTS_FILE
     if not path.is_file():
         return None
     content = json.loads(path.read_text())
-    how = manner(config)
-    return content if content["runs"][0].get("evaluate", how) == how else None
+    how, where = manner(config), places(config)
+    same = content["runs"][0].get("evaluate", how) == how and content.get("places", where) == where
+    return content if same else None
 
 
 def manner(config: RunConfig) -> dict[str, Any]:
     """How a run is measured, but for where the questions lie."""
-    places = {"source", "target", "validation", "validation_source", "images"}
-    return config.evaluate.model_dump(mode="json", exclude={*places, "every", "during", "batch"})
+    return config.evaluate.model_dump(mode="json", exclude={*PLACES, "every", "during", "batch"})
+
+
+def places(config: RunConfig) -> dict[str, list[str]]:
+    """Where the questions lie, seen from the run's folder."""
+    asked = config.evaluate
+    files = {key: getattr(asked, key) for key in PLACES} | {"images": [asked.images] if asked.images else []}
+    return {key: [os.path.relpath(path, config.output) for path in paths] for key, paths in files.items()}
 
 
 def _choosing(config: RunConfig) -> tuple[()] | tuple[list[Task], list[Task]]:

@@ -117,8 +117,9 @@ def test_so_are_the_data_of_every_choice(fresh, key):
         ("  steps: 2", "  steps: two", 11, "training.steps must be an integer; got 'two'"),
         ("  density: 0.2", "  density: 1.5", 6, "method.density is refused: "),
         ("  prune_step: 1", "  prune_step: 3", 7, "method.prune_step is refused: "),
+        ("  prune_step: 1\n", "", 3, "method.prune_step is refused: prune_step=100 is not before the end"),
     ],
-    ids=["key", "key-of-a-section", "type", "type-of-a-section", "density", "prune-step"],
+    ids=["key", "key-of-a-section", "type", "type-of-a-section", "density", "prune-step", "default"],
 )
 def test_a_setting_is_told_with_its_line(fresh, old, new, line, said):
     edit(fresh / "run.yaml", old, new)

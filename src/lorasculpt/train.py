@@ -396,8 +396,11 @@ def thaw_projector(model: nn.Module, config: RunConfig) -> None:
 
 
 def _setting(config: RunConfig, error: Exception) -> str | None:
-    """The setting of the method that ``error`` speaks of, as a dotted key."""
-    return next((f"method.{key}" for key in config.method if re.search(rf"\b{key}\b", str(error))), None)
+    """The setting of the method that ``error`` speaks of, as a dotted key: a written one, or what it begins with."""
+    written = next((key for key in config.method if re.search(rf"\b{key}\b", str(error))), None)
+    first = re.split(r"\W", str(error), maxsplit=1)[0]
+    key = written or (first if first in settings_of(kind_of(config)) else None)
+    return key and f"method.{key}"
 
 
 def precision(config: RunConfig, model: nn.Module) -> torch.dtype | None:

@@ -142,11 +142,15 @@ MISTAKES = {
     "scope: words": "run.yaml:5: scope must be 'language', 'vision', 'projector' or 'all'; got 'words'",
     "scope: all\nprojector: full": "run.yaml:6: projector must not be full with scope: all, "
     "which gives the projector an adapter; change one",
+    "quantization: 4bit\nprojector: full": "run.yaml:6: projector must not be full with quantization, under which "
+    "no weight is trained; use lora",
+    "quantization: 3bit": "run.yaml:5: quantization must be '4bit' or '8bit'; got '3bit'",
+    "dtype: int8": "run.yaml:5: dtype must be 'float32', 'bfloat16', 'float16' or 'auto'; got 'int8'",
     "method: spider": "run.yaml:5: method must be a section of keys; got 'spider'",
     "method: {name: [lora]}": "run.yaml:5: method has the name ['lora'], which is no text; name a method",
     "projektor: full": "run.yaml:5: projektor is no setting; did you mean projector?",
-    "xyz: 1": "run.yaml:5: xyz is no setting; use one of base, output, seed, method, methods, scope, projector, data, "
-    "training, evaluate",
+    "xyz: 1": "run.yaml:5: xyz is no setting; use one of base, dtype, quantization, trust_remote_code, output, seed, "
+    "method, methods, scope, projector, data, training, evaluate",
     "evaluate: {source: [a, 3]}": "run.yaml:5: evaluate.source.1 must be a path; got 3",
     "evaluate:\n  metric:\n    a: exact\n    b: f1": "run.yaml:8: evaluate.metric.b must be 'exact', 'contains', 'vqa' "
     "or 'choice'; got 'f1'",

@@ -86,6 +86,9 @@ def train(run: Run, overrides: Overrides = None) -> None:
     A row of data is {"image": "a.png", "question": "...", "answer": "...", "task": "..."}; LLaVA, ShareGPT and
     messages rows work too.
 
+    It trains on the GPU if there is one. A large base takes half the memory with dtype: bfloat16, and a quarter of that
+    with quantization: 4bit (which needs bitsandbytes); the adapter stays in fp32.
+
     Tasks are learned one after the other where data is {sequence: [{name: ..., train: ..., test: ...}, ...]}; the
     accuracy on each after each goes to matrix.json.
     """

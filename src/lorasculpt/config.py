@@ -292,6 +292,9 @@ class RunConfig(_Section):
 
     Args:
         base: Folder or Hub name of the base model.
+        dtype: Of its weights in memory: ``bfloat16`` halves them, ``auto`` is what the files hold.
+        quantization: Hold them in ``4bit`` (NF4) or ``8bit`` through bitsandbytes, as QLoRA does. Default: not.
+        trust_remote_code: Run the code that comes with the base. Only for a base whose code was read.
         output: Folder for everything the run writes.
         seed: Of data order and initial adapter.
         method: ``name`` of the method (`lorasculpt.kinds`), and its settings.
@@ -304,6 +307,9 @@ class RunConfig(_Section):
     """
 
     base: Annotated[str, Field(min_length=1), BeforeValidator(_name_or_folder)]
+    dtype: Literal["float32", "bfloat16", "float16", "auto"] = "float32"
+    quantization: Literal["4bit", "8bit"] | None = None
+    trust_remote_code: bool = False
     output: RelativePath
     seed: Annotated[int, Field(ge=0)] = 0
     method: dict[str, Any] = Field(default_factory=lambda: {"name": "lorasculpt"})
@@ -337,6 +343,8 @@ class RunConfig(_Section):
         scope = info.data.get("scope")
         if projector == "full" and scope in ("projector", "all"):
             raise ValueError(f"must not be full with scope: {scope}, which gives the projector an adapter; change one")
+        if projector == "full" and info.data.get("quantization"):
+            raise ValueError("must not be full with quantization, under which no weight is trained; use lora")
         return projector
 
     @classmethod
@@ -383,6 +391,11 @@ class RunConfig(_Section):
         overrides = {moved[key]: text for key, text in origin.overrides.items() if key in moved}
         made._origin = _Origin(origin.file, {**origin.lines, **lines}, {**origin.overrides, **overrides})
         return made
+
+    @property
+    def loading(self) -> dict[str, Any]:
+        """How the base is loaded: arguments of `lorasculpt.models.load.load`."""
+        return self.model_dump(include={"dtype", "quantization", "trust_remote_code"})
 
     def to_yaml(self) -> str:
         """The whole run as YAML, every default written out; `load` reads it back as an equal run."""

@@ -12,9 +12,9 @@ from typing import Any
 
 import torch
 from peft import LoraConfig
-from torch import Tensor, nn
+from torch import nn
 
-from .data.batches import Collator, rows
+from .data.batches import Collator, placed, rows
 from .data.records import Record
 from .errors import UserError
 from .evaluation.drift import Prompt
@@ -80,11 +80,8 @@ def prepare(
     def run() -> None:
         with evaluating(model, precision):
             for i in range(len(records)):
-                batch = {key: _placed(value, model) for key, value in collate([table[i]]).items() if key != "labels"}
+                batch = placed(collate([table[i]]), model)
+                del batch["labels"]
                 model(**batch, use_cache=False, logits_to_keep=1)
 
     preprocess_corda(model, config, run_model=run)
-
-
-def _placed(value: Any, model: nn.Module) -> Any:
-    return value.to(model.device) if isinstance(value, Tensor) else value

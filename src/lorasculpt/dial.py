@@ -23,7 +23,7 @@ from .evaluation.strength import fixed
 from .files import whole, write_json
 from .inspect import Adapter
 from .measure import TEXTS, versions
-from .models.load import load
+from .models.load import computing, load
 from .train import ADAPTER, check_tasks, check_trained, drift_prompts, held_out, precision
 
 DIAL_FILE = "dial.json"
@@ -91,11 +91,11 @@ def dial(
     saved = PeftConfig.from_pretrained(str(folder))
     if isinstance(saved, UpdateConfig) and saved.multitask:
         check_tasks(config, saved.tasks, [*source, *target])
-    model, processor = load(config.base)
+    model, processor = load(config.base, **config.loading, device=computing())
     model = load_adapter(model, folder)
     if (obstacle := fixed(model)) is not None:
         raise UserError(f"{folder} cannot be turned down: {obstacle}.")
-    options: dict[str, Any] = {"precision": precision(config, model), "batch": asked.batch, "as_task": asked.as_task}
+    options: dict[str, Any] = {"precision": precision(config), "batch": asked.batch, "as_task": asked.as_task}
     options["prompts"] = drift_prompts(config, model, processor, options["precision"])
     options["max_new_tokens"] = asked.max_new_tokens
     points: list[dict[str, Any]] = []

@@ -28,12 +28,12 @@ from .adapters.load import load as load_adapter
 from .adapters.method import read_record
 from .adapters.update import Update, UpdateConfig, context_of, updates
 from .console import numbers
-from .data.batches import Collator, rows
+from .data.batches import Collator, placed, rows
 from .data.records import Record, read
 from .errors import UserError
 from .evaluation.prompts import batches, chat, evaluating
 from .inspect import across, grid, heat, in_order, order, place
-from .models.load import load
+from .models.load import computing, load
 
 if TYPE_CHECKING:
     from matplotlib.figure import SubFigure
@@ -130,10 +130,8 @@ def inspect(
     if kind.multitask and unknown is not None:
         where = groups[unknown][0].where
         raise UserError(f"{where}: there is no task {unknown!r}; the adapter knows {', '.join(known)}.")
-    model, processor = load(base, dtype="auto")
+    model, processor = load(base, dtype="auto", device=computing())
     model = load_adapter(model, adapter_folder)
-    if torch.cuda.is_available():
-        model.cuda()
     loads = _loads(model, processor, groups)
     if groups and not loads:
         raise UserError(f"{named} routes nothing, so there are no loads to show: leave --data out.")
@@ -184,13 +182,13 @@ def _loads(model: PeftModel, processor: Any, groups: dict[str, list[Record]]) ->
 
             def note(name: str, weight: Tensor, _: Tensor | None, task: str = task) -> None:
                 tasks = found.setdefault(name, {})
-                tasks[task] = tasks.get(task, 0) + weight.double().sum(0).cpu()
+                tasks[task] = tasks.get(task, 0) + weight.cpu().double().sum(0)
 
             context.recorder = note
             table = rows(records)
             with evaluating(model, None):
                 for part in batches(records, [chat(processor, record) for record in records], BATCH):
-                    batch = {key: _placed(value, model) for key, value in collate([table[i] for i in part]).items()}
+                    batch = placed(collate([table[i] for i in part]), model)
                     model(**batch, use_cache=False, **({"task": task} if task in known else {}))
     finally:
         context.recorder = None
@@ -201,12 +199,6 @@ def _loads(model: PeftModel, processor: Any, groups: dict[str, list[Record]]) ->
 def _one_logit(model: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
     kwargs.pop("labels", None)
     return args, kwargs | {"logits_to_keep": 1}
-
-
-def _placed(value: Any, model: PeftModel) -> Any:
-    if not isinstance(value, Tensor):
-        return value
-    return value.to(model.device, model.dtype) if value.is_floating_point() else value.to(model.device)
 
 
 def _normal(weight: Tensor) -> tuple[float, ...]:
@@ -220,8 +212,8 @@ def _size(update: Update) -> dict[str, dict[str, float]]:
     if config.merges == "never":
         return {"energy": {}, "relative": {}}
     tasks = {name: i for i, name in enumerate(config.tasks)} if config.merges == "task" else {ALL: None}
-    energy = {name: float(update.weight(task).double().square().sum()) for name, task in tasks.items()}
-    base = max(float(torch.linalg.vector_norm(update.base_weight(), dtype=torch.float64)), 1e-30)
+    energy = {name: float(update.weight(task).cpu().double().square().sum()) for name, task in tasks.items()}
+    base = max(float(torch.linalg.vector_norm(update.base_weight().cpu(), dtype=torch.float64)), 1e-30)
     return {"energy": energy, "relative": {name: math.sqrt(value) / base for name, value in energy.items()}}
 
 

@@ -24,7 +24,7 @@ from .evaluation.run import curve_point
 from .evaluation.strength import fixed
 from .evaluation.tasks import Task
 from .files import write_json
-from .models.load import load
+from .models.load import computing, load
 from .posthoc.files import RECORD
 from .train import ADAPTER, LOG_FILE, PUSHING, check_tasks, check_trained, drift_prompts, held_out, precision
 
@@ -85,9 +85,9 @@ def measure(
     if isinstance(saved, UpdateConfig) and saved.multitask:
         asked_of = [*source, *target, *(task for side in choosing for task in side)]
         check_tasks(config, saved.tasks, asked_of)  # before the base is measured, which may take long
-    model, processor = load(config.base)
+    model, processor = load(config.base, **config.loading, device=computing())
     options: dict[str, Any] = {
-        "precision": precision(config, model),
+        "precision": precision(config),
         "batch": config.evaluate.batch,
         "max_new_tokens": config.evaluate.max_new_tokens,
         "as_task": config.evaluate.as_task,
@@ -160,6 +160,7 @@ def shape(config: RunConfig) -> dict[str, Any]:
         include={"method", "scope", "projector", "training"},
         exclude={"training": {**dict.fromkeys(WATCHING, True), "arguments": {"run_name", *PUSHING}}},
     )
+    found |= config.model_dump(include={"dtype", "quantization"}, exclude_defaults=True)
     found |= {"evaluate": {"as_task": config.evaluate.as_task}} if config.evaluate.as_task else {}
     return found | ({"data": {"replay": config.data.replay}} if config.data.replay else {})
 

@@ -19,7 +19,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 from peft import PeftConfig
 from safetensors import safe_open
 from torch import nn
@@ -33,7 +32,7 @@ from .errors import UserError
 from .evaluation import answer, strength
 from .evaluation.prompts import tokenizer_of
 from .evaluation.strength import MOVING, fixed
-from .models.load import autocast_dtype, load
+from .models.load import autocast_dtype, computing, load
 from .train import ADAPTER, check_trained, held_out
 
 EXAMPLES = 12
@@ -63,18 +62,17 @@ class Panel:
     Args:
         base: folder or Hub name of the base model.
         adapters: the folder of each adapter, by the name that it is to have.
+        loading: how the base is loaded, as in `lorasculpt.models.load.load`.
 
     Raises:
         UserError: there is no such base, or an adapter is none or does not fit it.
     """
 
-    def __init__(self, base: str, adapters: Mapping[str, Path]) -> None:
+    def __init__(self, base: str, adapters: Mapping[str, Path], **loading: Any) -> None:
         for folder in adapters.values():  # before the base is loaded, which may take long
             if not (folder / "adapter_config.json").is_file():
                 raise UserError(f"{folder} holds no adapter; train the run first, or name the adapter's folder.")
-        model, self._processor = load(base)
-        if torch.cuda.is_available():
-            model.cuda()
+        model, self._processor = load(base, **loading, device=computing())
         self._precision = autocast_dtype(model.device)
         self.sees = self._processor is not tokenizer_of(self._processor)
         """Whether the base reads pictures."""
@@ -210,8 +208,8 @@ def play(
     """
     if importlib.util.find_spec("gradio") is None:
         raise UserError("the page needs the package gradio; install it with: pip install 'lorasculpt[play]'.")
-    base, adapters, shown = _told([Path(path) for path in paths], base)
-    panel = Panel(base, adapters)
+    base, loading, adapters, shown = _told([Path(path) for path in paths], base)
+    panel = Panel(base, adapters, **loading)
     with tempfile.TemporaryDirectory(prefix="lorasculpt-play-") as folder:
         os.environ["GRADIO_TEMP_DIR"] = folder  # where it puts the pictures that it is given
         blocks = page(panel, shown, max_new_tokens)
@@ -237,8 +235,8 @@ def play(
         blocks.block_thread()
 
 
-def _told(paths: Sequence[Path], base: str | None) -> tuple[str, dict[str, Path], list[Record]]:
-    """The base, the adapters by name, and the examples of the first run."""
+def _told(paths: Sequence[Path], base: str | None) -> tuple[str, dict[str, Any], dict[str, Path], list[Record]]:
+    """The base, how it is loaded, the adapters by name, and the examples of the first run."""
     runs = {path: RunConfig.load(path) for path in paths if not path.is_dir()}
     for path, config in runs.items():
         check_trained(config)
@@ -252,5 +250,6 @@ def _told(paths: Sequence[Path], base: str | None) -> tuple[str, dict[str, Path]
     folders = [runs[path].output / ADAPTER if path in runs else path for path in paths]
     names = [(folder.parent if folder.name == ADAPTER else folder).resolve().name for folder in folders]
     names = [name if names.count(name) == 1 else str(path) for name, path in zip(names, paths, strict=True)]
-    shown = [record for config in [*runs.values()][:1] for record in examples(config)]
-    return base, dict(zip(names, folders, strict=True)), shown
+    first = next(iter(runs.values()), None)
+    loading, shown = (first.loading, examples(first)) if first else ({}, [])
+    return base, loading, dict(zip(names, folders, strict=True)), shown

@@ -45,7 +45,7 @@ from .evaluation import Task, evaluate
 from .evaluation.summary import task_average
 from .files import write_json, write_text
 from .measure import versions
-from .models.load import load
+from .models.load import computing, load
 from .switch import add_task
 from .train import (
     ADAPTER,
@@ -249,7 +249,7 @@ class _Matrix:
         if not self.record["rows"] and known is not None:
             self.record["rows"].append(known)
         elif not self.record["rows"]:
-            model, processor = load(self.config.base)
+            model, processor = load(self.config.base, **self.config.loading, device=computing())
             self._add("rows", "after", None, model, processor)
 
     def after(self, task: str, adapter: Path, following: str | None) -> None:
@@ -258,7 +258,7 @@ class _Matrix:
         switched = [row["to"] for row in self.record["switches"]]
         if task in done and following in (None, *switched):
             return
-        model, processor = load(self.config.base)
+        model, processor = load(self.config.base, **self.config.loading, device=computing())
         model = load_adapter(model, adapter)
         if task not in done:
             self._add("rows", "after", task, model, processor)
@@ -273,7 +273,7 @@ class _Matrix:
             processor,
             self.source,
             self.tasks,
-            precision=precision(self.config, model),
+            precision=precision(self.config),
             batch=settings.batch,
             max_new_tokens=settings.max_new_tokens,
             progress=f"{key} {task or 'nothing'}" if self.progress else None,

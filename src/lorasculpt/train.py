@@ -56,7 +56,7 @@ from .kinds import KINDS, built, must_be, settings_of, started, words
 from .memory import Peak, machine
 from .methods import METHODS
 from .models.head import answers_alone
-from .models.load import autocast_dtype, load
+from .models.load import autocast_dtype, computing, load
 from .models.parts import parts, target_regex
 
 DTYPES = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}  # of autocast
@@ -96,15 +96,18 @@ def train(
     records = trained_on(config)
     check_measured(config)
     named = _with_tasks(config, records)
-    model, processor = load(config.base)
+    # several processes share the model as the trainer places it: none may begin with all of it on its GPU
+    alone = int(os.environ.get("WORLD_SIZE", "1")) == 1
+    model, processor = load(config.base, **config.loading, device=computing() if alone else "cpu")
     if start is None:
         prepare(model, processor, named, records)
     model = (start or attach)(model, named)
     others = taken(model) or beside(model)
-    autocast = precision(config, model)
+    autocast = precision(config)
     measured = [_Measure(config, model, processor, autocast)] if config.evaluate.every else []
     resume = _last_checkpoint(output)
     clock = ClockCallback(resume)
+    trained = [(parameter, parameter.data) for parameter in model.parameters() if parameter.requires_grad]
     trainer = SFTTrainer(
         model=model,
         args=_arguments(config, progress, autocast),
@@ -113,6 +116,9 @@ def train(
         data_collator=Collator(processor, tasks=_routed(model)),
         optimizers=(_optimizer(model, config), None),
     )
+    for parameter, value in trained:
+        if parameter.dtype != value.dtype:  # TRL rounds the adapter of a quantised base to bf16
+            parameter.data = value.to(parameter.device)
     clock.lead(trainer)
     cost = _Cost(trainer.args.device, resume)
     for callback in (_Keep(config, cost), *measured):
@@ -122,7 +128,7 @@ def train(
         (output / DIVERGED_FILE).unlink(missing_ok=True)
         try:
             _inform(config, trainer.model, processor, records, autocast, progress)
-            with nullcontext() if trainer.args.device.type == "cuda" else answers_alone(model.get_base_model()):
+            with nullcontext() if trainer.args.device.type != "cpu" else answers_alone(model.get_base_model()):
                 trainer.train(resume_from_checkpoint=str(resume) if resume else None)
         except (UserError, ValueError) as error:
             # some settings can only be judged once the steps are counted
@@ -279,7 +285,7 @@ def prepare(model: nn.Module, processor, config: RunConfig, records: Sequence[Re
         raise config.error(key, f"is {getattr(config, key)}, but CorDA adapts language layers alone; leave it out.")
     with _refusing(config):
         corda.check(model, made)
-    autocast, fresh = precision(config, model), not config.output.exists()
+    autocast, fresh = precision(config), not config.output.exists()
     try:
         if made.corda_config.corda_method != "ipm":
             records = general(config) if config.data.general else _said(config, model, processor, records, autocast)
@@ -403,13 +409,10 @@ def _setting(config: RunConfig, error: Exception) -> str | None:
     return key and f"method.{key}"
 
 
-def precision(config: RunConfig, model: nn.Module) -> torch.dtype | None:
+def precision(config: RunConfig) -> torch.dtype | None:
     """The dtype of autocast that ``config.training.precision`` asks for; None is full precision."""
     wanted = config.training.precision
-    device = next(model.parameters()).device
-    if wanted == "auto":
-        return autocast_dtype(device)
-    return DTYPES[wanted]
+    return autocast_dtype(computing()) if wanted == "auto" else DTYPES[wanted]
 
 
 def held_out(config: RunConfig, limit: int | None = None, *, each: int | None = None) -> tuple[list[Task], list[Task]]:
@@ -548,7 +551,7 @@ def check_arguments(config: RunConfig) -> None:
 def _arguments(config: RunConfig, progress: bool, autocast: torch.dtype | None) -> SFTConfig:
     settings = config.training
     length = {"max_steps": settings.steps} if settings.steps else {"num_train_epochs": settings.epochs}
-    on_cpu = not (torch.cuda.is_available() or torch.backends.mps.is_available())
+    on_cpu = computing().type == "cpu"
     further = {key: value for key, value in settings.arguments.items() if key not in PUSHING}
     own: dict[str, Any] = dict(
         # checkpoints are made here and moved out when they are whole

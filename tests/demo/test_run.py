@@ -7,6 +7,7 @@ import re
 import made_up
 import pico
 import pytest
+import torch
 from commands import done
 from trl import SFTTrainer
 
@@ -29,12 +30,12 @@ def known(found: dict, name: str) -> str:
 
 
 def test_how_long_it_takes_is_told_by_what_the_processor_does(monkeypatch):
-    monkeypatch.setattr(run.torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(run, "computing", lambda: torch.device("cpu"))
     for rate, quick, full in ((1e12, 5, 22), (7.5e10, 34, 149)):
         monkeypatch.setattr(run, "cpu_rate", lambda dtype, rate=rate: rate)
         assert run.expected(False) == f"about {quick} minutes on this machine"
         assert run.expected(True) == f"about {full} minutes on this machine"
-    monkeypatch.setattr(run.torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(run, "computing", lambda: torch.device("cuda"))
     assert run.expected(False) == "some minutes"
 
 

@@ -13,7 +13,7 @@ import transformers as hf
 from lorasculpt.demo import tower
 from lorasculpt.errors import UserError
 from lorasculpt.models import load as loading
-from lorasculpt.models.load import autocast_dtype, load
+from lorasculpt.models.load import autocast_dtype, computing, load
 
 
 @pytest.mark.parametrize("family", ["llava", "idefics3"])
@@ -35,10 +35,22 @@ def test_a_text_only_folder_comes_back_with_its_tokenizer(pico_folder: Callable[
 
 
 def test_attention_is_eager_without_a_gpu(pico_folder: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    assert load(pico_folder("llama"))[0].config._attn_implementation == "eager"
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    assert load(pico_folder("llama"))[0].config._attn_implementation == "sdpa"
+    for kind, expected in (("cpu", "eager"), ("cuda", "sdpa"), ("mps", "sdpa")):
+        monkeypatch.setattr(loading, "computing", lambda kind=kind: torch.device(kind))
+        assert load(pico_folder("llama"))[0].config._attn_implementation == expected
+
+
+def test_models_compute_on_the_accelerator_if_there_is_one(
+    pico_folder: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("ACCELERATE_USE_CPU", raising=False)
+    monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda check_available: None)
+    assert computing() == torch.device("cpu")
+    monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda check_available: torch.device("cuda"))
+    assert computing() == torch.device("cuda")
+    monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
+    assert computing() == torch.device("cpu")
+    assert load(pico_folder("llama"), device="meta")[0].device == torch.device("meta")  # the only other one on a CPU
 
 
 def test_dtype(pico_folder: Callable[[str], Path]) -> None:
@@ -122,6 +134,9 @@ def test_automatic_precision_takes_bf16_only_where_it_is_faster(monkeypatch: pyt
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: True)
     assert autocast_dtype(torch.device("cuda", 0)) is torch.bfloat16
     assert autocast_dtype("mps") is None
+    for known, expected in ((False, None), (True, torch.bfloat16)):
+        monkeypatch.setattr(torch.xpu, "is_bf16_supported", lambda known=known: known)
+        assert autocast_dtype("xpu") is expected
 
 
 def test_the_cpu_is_really_timed() -> None:

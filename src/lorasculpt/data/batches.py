@@ -13,7 +13,7 @@ import torch
 from datasets import Dataset, Features, List, Value
 from PIL import Image
 from torch import Tensor
-from transformers import PaliGemmaProcessor, PreTrainedTokenizerBase, ProcessorMixin
+from transformers import PaliGemmaProcessor, PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixin
 from trl.data_utils import apply_chat_template, prepare_multimodal_messages
 from trl.trainer.sft_trainer import DataCollatorForVisionLanguageModeling
 
@@ -58,6 +58,17 @@ def prompt_text(processor: Any, messages: Sequence[Mapping[str, Any]], images: i
     if isinstance(processor, ProcessorMixin):
         messages = prepare_multimodal_messages(messages, images=[None] * images)
     return processor.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+
+
+def placed(batch: Mapping[str, Any], model: PreTrainedModel) -> dict[str, Any]:
+    """``batch`` where ``model`` computes, its pixels in the model's dtype; what is no tensor stays as it is."""
+
+    def one(value: Any) -> Any:
+        if not isinstance(value, Tensor):
+            return value
+        return value.to(model.device, model.dtype) if value.is_floating_point() else value.to(model.device)
+
+    return {name: one(value) for name, value in batch.items()}
 
 
 class Collator:

@@ -14,7 +14,7 @@ import yaml
 
 from ..config import RunConfig
 from ..measure import measure
-from ..models.load import autocast_dtype, cpu_rate
+from ..models.load import autocast_dtype, computing, cpu_rate
 from ..report import report
 from ..train import train
 from . import base, world
@@ -72,7 +72,7 @@ def settings(name: str, *, target: str = "digits", seed: int = 0, split: str = "
 
 def expected(full: bool) -> str:
     """How long the demo takes here, in words: by what this machine's processor does in a product, at its best."""
-    if torch.cuda.is_available():
+    if computing().type != "cpu":
         return "some minutes"
     dtype = autocast_dtype("cpu") or torch.float32
     rate = max(cpu_rate(dtype) for _ in range(20))

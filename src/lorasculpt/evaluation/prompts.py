@@ -8,9 +8,9 @@ from itertools import groupby
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
-from ..data.batches import prompt_text
+from ..data.batches import placed, prompt_text
 from ..data.images import open_image
 from ..data.records import Record
 
@@ -46,14 +46,7 @@ def encode(model: nn.Module, processor, records: Sequence[Record], texts: Sequen
     if processor is not tokenizer_of(processor):
         pictures = [[open_image(path) for path in record.images] for record in records]
         options["images"] = pictures if any(pictures) else None
-    encoded = processor(text=list(texts), **options)
-
-    def placed(value):
-        if not isinstance(value, Tensor):
-            return value
-        return value.to(model.device, model.dtype) if value.is_floating_point() else value.to(model.device)
-
-    return {name: placed(value) for name, value in encoded.items()}
+    return placed(processor(text=list(texts), **options), model)
 
 
 def followed(inputs: dict, answers: list[list[int]]) -> dict:

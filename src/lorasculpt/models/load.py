@@ -1,4 +1,4 @@
-"""A base model and its processor from a folder or the Hub, and the precision it trains in."""
+"""A base model and its processor from a folder or the Hub, and where and in what precision it computes."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate.utils import parse_flag_from_env
 from safetensors import SafetensorError
 from transformers import (
     AutoConfig,
@@ -36,10 +37,11 @@ def load(
     dtype: str = "float32",
     trust_remote_code: bool = False,
     quantization: str | None = None,
+    device: torch.device | str = "cpu",
 ) -> tuple[PreTrainedModel, ProcessorMixin | PreTrainedTokenizerBase]:
-    """The model, on the CPU and in evaluation mode, and its processor (its tokenizer if it reads text only).
+    """The model, in evaluation mode, and its processor (its tokenizer if it reads text only).
 
-    Attention is eager without a GPU, where it was measured to be faster at the sizes that a CPU can train; with one it
+    Attention is eager where a CPU computes, which was measured to be faster at the sizes that a CPU can train; else it
     is transformers' own choice, SDPA wherever the family has it. Weights are read from safetensors files alone. A
     tokenizer without a padding token gets its end token for one: padding is masked everywhere.
 
@@ -48,6 +50,8 @@ def load(
         dtype: ``"float32"``, ``"bfloat16"``, ``"float16"``, or ``"auto"`` for what the files hold.
         trust_remote_code: Run the code that comes with the model.
         quantization: ``"4bit"`` (NF4, computing in bfloat16) or ``"8bit"`` through bitsandbytes. Default: none.
+        device: Where the model is put; `computing` says where models are used. A quantised one is where bitsandbytes
+            puts it, on the GPU if there is one.
 
     Raises:
         UserError: no model there, or one that needs another package or its own code.
@@ -68,7 +72,7 @@ def load(
         model = (AutoModelForImageTextToText if sees else AutoModelForCausalLM).from_pretrained(
             base,
             dtype=DTYPES[dtype],
-            attn_implementation=None if torch.cuda.is_available() else "eager",
+            attn_implementation="eager" if computing().type == "cpu" else None,
             quantization_config=_quantization(quantization),
             use_safetensors=True,
             **options,
@@ -79,7 +83,13 @@ def load(
     tokenizer = getattr(processor, "tokenizer", processor)
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
-    return model, processor
+    return model if hasattr(model, "hf_quantizer") else model.to(device), processor
+
+
+def computing() -> torch.device:
+    """Where models compute: this machine's accelerator, else the CPU, or where ``accelerate launch --cpu`` says so."""
+    found = torch.accelerator.current_accelerator(check_available=True)
+    return torch.device("cpu") if found is None or parse_flag_from_env("ACCELERATE_USE_CPU") else found
 
 
 def _quantization(name: str | None) -> BitsAndBytesConfig | None:
@@ -97,11 +107,13 @@ def _quantization(name: str | None) -> BitsAndBytesConfig | None:
 def autocast_dtype(device: torch.device | str) -> torch.dtype | None:
     """What ``precision: auto`` means on ``device``: bfloat16 where it is faster than float32, else None (no autocast).
 
-    On CUDA that is a matter of hardware support. CPUs differ too much to know, so one is timed for some 20 ms.
+    On CUDA and XPU that is a matter of hardware support. CPUs differ too much to know, so one is timed for some 20 ms.
     """
     device = torch.device(device)
     if device.type == "cuda":
         return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else None
+    if device.type == "xpu":
+        return torch.bfloat16 if torch.xpu.is_bf16_supported() else None
     if device.type != "cpu":
         return None
     return torch.bfloat16 if cpu_rate(torch.bfloat16) >= 1.5 * cpu_rate(torch.float32) else None

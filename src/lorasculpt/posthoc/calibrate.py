@@ -7,20 +7,21 @@ from pathlib import Path
 from typing import Any
 
 from torch import Tensor
+from transformers import PreTrainedModel
 
 from ..adapters.load import load as load_adapter
-from ..data.batches import Collator, rows
+from ..data.batches import Collator, placed, rows
 from ..data.records import Record
 from ..data.records import read as read_records
 from ..inspect import Adapter
-from ..models.load import load
+from ..models.load import computing, load
 from .tailor import moments_of
 
 
 def calibrate(
     adapter: Adapter, base: str | Path, data: str | Path, limit: int = 128, *, images: str | Path | None = None
 ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """Run the tuned model over the first ``limit`` records of a file, one by one, on the CPU in fp32.
+    """Run the tuned model over the first ``limit`` records of a file, one by one, in fp32.
 
     Args:
         adapter: as :func:`~lorasculpt.posthoc.read` returns it.
@@ -31,23 +32,25 @@ def calibrate(
 
     Returns:
         Of each layer of the adapter by its name: the base's weight, (out, in), and the second moment of the tuned
-        model's inputs, (in, in).
+        model's inputs, (in, in); both on the CPU.
 
     Raises:
         UserError: the records or the base cannot be read, or the adapter is not the base's.
     """
     records = read_records(data, images=images, limit=limit)
-    model, processor = load(str(base))
+    model, processor = load(str(base), device=computing())
     tuned = load_adapter(model, adapter.folder).eval()
     names = [pair.name for pair in adapter.pairs]
-    moments = moments_of(tuned, names, _batches(processor, records))
+    moments = moments_of(tuned, names, _batches(model, processor, records))
     inner = tuned.get_base_model()
-    return {name: inner.get_submodule(name).get_base_layer().weight.detach() for name in names}, moments
+    weights = {name: inner.get_submodule(name).get_base_layer().weight.detach().cpu() for name in names}
+    return weights, moments
 
 
-def _batches(processor: Any, records: Sequence[Record]) -> Iterator[Mapping[str, Any]]:
+def _batches(model: PreTrainedModel, processor: Any, records: Sequence[Record]) -> Iterator[Mapping[str, Any]]:
     """Question and answer of each record; of the logits, which nobody needs, only the last."""
     collate, table = Collator(processor), rows(records)
     for i in range(len(records)):
-        batch = {key: value for key, value in collate([table[i]]).items() if key != "labels"}
+        batch = placed(collate([table[i]]), model)
+        del batch["labels"]
         yield {**batch, "use_cache": False, "logits_to_keep": 1}

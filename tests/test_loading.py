@@ -1,0 +1,116 @@
+"""How and where the base of a run is loaded: its dtype, quantised, on the accelerator by all that computes."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import logging
+
+import pico
+import pytest
+import torch
+import yaml
+from commands import done, refused
+from safetensors.torch import load_file
+
+from lorasculpt import measure, play, train
+from lorasculpt.adapters.load import load as load_adapter
+from lorasculpt.config import RunConfig
+from lorasculpt.models import load as loading
+from lorasculpt.train import ADAPTER
+
+COMPUTE = ("train", "measure", "dial", "sequence", "play", "inspect_update", "posthoc.calibrate")
+HERE = torch.device("cpu", 0)  # equal to no other device, and as good as the CPU
+
+
+@pytest.fixture
+def run(tmp_path, pico_folder):
+    """Write a run of the tiny llava and return a function that gives its config, changed by ``key=value``."""
+    data = str(pico.write_data(tmp_path / "data", n=4))
+    settings = {
+        "base": str(pico_folder("llava")),
+        "output": "out",
+        "method": {"name": "lora", "r": 4, "lora_alpha": 8},
+        "data": {"train": data},
+        "training": {"steps": 3, "batch": 2, "lr": 0.01, "precision": "fp32", "report_to": []},
+        "evaluate": {"source": [data], "target": [data], "limit": 2, "max_new_tokens": 2},
+    }
+    path = tmp_path / "run.yaml"
+    path.write_text(yaml.safe_dump(settings))
+    return lambda *overrides: RunConfig.load(path, overrides)
+
+
+@pytest.fixture
+def loaded(monkeypatch):
+    """The devices on which bases were loaded, while the machine computes ``HERE``."""
+    found: list[torch.device] = []
+    for module in (importlib.import_module(f"lorasculpt.{name}") for name in COMPUTE):
+
+        def spy(*arguments, real=module.load, **options):
+            found.append(torch.device(options.get("device", "cpu")))
+            return real(*arguments, **options)
+
+        monkeypatch.setattr(module, "load", spy)
+        monkeypatch.setattr(module, "computing", lambda: HERE)
+    return found
+
+
+def test_all_that_asks_a_model_asks_it_on_the_accelerator(run, tmp_path, loaded):
+    config = run()
+    data = tmp_path / "data" / "train.jsonl"
+    done("train", tmp_path / "run.yaml")
+    done("eval", tmp_path / "run.yaml")
+    done("dial", tmp_path / "run.yaml")
+    adapter = config.output / ADAPTER
+    play.Panel(config.base, {"a": adapter})
+    tailored = ("posthoc", "tailor", adapter, "--base", config.base, "--data", data, "--out", tmp_path / "tailored")
+    done(*tailored)
+    assert loaded == [HERE] * 5
+    stages = f"data={{sequence: [{{name: a, train: {data}, test: {data}}}]}}"
+    done("train", tmp_path / "run.yaml", stages, "evaluate.target=[]", "output=turns")
+    assert loaded[5:] == [HERE] * 3  # trained, and before and after asked
+    routed = ("method={name: loramoe, r: 4, lora_alpha: 8}", "output=routed", "evaluate={}")
+    done("train", tmp_path / "run.yaml", *routed)
+    done("inspect", tmp_path / "routed" / ADAPTER, "--base", config.base, "--data", data)
+    assert loaded[8:] == [HERE] * 2
+
+
+def test_of_several_processes_none_begins_on_its_accelerator(run, loaded, monkeypatch):
+    def stop(*arguments, **options):
+        raise KeyboardInterrupt
+
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setattr(train, "attach", stop)  # before any of them waits for the others
+    with pytest.raises(KeyboardInterrupt):
+        train.train(run(), progress=False)
+    assert loaded == [torch.device("cpu")]
+
+
+def test_a_base_in_half_precision_has_an_adapter_in_full(run):
+    config = run("dtype=bfloat16", "training.precision=bf16")
+    folder = train.train(config, progress=False)
+    assert {value.dtype for value in load_file(folder / "adapter_model.safetensors").values()} == {torch.float32}
+    results, _ = measure.measure(config, progress=False)
+    (found,) = json.loads(results.read_text())["runs"]
+    assert found["settings"]["dtype"] == "bfloat16"
+    assert "quantization" not in found["settings"]  # what was left at its default is not among them
+    kinds = {parameter.dtype for parameter in loading.load(config.base, **config.loading)[0].parameters()}
+    assert kinds == {torch.bfloat16}
+    assert "dtype is float32, but" in refused("eval", config.output.parent / "run.yaml")
+
+
+@pytest.mark.parametrize("bits", ["4bit", "8bit"])
+def test_a_quantised_base_is_trained_on_and_measured(run, bits, monkeypatch):
+    pytest.importorskip("bitsandbytes")
+    monkeypatch.setattr(logging.getLogger("bitsandbytes"), "disabled", True)
+    config = run(f"quantization={bits}", "training.save_every=2")
+    folder = train.train(config, progress=False)
+    kept = load_file(folder / "adapter_model.safetensors")
+    assert {value.dtype for value in kept.values()} == {torch.float32}  # and not TRL's bf16
+    assert any(not torch.equal(value, value.bfloat16().float()) for value in kept.values())
+    results, _ = measure.measure(config, progress=False)
+    (found,) = json.loads(results.read_text())["runs"]
+    assert found["settings"]["quantization"] == bits
+    model, _ = loading.load(config.base, **config.loading)
+    assert any("bit" in type(module).__name__ for module in model.modules())
+    load_adapter(model, folder)

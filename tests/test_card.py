@@ -43,7 +43,7 @@ def test_a_card_tells_how_it_is_loaded_and_made_and_then_what_was_measured(run, 
     assert settings["training"] == {"steps": 2, "batch": 2, "lr": 0.01, "precision": "fp32", "report_to": []}
     assert "What it learned" not in told
 
-    found = json.loads(measure(config, progress=False)[0].read_text())
+    found = json.loads(measure(config, progress=False).read_text())
     told, (made,) = path.read_text(), found["runs"]
     assert "Percent of 3 questions a task" in told
     for side in ("source", "target"):

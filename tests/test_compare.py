@@ -345,7 +345,7 @@ def measured_at(target: float, **fields):
 def measured_by(scores, **fields):
     """A stand-in for ``measure``: source and target as ``scores`` has them at the run's rate."""
 
-    def measure(config, before=None, **options):
+    def measure(config, **options):
         rate = config.training.lr
         made = entry(config.method["name"], *scores(rate), config.seed, lr=rate, **fields)
         made["settings"] = compare.shape(config)
@@ -353,7 +353,7 @@ def measured_by(scores, **fields):
         (config.output / "run.yaml").write_text(config.to_yaml())
         content = {"schema": 1, "versions": compare.versions(), "runs": [made]}
         (config.output / "results.json").write_text(json.dumps(content))
-        return config.output / "results.json", {}
+        return config.output / "results.json"
 
     return measure
 

@@ -72,7 +72,7 @@ def test_with_source_on_the_command_line(run, tmp_path):
     assert "keeps 90 % of the source" in said  # a base that knows nothing has nothing to keep
     found = json.loads((config.output / "dial.json").read_text())
     assert all("source" in point for point in found["points"])
-    results, _ = measure(config, progress=False)
+    results = measure(config, progress=False)
     assert json.loads(results.read_text())["runs"][0]["budget"] | {"density": None} == found["budget"]
 
 

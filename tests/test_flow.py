@@ -53,7 +53,7 @@ def test_from_config_to_an_adapter_that_stock_peft_loads(run, tmp_path):
     assert all(share == pytest.approx(0.2, abs=0.01) for share in kept.values())
     assert {name.split(".")[-2] for name in kept} == {"lora_A", "lora_B"}
 
-    results, before = measure(config, progress=False)
+    results = measure(config, progress=False)
     record = json.loads(results.read_text())["runs"][0]
     assert record["steps"] == 4
     assert record["trainable"] > 0
@@ -61,7 +61,6 @@ def test_from_config_to_an_adapter_that_stock_peft_loads(run, tmp_path):
     assert record["curve"][0]["source"] == record["summary"]["source_before"]
     assert [row["step"] for row in record["training"] if "source" in row] == [2, 4]
     assert str(tmp_path) not in results.read_text()
-    assert before["source"]
 
     command = ("report", results, "--out", tmp_path / "page")
     assert call(*command)[0] == 0
@@ -96,7 +95,7 @@ def test_drift_is_measured_where_it_is_asked_for(run, capsys):
     config = run("evaluate.drift=4", "evaluate.every=2", "evaluate.during=3")
     train(config, progress=False)
     texts = (config.output / "drift.jsonl").read_text()
-    results, _ = measure(config, progress=False)
+    results = measure(config, progress=False)
     record = json.loads(results.read_text())["runs"][0]
     low, high = record["drift"]["interval"]
     assert 0 < low <= record["drift"]["value"] <= high
@@ -109,7 +108,7 @@ def test_drift_is_measured_where_it_is_asked_for(run, capsys):
 
     whole = run("evaluate.drift=4", "projector=full", "output=whole")
     train(whole, progress=False)
-    record = json.loads(measure(whole, progress=False)[0].read_text())["runs"][0]
+    record = json.loads(measure(whole, progress=False).read_text())["runs"][0]
     assert "drift" not in record  # a replaced projector leaves no base to compare with
 
 
@@ -296,13 +295,12 @@ def test_from_tasks_in_the_data_to_a_plain_lora_for_each(several, tmp_path):
     assert RunConfig.load(config.output / "run.yaml") == config
     assert train(config, progress=False) == adapter
 
-    results, before = measure(config, progress=False)
+    results = measure(config, progress=False)
     record = json.loads(results.read_text())["runs"][0]
     assert set(record["target"]) == set(TASKS)
     assert set(record["source"]) == {"side"}
     assert [point["strength"] for point in record["curve"]] == [0, 0.25, 0.5, 0.75, 1]
     assert record["settings"]["evaluate"] == {"as_task": "shape"}
-    assert measure(config, before=before, progress=False)[1] is before
     command = ("report", results, "--out", tmp_path / "page")
     assert call(*command)[0] == 0
 
@@ -409,7 +407,7 @@ def test_strange_tasks_are_told_before_anything_is_measured(several, monkeypatch
 def test_methods_that_need_no_tasks_are_measured_on_any(several, method):
     config = several(f"method={{name: {method}}}")
     assert json.loads((train(config, progress=False) / "adapter_config.json").read_text())["tasks"] == []
-    record = json.loads(measure(config, progress=False)[0].read_text())["runs"][0]
+    record = json.loads(measure(config, progress=False).read_text())["runs"][0]
     assert record["curve"][0]["source"] is not None
 
 
@@ -491,7 +489,7 @@ def test_time_and_memory_are_those_of_all_parts(run, monkeypatch):
     assert json.loads(cost.read_text())["memory_bytes"] == 7
     cost.write_text(json.dumps({"seconds": 1000, "memory_bytes": 9, "memory_of": "process"}))
     train(config, progress=False)
-    found = json.loads(measure(config, progress=False)[0].read_text())["runs"][0]
+    found = json.loads(measure(config, progress=False).read_text())["runs"][0]
     assert found["seconds"] > 1000
     assert (found["machine"], found["precision"]) == (machine(torch.device("cpu")), "fp32")
     assert (found["memory_bytes"], found["memory_of"]) == (9, "process")

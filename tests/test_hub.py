@@ -117,7 +117,7 @@ def test_arguments_reach_the_trainer_and_the_finished_adapter_the_hub(run, hub, 
     assert {"adapter_config.json", "adapter_model.safetensors"} <= settings["files"]
     assert settings["repo_id"] == "me/tiny"
 
-    shaped = json.loads(measure(config, progress=False)[0].read_text())["runs"][0]["settings"]
+    shaped = json.loads(measure(config, progress=False).read_text())["runs"][0]["settings"]
     # seeds with names and places of their own are one entry of a report
     assert shaped["training"]["arguments"] == {"adam_beta2": 0.9, "average_tokens_across_devices": False}
 

@@ -104,7 +104,7 @@ def turned_down(model) -> None:
 def test_it_is_measured_and_exported_as_a_merged_model(run, live, name, points):
     config = run("method=" + json.dumps({"name": name, **SMALL.get(name, {})}), "evaluate.drift=2")
     adapter = train(config, progress=False)
-    record = json.loads(measure(config, progress=False)[0].read_text())["runs"][0]
+    record = json.loads(measure(config, progress=False).read_text())["runs"][0]
     assert (record["method"], len(record["curve"])) == (name, points)
     assert record["drift"]["value"] > 0
     export(adapter, config.base, config.output / "merged", "merged")
@@ -186,7 +186,7 @@ def test_what_moves_the_base_is_saved_as_a_lora_on_the_base_that_was(run, live, 
     stock = PeftModel.from_pretrained(load(config.base)[0], str(adapter))
     assert torch.equal(logits(stock), logits(back))
     assert stock.active_peft_config.r == 4
-    record = json.loads(measure(config, progress=False)[0].read_text())["runs"][0]
+    record = json.loads(measure(config, progress=False).read_text())["runs"][0]
     assert [point["strength"] for point in record["curve"]] == [0, 0.5, 1]
     assert record["drift"]["value"] > 0
     export(adapter, config.base, config.output / "plain")

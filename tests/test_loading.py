@@ -90,7 +90,7 @@ def test_a_base_in_half_precision_has_an_adapter_in_full(run):
     config = run("dtype=bfloat16", "training.precision=bf16")
     folder = train.train(config, progress=False)
     assert {value.dtype for value in load_file(folder / "adapter_model.safetensors").values()} == {torch.float32}
-    results, _ = measure.measure(config, progress=False)
+    results = measure.measure(config, progress=False)
     (found,) = json.loads(results.read_text())["runs"]
     assert found["settings"]["dtype"] == "bfloat16"
     assert "quantization" not in found["settings"]  # what was left at its default is not among them
@@ -108,7 +108,7 @@ def test_a_quantised_base_is_trained_on_and_measured(run, bits, monkeypatch):
     kept = load_file(folder / "adapter_model.safetensors")
     assert {value.dtype for value in kept.values()} == {torch.float32}  # and not TRL's bf16
     assert any(not torch.equal(value, value.bfloat16().float()) for value in kept.values())
-    results, _ = measure.measure(config, progress=False)
+    results = measure.measure(config, progress=False)
     (found,) = json.loads(results.read_text())["runs"]
     assert found["settings"]["quantization"] == bits
     model, _ = loading.load(config.base, **config.loading)

@@ -28,7 +28,7 @@ def run(a_run):
 
 
 def entry(config) -> dict:
-    return json.loads(measure(config, progress=False)[0].read_text())["runs"][0]
+    return json.loads(measure(config, progress=False).read_text())["runs"][0]
 
 
 def test_without_source_the_adapter_that_keeps_enough_is_left(run, tmp_path):

@@ -119,7 +119,7 @@ def evaluate(run: Run, overrides: Overrides = None) -> None:
     from .measure import measure, retained
 
     config = RunConfig.load(run, overrides or [])
-    path, _ = measure(config)
+    path = measure(config)
     _summary([path])
     for found in json.loads(path.read_text())["runs"]:
         if budget := found.get("budget"):

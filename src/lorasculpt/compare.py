@@ -18,7 +18,6 @@ not done again: a comparison that was stopped goes on, and runs may be made else
 
 from __future__ import annotations
 
-import json
 import shlex
 import shutil
 import time
@@ -133,7 +132,6 @@ class Comparison:
             general(config)  # a row that is measured is told now, not after the trials
         self._known = known.read(results, self.rows) if results else Known()
         self._results: dict[Path, dict[str, Any]] = {}
-        self._before: dict[str, dict] = {}  # what the base answers, to each group of questions
         self._texts: Path | None = None  # what it says by itself, for the drift
 
     def _check(self, config: RunConfig) -> None:
@@ -259,10 +257,10 @@ class Comparison:
             train(run.config, progress=progress)
         if self.result(run) is not None:
             return  # measured elsewhere: what is needed of it is its adapter
-        texts, group = run.config.output / DRIFT_FILE, run.config.output.parent.name
+        texts = run.config.output / DRIFT_FILE
         if self._texts and not texts.is_file():
             shutil.copy(self._texts, texts)
-        _, self._before[group] = measure(run.config, before=self._before.get(group), progress=progress)
+        measure(run.config, progress=progress)
         self._texts = texts if texts.is_file() else self._texts
         self._compare_base(run)
 
@@ -541,9 +539,7 @@ class Sequences(Comparison):
         return found
 
     def _make(self, run, progress):
-        group = run.config.output.parent.name
-        _, path = learn(run.config, before=self._before.get(group), progress=progress)
-        self._before[group] = json.loads(path.read_text())["rows"][0]
+        learn(run.config, progress=progress)
         self._compare_base(run)
 
     def command(self, run):

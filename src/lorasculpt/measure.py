@@ -16,6 +16,7 @@ from peft import PeftConfig
 from . import card, posthoc
 from .adapters.load import load as load_adapter
 from .adapters.update import UpdateConfig
+from .asked import ask_base
 from .config import WATCHING, RunConfig
 from .errors import UserError
 from .evaluation import comparison, curve, drift, evaluate, gallery
@@ -37,11 +38,12 @@ AT_BASE = {"value": 0.0, "interval": [0.0, 0.0]}  # the drift of the base from i
 def measure(
     config: RunConfig,
     *,
-    before: dict | None = None,
     strengths: Sequence[float] | None = None,
     progress: bool = True,
-) -> tuple[Path, dict]:
+) -> Path:
     """Measure the adapter of a finished run against its base and write ``results.json`` into the run's folder.
+
+    What the base answered to these questions in a run beside this one is not asked again (`lorasculpt.asked`).
 
     Without source tasks, forgetting is told by the drift alone (on ``evaluate.drift`` texts, or 32 where only
     ``evaluate.retain`` is given), and what needs source accuracy is null in the file. The strength for
@@ -50,12 +52,11 @@ def measure(
 
     Args:
         config: the run.
-        before: what :func:`measure` returned for another run on the same base and tasks; saves measuring the base.
         strengths: where the curve of source against target is taken, between 0 and 1. Default:
             ``config.evaluate.strengths``.
 
     Returns:
-        The file, and the measurement of the base for ``before``.
+        The file.
 
     Raises:
         UserError: there is no trained adapter, or that of another run, nothing to measure it with, or no source and no
@@ -93,8 +94,7 @@ def measure(
         "as_task": config.evaluate.as_task,
     }
     name = str(config.method.get("name", "lorasculpt"))
-    if before is None:
-        before = evaluate(model, processor, source, target, progress="base" if progress else None, **options)
+    before = ask_base(config, model, processor, source, target, progress="base" if progress else None, **options)
     model = load_adapter(model, folder)
     after = evaluate(model, processor, source, target, progress=name if progress else None, **options)
     drifted = None
@@ -150,7 +150,7 @@ def measure(
     content = {"schema": 1, "versions": versions(), "places": places(config), "runs": [run]}
     path = write_json(config.output / RESULTS_FILE, content)
     card.measured(config, folder, training, content)
-    return path, before
+    return path
 
 
 def shape(config: RunConfig) -> dict[str, Any]:

@@ -38,6 +38,7 @@ from .adapters.beside import put_beside
 from .adapters.load import load as load_adapter
 from .adapters.load import load_projector
 from .adapters.method import MethodConfig
+from .asked import ask_base
 from .config import Data, RunConfig, Stage
 from .data.records import read
 from .errors import Diverged, UserError
@@ -65,7 +66,7 @@ from .train import (
 MATRIX_FILE = "matrix.json"
 
 
-def learn(config: RunConfig, *, before: dict[str, Any] | None = None, progress: bool = True) -> tuple[Path, Path]:
+def learn(config: RunConfig, *, progress: bool = True) -> tuple[Path, Path]:
     """Learn the tasks of ``config.data.sequence`` in turn, measuring all of them after each.
 
     Goes on by itself where it was interrupted: with the task that it was at, from its last checkpoint.
@@ -76,7 +77,6 @@ def learn(config: RunConfig, *, before: dict[str, Any] | None = None, progress: 
 
     Args:
         config: the run.
-        before: the first of the ``rows`` of another run on the same base and tasks; saves measuring the base.
         progress: whether to show progress bars.
 
     Returns:
@@ -104,7 +104,7 @@ def learn(config: RunConfig, *, before: dict[str, Any] | None = None, progress: 
             elif earlier:
                 start = continued(earlier, names[number] if grows else None)
             adapter = train(stage, progress=progress, start=start)
-            measured.before(before)  # the base, once; only now, so that a mistake in the file is told first
+            measured.before()  # the base, once; only now, so that a mistake in the file is told first
             following = names[number + 1] if grows and stage is not stages[-1] else None
             measured.after(names[number], adapter, following)
     except Diverged:
@@ -244,11 +244,9 @@ class _Matrix:
         if self.path.is_file():
             self.record = json.loads(self.path.read_text())
 
-    def before(self, known: dict[str, Any] | None) -> None:
-        """Measure the base, unless that is ``known``."""
-        if not self.record["rows"] and known is not None:
-            self.record["rows"].append(known)
-        elif not self.record["rows"]:
+    def before(self) -> None:
+        """Measure the base."""
+        if not self.record["rows"]:
             model, processor = load(self.config.base, **self.config.loading, device=computing())
             self._add("rows", "after", None, model, processor)
 
@@ -268,16 +266,16 @@ class _Matrix:
 
     def _add(self, part: str, key: str, task: str | None, model: nn.Module, processor) -> None:
         settings = self.config.evaluate
-        found = evaluate(
-            model,
-            processor,
-            self.source,
-            self.tasks,
-            precision=precision(self.config),
-            batch=settings.batch,
-            max_new_tokens=settings.max_new_tokens,
-            progress=f"{key} {task or 'nothing'}" if self.progress else None,
-        )
+        options: dict[str, Any] = {
+            "precision": precision(self.config),
+            "batch": settings.batch,
+            "max_new_tokens": settings.max_new_tokens,
+            "progress": f"{key} {task or 'nothing'}" if self.progress else None,
+        }
+        if task is None:
+            found = ask_base(self.config, model, processor, self.source, self.tasks, **options)
+        else:
+            found = evaluate(model, processor, self.source, self.tasks, **options)
         scores = {name: entry["scores"] for name, entry in found["source"].items()}
         row = {key: task, "accuracy": [found["target"][name]["value"] for name in self.record["tasks"]]}
         self.record[part].append(row | {"source": task_average(scores) if scores else None})

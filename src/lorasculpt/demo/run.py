@@ -90,7 +90,6 @@ def demo(out: Path, *, target: str = "digits", full: bool = False) -> list[Path]
     print(f"The base model, the data and two runs of {STEPS} steps: {expected(full)}.")
     write_data(out / "data", target)
     results: list[Path] = []
-    before = None
     with remembering():
         for name in METHODS:
             every = {"every": STEPS // 3, "during": 20, "curve": None if full else 3 * QUICK // 2}
@@ -101,8 +100,7 @@ def demo(out: Path, *, target: str = "digits", full: bool = False) -> list[Path]
             config = RunConfig.load(path)
             print(f"\n{name}: training on {target} (lorasculpt train {path})")
             train(config)
-            result, before = measure(config, before=before)
-            results.append(result)
+            results.append(measure(config))
     page = report(results, out / "report", REMARK if target == "digits" else None)
     print(f"\nDone in {(time.monotonic() - began) / 60:.1f} minutes. Open {page}")
     print(REMARK if target == "digits" else "One run each, at rates that were chosen for digits.")

@@ -97,12 +97,11 @@ def study(work: Path, path: Path) -> Path:
     """Do what is still missing in ``work`` and write ``path``."""
     write_data(work / "data")
     found: dict[str, Any] = {"schema": 1, "complete": False, "versions": versions(), "runs": []}
-    before = None
     with remembering():
         for number, (label, (name, changes)) in enumerate(CHANGES.items()):
             output = f"study-{number}"
             made = settings(name, split="validation", output=output, **dict(changes))
-            entry, before = _measured(work / f"{output}.yaml", made, before)
+            entry = _measured(work / f"{output}.yaml", made)
             # a single source task has too few validation items for a number of its own
             items = {side: sum(task["n"] for task in entry[side].values()) for side in ("source", "target")}
             del entry["source"]
@@ -112,8 +111,8 @@ def study(work: Path, path: Path) -> Path:
     return write_json(path, found)
 
 
-def _measured(path: Path, made: dict[str, Any], before: dict | None) -> tuple[dict[str, Any], dict | None]:
-    """The run of the YAML ``made``, trained and measured unless it already is, and the measurement of its base.
+def _measured(path: Path, made: dict[str, Any]) -> dict[str, Any]:
+    """The run of the YAML ``made``, trained and measured unless it already is.
 
     It has the ``versions`` that it was made with, which may not be those of today.
 
@@ -126,7 +125,7 @@ def _measured(path: Path, made: dict[str, Any], before: dict | None) -> tuple[di
     if measured(config) is None:
         print(f"\n{path.stem}")
         train(config)
-        _, before = measure(config, before=before, strengths=())
+        measure(config, strengths=())
     content = json.loads((config.output / RESULTS_FILE).read_text())
     run = content["runs"][0]
     kept = (
@@ -142,18 +141,17 @@ def _measured(path: Path, made: dict[str, Any], before: dict | None) -> tuple[di
         "adapter_bytes",
         "trainable",
     )
-    return {key: run[key] for key in kept} | {"versions": content["versions"]}, before
+    return {key: run[key] for key in kept} | {"versions": content["versions"]}
 
 
 def tasks(work: Path, path: Path) -> Path:
     """Teach three tasks at once with every method of ``TOGETHER``, in turn with AM-LoRA and LoRA; write ``path``."""
     _write_tasks(work / "data")
     found: dict[str, Any] = {"schema": 1, "complete": False, "versions": versions(), "runs": [], "sequences": []}
-    before = None
     with remembering():
         for name, method in TOGETHER.items():
             made = _several(name, method)
-            entry, before = _measured(work / f"together-{name}.yaml", made, before)
+            entry = _measured(work / f"together-{name}.yaml", made)
             found["runs"].append(entry | {"label": name})
             write_json(path, found)
         in_turn: dict[str, dict[str, Any]] = {

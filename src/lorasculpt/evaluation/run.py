@@ -18,16 +18,22 @@ from .summary import average_interval, paired_bootstrap, summary, task_average
 from .tasks import Task
 
 
-def _measure(model: nn.Module, processor, task: Task, words: str | None, max_new_tokens: int, **options) -> dict:
-    options["progress"] = None if words is None else f"{words} {task.name}"
+def ask(
+    model: nn.Module, processor, task: Task, *, max_new_tokens: int = 16, progress: str | None = None, **options
+) -> list[str]:
+    """The answers of ``model`` to one task. Arguments as in :func:`evaluate`."""
+    options["progress"] = None if progress is None else f"{progress} {task.name}"
     if task.metric == "choice":
-        answers = choose(model, processor, task.records, **options)
-    else:
-        answers = answer(model, processor, task.records, max_new_tokens=max_new_tokens, **options)
+        return choose(model, processor, task.records, **options)
+    return answer(model, processor, task.records, max_new_tokens=max_new_tokens, **options)
+
+
+def scored(task: Task, answers: Sequence[str]) -> dict:
+    """A task's entry in what :func:`evaluate` returns."""
     scores = score(answers, task.records, task.metric)
     low, high = interval(scores)
     value = sum(scores) / len(scores)
-    return {"value": value, "low": low, "high": high, "n": len(scores), "scores": scores, "answers": answers}
+    return {"value": value, "low": low, "high": high, "n": len(scores), "scores": scores, "answers": list(answers)}
 
 
 def evaluate(
@@ -48,9 +54,9 @@ def evaluate(
     ``answers`` in the order of its records. Arguments as in ``answer``; ``progress`` is followed by the task's name.
     """
     options: dict[str, Any] = {"batch": batch, "max_new_tokens": max_new_tokens, "precision": precision}
-    options["as_task"] = as_task
+    options |= {"as_task": as_task, "progress": progress}
     return {
-        side: {task.name: _measure(model, processor, task, progress, **options) for task in group}
+        side: {task.name: scored(task, ask(model, processor, task, **options)) for task in group}
         for side, group in (("source", source), ("target", target))
     }
 

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pico
 import pytest
+import torch
 import yaml
 from commands import refused
 
@@ -90,7 +91,7 @@ def test_data_are_read_before_training_begins(fresh, side, spoil, said, monkeypa
     file = fresh / side / "train.jsonl"
     spoil(file)
     before = contents(fresh)
-    monkeypatch.setattr("lorasculpt.train.load", lambda *_: pytest.fail("the base was loaded"))
+    monkeypatch.setattr("lorasculpt.train.load", lambda *_, **__: pytest.fail("the base was loaded"))
     words = refused("train", fresh / "run.yaml")
     assert words.startswith(f"lorasculpt: {file}:2: ")
     assert words.endswith(said)
@@ -166,6 +167,17 @@ def test_it_is_not_shown_either(trained):
     assert _told([trained / "run.yaml"], None)[0] == RunConfig.load(other).base
     with pytest.raises(UserError, match=r"other.yaml:6: method.density is 0.3, but .* was trained with 0.2"):
         _told([other], None)
+
+
+def test_no_memory_left_is_told_with_what_takes_less(fresh, monkeypatch):
+    def too_large(*_, **__):
+        raise torch.OutOfMemoryError(
+            "CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has a total capacity of ..."
+        )
+
+    monkeypatch.setattr("lorasculpt.train.load", too_large)
+    words = refused("train", fresh / "run.yaml")
+    assert words.startswith("lorasculpt: out of memory, for 2.00 GiB more; in training, lower training.batch")
 
 
 def test_what_is_no_mistake_of_the_user_ends_with_1_and_a_traceback():

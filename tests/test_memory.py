@@ -84,3 +84,24 @@ def test_of_a_gpu_it_is_what_its_tensors_took(monkeypatch):
 
 def test_of_another_device_nothing_is_known():
     assert Peak(torch.device("meta")).bytes() is None
+
+
+@pytest.mark.parametrize(
+    ("fails", "told"),
+    [
+        (lambda: torch.empty(10**15), "out of memory, for 4000000000000000 bytes more"),
+        (lambda: bytearray(10**18), "out of memory"),
+    ],
+)
+def test_out_of_memory_is_known_by_what_says_so(fails, told):
+    with pytest.raises((RuntimeError, MemoryError)) as found:
+        fails()
+    assert memory.ran_out(found.value) == told
+
+
+def test_out_of_memory_on_a_gpu_says_how_much_was_wanted():
+    error = torch.OutOfMemoryError(
+        "CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has a total capacity of 14 GiB"
+    )
+    assert memory.ran_out(error) == "out of memory, for 2.00 GiB more"
+    assert memory.ran_out(RuntimeError("size mismatch")) is None

@@ -50,6 +50,11 @@ REFUSED = {
     errno.ENAMETOOLONG: "this name is too long; choose a shorter one.",
 }
 
+SPARING = (
+    "in training, lower training.batch and raise training.accumulation, or set training.checkpointing: true; in "
+    "measuring, lower evaluate.batch; or let the base take less room by dtype: bfloat16 or quantization: 4bit."
+)
+
 Run = Annotated[Path, typer.Argument(help="The YAML file of the run.", show_default=False)]
 Overrides = Annotated[
     list[str] | None,
@@ -572,9 +577,17 @@ def main() -> None:
             told = f"the disk has no room left ({place or 'while writing'}); make some and run it again."
         elif place is not None and isinstance(error, OSError) and error.errno in REFUSED:
             told = f"{place}: {REFUSED[error.errno]}"
+        elif (said := _no_memory(error)) is not None:
+            told = f"{said}; {SPARING}"
         else:
             raise
         _refuse(told)
+
+
+def _no_memory(error: Exception) -> str | None:
+    from .memory import ran_out
+
+    return ran_out(error)
 
 
 def _refuse(told: str) -> NoReturn:

@@ -1,4 +1,4 @@
-"""What time and memory are of, and the most memory in use while something is done: the GPU's, else the process's."""
+"""What time and memory are of, the most memory in use while something is done, and how it is told that none is left."""
 
 from __future__ import annotations
 
@@ -20,6 +20,15 @@ def machine(device: torch.device) -> str:
     named = re.search(r"^model name\s*: (.+)$", cpuinfo.read_text(), re.MULTILINE) if cpuinfo.is_file() else None
     name = named[1] if named else platform.processor() or platform.machine()
     return f"{name}, {torch.get_num_threads()} threads"
+
+
+def ran_out(error: BaseException) -> str | None:
+    """That memory ran out, and for how much more, if ``error`` says so; else None."""
+    told = str(error)
+    if not isinstance(error, torch.OutOfMemoryError | MemoryError) and "DefaultCPUAllocator: can't alloc" not in told:
+        return None
+    wanted = re.search(r"ried to allocate ([\d.]+ \w+)", told)
+    return "out of memory" + (f", for {wanted[1]} more" if wanted else "")
 
 
 class Peak:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import importlib.util
 import re
 import time
@@ -57,6 +58,8 @@ def load(
         UserError: no model there, or one that needs another package or its own code.
     """
     tower.register()
+    if torch.device(device).type != "cpu":
+        gc.collect()  # the model of an earlier run in this process, which its trainer's cycles hold, makes room first
     if dtype not in DTYPES:
         raise UserError(f"dtype {dtype!r} is unknown; use one of {', '.join(DTYPES)}")
     if Path(base).exists() and not (Path(base) / "config.json").exists():

@@ -544,9 +544,10 @@ def test_sequences_are_compared_at_one_rate(run, tmp_path, monkeypatch):
         return evaluate(model, *arguments, **options)
 
     monkeypatch.setattr(sequence, "evaluate", counted)
+    monkeypatch.setattr("lorasculpt.asked.ask", lambda *_, **__: pytest.fail("the base was asked again"))
     record = json.loads(compare.compare(config, seeds=2, progress=False).read_text())
     assert (record["complete"], record["tasks"]) == (True, ["color", "shape"])
-    assert measured == ["LlavaForConditionalGeneration", *["PeftModel"] * 4]  # the base once for all
+    assert measured == ["PeftModel"] * 4
     entries = {(made["label"], made["seed"]): made for made in record["sequences"]}
     assert list(entries) == [("am_lora", 0), ("lora", 0), ("lora", 1)]
     lora = entries["lora", 0]
@@ -596,9 +597,9 @@ def test_the_rates_of_sequences_are_chosen_by_what_is_left_of_all_tasks_on_their
     scores = iter(
         [
             *([0.0, 0.0, 0.9], [0.9, 0.9, 0.9], [0.4, 0.4, 0.8]),
-            *([0.1, 0.1, 0.2], [0.5, 0.4, 0.1]),
+            *([0.0, 0.0, 0.9], [0.1, 0.1, 0.2], [0.5, 0.4, 0.1]),
             *([0.0, 0.0, 0.9], [0.2, 0.2, 0.2], [0.3, 0.3, 0.3]),
-            *([0.2, 0.2, 0.2], [0.3, 0.3, 0.3]),
+            *([0.0, 0.0, 0.9], [0.2, 0.2, 0.2], [0.3, 0.3, 0.3]),
         ]
     )
     asked = []
@@ -613,6 +614,7 @@ def test_the_rates_of_sequences_are_chosen_by_what_is_left_of_all_tasks_on_their
         }
 
     monkeypatch.setattr(sequence, "evaluate", answered)
+    monkeypatch.setattr(sequence, "ask_base", lambda config, *given, **options: answered(*given, **options))
     lines = list(commands(planned(config, seeds=1, rates=[0.001, 0.01])))
     assert [line.rsplit("/", 1)[-1] for line in lines[:2]] == ["apart-lr0.001-seed0.yaml", "apart-lr0.01-seed0.yaml"]
     assert lines[2].startswith("# 2 more runs, of apart, both")
@@ -620,7 +622,7 @@ def test_the_rates_of_sequences_are_chosen_by_what_is_left_of_all_tasks_on_their
     assert next(scores, None) is None
     assert record["complete"]
     trial, test = ({files["color", kind], files["shape", kind]} for kind in ("validation", "test"))
-    assert asked == [trial | {other}] * 5 + [test | {tmp_path / "test" / "train.jsonl"}] * 5
+    assert asked == [trial | {other}] * 6 + [test | {tmp_path / "test" / "train.jsonl"}] * 6
     assert record["rates"] == {
         "apart": {
             "validation": {

@@ -55,10 +55,9 @@ def test_a_finished_run_is_not_done_again(folder, monkeypatch):
     (folder / "done" / "run.yaml").write_text(built(made, folder).to_yaml())
     (folder / "done" / "results.json").write_text(json.dumps({"versions": {"torch": "1.0"}, "runs": [numbers]}))
     monkeypatch.setattr(study, "train", lambda config: pytest.fail("trained again"))
-    entry, before = study._measured(folder / "run.yaml", made, None)
+    entry = study._measured(folder / "run.yaml", made)
     assert "gallery" not in entry
     assert entry["trainable"] == 2
     assert entry["versions"] == {"torch": "1.0"}  # not today's
-    assert before is None
     with pytest.raises(UserError, match="which holds another run"):
-        study._measured(folder / "run.yaml", run.settings("lora", output="done", steps=7), None)
+        study._measured(folder / "run.yaml", run.settings("lora", output="done", steps=7))

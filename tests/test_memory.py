@@ -22,6 +22,7 @@ def test_a_machine_is_its_processor_and_threads_or_its_gpu(monkeypatch):
     assert threads == f"{torch.get_num_threads()} threads"
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "a GPU")
     assert memory.machine(torch.device("cuda", 0)) == "a GPU"
+    assert memory.machine(torch.device("mps")) == f"{name}, mps"
 
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="elsewhere there is no peak to be set back")

@@ -13,13 +13,16 @@ import torch
 
 
 def machine(device: torch.device) -> str:
-    """What times on ``device`` are of: the GPU by its name, or the processor and the threads that torch takes of it."""
+    """What times on ``device`` are of: the GPU by its name, or the processor and the threads that torch takes of it.
+
+    An accelerator without a name of its own, such as Apple's, is told beside the processor.
+    """
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     cpuinfo = Path("/proc/cpuinfo")
     named = re.search(r"^model name\s*: (.+)$", cpuinfo.read_text(), re.MULTILINE) if cpuinfo.is_file() else None
     name = named[1] if named else platform.processor() or platform.machine()
-    return f"{name}, {torch.get_num_threads()} threads"
+    return f"{name}, {torch.get_num_threads()} threads" if device.type == "cpu" else f"{name}, {device.type}"
 
 
 def ran_out(error: BaseException) -> str | None:

@@ -1,0 +1,146 @@
+"""Everything on an accelerator: what is trained, asked and loaded there is what it is on the CPU."""
+
+from __future__ import annotations
+
+import json
+
+import contract
+import pico
+import pretend
+import pytest
+import torch
+import yaml
+from commands import done
+from contract import CASES, adapt, close, loss, sgd, texts, weights
+from peft import LoraConfig
+from peft.tuners.lora.config import CordaConfig
+from pretend import PRETEND
+from safetensors.torch import load_file
+
+import lorasculpt
+from lorasculpt import Clock, corda
+from lorasculpt.config import RunConfig
+from lorasculpt.data.records import read
+from lorasculpt.evaluation import fisher, self_prompts
+from lorasculpt.models.parts import target_regex
+from lorasculpt.play import Panel
+
+
+@pytest.fixture
+def there():
+    with pretend.device() as device:
+        yield device
+
+
+def test_what_lies_on_two_devices_is_refused(there):
+    one, other = torch.ones(2).to(there), torch.ones(2)
+    assert (one + one).device == PRETEND
+    with pytest.raises(RuntimeError, match="1 of 2 tensors on the CPU"):
+        one + other
+    other.copy_(one)
+    assert (one * 2).tolist() == [2, 2]
+
+
+def trained(method: str, device: torch.device):
+    """A text model with an adapter after four steps on ``device``; its clock is read back in between."""
+    (batch,) = texts(length=6)
+    batch = {key: value.to(device) for key, value in batch.items()}
+    model = adapt(pico.build("llama")[0].to(device), method)
+    optimizer = sgd(model)
+    clock = Clock(model, optimizer, 4)
+    model.train()
+    for step in range(4):
+        clock.begin_step()
+        optimizer.zero_grad()
+        loss(model, batch).backward()
+        optimizer.step()
+        clock.end_step()
+        if step == 2:
+            clock.load_state_dict(clock.state_dict())
+    clock.close()
+    return model.eval(), batch
+
+
+@pytest.mark.parametrize("method", CASES)
+def test_a_method_learns_there_what_it_learns_here(method, there, tmp_path):
+    here, _ = trained(method, torch.device("cpu"))
+    model, batch = trained(method, there)
+    assert {value.device for value in (*model.parameters(), *model.buffers())} == {PRETEND}
+    close(weights(here), {name: value.cpu() for name, value in weights(model).items()})
+    here.save_pretrained(tmp_path)
+    again = lorasculpt.load(pico.build("llama")[0].to(there), tmp_path, trainable=True).eval()
+    assert {value.device for value in (*again.parameters(), *again.buffers())} == {PRETEND}
+    torch.testing.assert_close(contract.logits(again, batch).cpu(), contract.logits(model, batch).cpu())
+
+
+@pytest.fixture
+def run(tmp_path, pico_folder):
+    """Write a run of the tiny llava and return the path of its file."""
+    data = str(pico.write_data(tmp_path / "data", n=4))
+    settings = {
+        "base": str(pico_folder("llava")),
+        "output": "out",
+        "method": {"name": "lorasculpt", "r": 4, "lora_alpha": 8, "prune_step": 1},
+        "data": {"train": data},
+        "training": {"steps": 3, "batch": 2, "lr": 0.1, "precision": "fp32", "report_to": []},
+        "evaluate": {"source": [data], "target": [data], "drift": 2, "max_new_tokens": 3, "retain": 0.5},
+    }
+    path = tmp_path / "run.yaml"
+    path.write_text(yaml.safe_dump(settings))
+    return path
+
+
+ROUTED = "method={name: loramoe, r: 4, lora_alpha: 8}"
+
+
+@pytest.mark.parametrize("overrides", [(), (ROUTED, "evaluate.metric={color: contains}")], ids=["sculpted", "routed"])
+def test_a_run_is_measured_there_as_here(overrides, run, tmp_path):
+    done("train", run, *overrides)
+    files = {"eval": tmp_path / "out" / "results.json", "dial": tmp_path / "out" / "dial.json"}
+    here = {}
+    for verb, file in files.items():
+        done(verb, run, *overrides)
+        here[verb] = json.loads(file.read_text())
+        file.unlink()
+    (tmp_path / "out" / "base-answers.json").unlink()
+    with pretend.device():
+        for verb, file in files.items():
+            done(verb, run, *overrides)
+            there = json.loads(file.read_text())
+            points = [found["runs"][0]["curve"] if verb == "eval" else found["points"] for found in (here[verb], there)]
+            for one, other in zip(*points, strict=True):
+                assert one.keys() == other.keys()
+                assert all(one[key] == pytest.approx(other[key], abs=1e-4) for key in one)
+
+
+def test_a_finished_adapter_is_shown_and_edited_there(run, tmp_path):
+    done("train", run)
+    adapter, base = tmp_path / "out" / "adapter", RunConfig.load(run).base
+    data = tmp_path / "data" / "train.jsonl"
+    done("train", run, ROUTED, "output=routed")
+    edit = ("posthoc", "tailor", adapter, "--base", base, "--data", data, "--out")
+    look = ("inspect", tmp_path / "routed" / "adapter", "--base", base, "--data", data, "--json")
+    done(*edit, tmp_path / "here")
+    loads = done(*look, tmp_path / "here.json")
+    picture = read(data)[0].images[0]
+    with pretend.device():
+        done(*edit, tmp_path / "there")
+        assert done(*look, tmp_path / "there.json").replace("there", "here") == loads
+        panel = Panel(base, {"a": adapter})
+        for one in panel.answerers:
+            assert next(one.model.parameters()).device == PRETEND
+            panel.answer(one, "What is it?", picture, max_new_tokens=3)
+    one, other = (load_file(tmp_path / name / "model.safetensors") for name in ("here", "there"))
+    close(one, other)
+
+
+def test_the_texts_that_corda_and_ewc_begin_with_are_read_there(there, tmp_path):
+    base, processor = pico.build("llava")
+    base.to(there)
+    records = read(pico.write_data(tmp_path, n=4))
+    config = LoraConfig(
+        init_lora_weights="corda", corda_config=CordaConfig(), r=2, target_modules=target_regex(base, "language")
+    )
+    corda.prepare(base, processor, config, records, None)
+    fisher(base, processor, self_prompts(base, processor, 2, max_new_tokens=3), tmp_path / "fisher.safetensors")
+    assert load_file(tmp_path / "fisher.safetensors")

@@ -28,7 +28,7 @@ def test_two_processes_train_what_one_trains_and_leave_one_adapter(tmp_path, pic
     path = tmp_path / "run.yaml"
     path.write_text(yaml.safe_dump(settings))
 
-    launch("-m", "lorasculpt.cli", "train", str(path))
+    launch("-m", "lorasculpt", "train", str(path))
 
     out = tmp_path / "out"
     assert sorted(entry.name for entry in out.iterdir()) == [

@@ -75,6 +75,14 @@ def test_all_that_asks_a_model_asks_it_on_the_accelerator(run, tmp_path, loaded)
     assert loaded[8:] == [HERE] * 2
 
 
+def test_of_several_gpus_one_process_takes_one(run, monkeypatch, capsys):
+    # a CPU has none: it is said to have two for as long as nobody says otherwise
+    monkeypatch.setattr(train.SFTConfig, "n_gpu", property(lambda self: self._n_gpu or 2))
+    assert (train.train(run()) / "adapter_config.json").is_file()  # TRL refuses two
+    told = "One of 2 GPUs trains; for all: accelerate launch -m lorasculpt train ..."
+    assert capsys.readouterr().out.count(told) == 1
+
+
 def test_of_several_processes_none_begins_on_its_accelerator(run, loaded, monkeypatch):
     def stop(*arguments, **options):
         raise KeyboardInterrupt

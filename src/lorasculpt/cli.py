@@ -91,8 +91,8 @@ def train(run: Run, overrides: Overrides = None) -> None:
     A row of data is {"image": "a.png", "question": "...", "answer": "...", "task": "..."}; LLaVA, ShareGPT and
     messages rows work too.
 
-    It trains on the GPU if there is one. A large base takes half the memory with dtype: bfloat16, and a quarter of that
-    with quantization: 4bit (which needs bitsandbytes); the adapter stays in fp32.
+    It trains on the GPU if there is one; on several: accelerate launch -m lorasculpt train RUN. A large base takes half
+    the memory with dtype: bfloat16, and a quarter of that with quantization: 4bit (which needs bitsandbytes).
 
     Tasks are learned one after the other where data is {sequence: [{name: ..., train: ..., test: ...}, ...]}; the
     accuracy on each after each goes to matrix.json.
@@ -594,7 +594,3 @@ def _refuse(told: str) -> NoReturn:
     """End with 2 after one sentence, on a line of its own where a progress bar stands."""
     tqdm.write(f"lorasculpt: {told}", file=sys.stderr)
     sys.exit(2)
-
-
-if __name__ == "__main__":
-    main()

@@ -110,7 +110,7 @@ def train(
     trained = [(parameter, parameter.data) for parameter in model.parameters() if parameter.requires_grad]
     trainer = SFTTrainer(
         model=model,
-        args=_arguments(config, progress, autocast),
+        args=_on_one_gpu(_arguments(config, progress, autocast), progress),
         train_dataset=rows(records),
         processing_class=processor,
         data_collator=Collator(processor, tasks=_routed(model)),
@@ -587,6 +587,15 @@ def _arguments(config: RunConfig, progress: bool, autocast: torch.dtype | None) 
     except (TypeError, ValueError, ImportError) as error:
         SFTConfig(**own)  # fails by itself where the fault is not in what was given
         raise config.error("training.arguments", f"is refused: {str(error).splitlines()[0]}") from error
+
+
+def _on_one_gpu(arguments: SFTConfig, progress: bool) -> SFTConfig:
+    """A launcher gives each process its GPU. Without one transformers takes all by DataParallel, which TRL refuses."""
+    if arguments.n_gpu > 1:
+        if progress:
+            print(f"One of {arguments.n_gpu} GPUs trains; for all: accelerate launch -m lorasculpt train ...")
+        arguments._n_gpu = 1
+    return arguments
 
 
 def check_output(output: Path, config: RunConfig) -> None:

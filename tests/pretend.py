@@ -115,6 +115,8 @@ class _Written(TorchFunctionMode):
             return torch.tensor(*args, **{**kwargs, "device": "cpu"}).to(PRETEND)
         if function is torch.Tensor.new_tensor and isinstance(args[0], There):
             return torch.tensor(args[1], dtype=kwargs.get("dtype", args[0].dtype)).to(PRETEND)
+        if function is torch.Tensor.__getitem__ and isinstance(args[1], list):
+            return args[0][torch.tensor(args[1])]
         if function is torch.Tensor.tolist and isinstance(args[0], There):
             return args[0].inner.tolist()
         return function(*args, **kwargs)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pretend
 import torch
 from torch.nn import functional as F
 
@@ -93,3 +94,16 @@ def test_each_picture_is_computed_once_and_the_memory_ends_with_the_block():
     assert torch.equal(first[[1, 0]], again)
     made(a)
     assert calls == [2, 1]
+
+
+@torch.no_grad()
+def test_it_remembers_on_an_accelerator_too():
+    made, _ = tower()
+    pictures = torch.rand(2, 3, 96, 96)
+    here = made(pictures).last_hidden_state
+    with pretend.device() as device, remembering():
+        made.to(device)
+        for _ in range(2):
+            found = made(pictures.to(device)).last_hidden_state
+            assert found.device == device
+            assert torch.equal(found.cpu(), here)

@@ -9,7 +9,6 @@ import pico
 import pretend
 import pytest
 import torch
-import yaml
 from commands import done
 from contract import CASES, adapt, close, loss, sgd, texts, weights
 from peft import LoraConfig
@@ -74,20 +73,15 @@ def test_a_method_learns_there_what_it_learns_here(method, there, tmp_path):
 
 
 @pytest.fixture
-def run(tmp_path, pico_folder):
-    """Write a run of the tiny llava and return the path of its file."""
-    data = str(pico.write_data(tmp_path / "data", n=4))
-    settings = {
-        "base": str(pico_folder("llava")),
-        "output": "out",
-        "method": {"name": "lorasculpt", "r": 4, "lora_alpha": 8, "prune_step": 1},
-        "data": {"train": data},
-        "training": {"steps": 3, "batch": 2, "lr": 0.1, "precision": "fp32", "report_to": []},
-        "evaluate": {"source": [data], "target": [data], "drift": 2, "max_new_tokens": 3, "retain": 0.5},
-    }
-    path = tmp_path / "run.yaml"
-    path.write_text(yaml.safe_dump(settings))
-    return path
+def run(a_run, tmp_path):
+    """The path of a run's file."""
+    data = "data/train.jsonl"
+    a_run(
+        method={"name": "lorasculpt", "r": 4, "lora_alpha": 8, "prune_step": 1},
+        training={"steps": 3, "batch": 2, "lr": 0.1, "precision": "fp32", "report_to": []},
+        evaluate={"source": [data], "target": [data], "drift": 2, "max_new_tokens": 3, "retain": 0.5},
+    )
+    return tmp_path / "run.yaml"
 
 
 ROUTED = "method={name: loramoe, r: 4, lora_alpha: 8}"

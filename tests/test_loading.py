@@ -6,16 +6,13 @@ import importlib
 import json
 import logging
 
-import pico
 import pytest
 import torch
-import yaml
 from commands import done, refused
 from safetensors.torch import load_file
 
 from lorasculpt import measure, play, train
 from lorasculpt.adapters.load import load as load_adapter
-from lorasculpt.config import RunConfig
 from lorasculpt.models import load as loading
 from lorasculpt.train import ADAPTER
 
@@ -24,20 +21,13 @@ HERE = torch.device("cpu", 0)  # equal to no other device, and as good as the CP
 
 
 @pytest.fixture
-def run(tmp_path, pico_folder):
-    """Write a run of the tiny llava and return a function that gives its config, changed by ``key=value``."""
-    data = str(pico.write_data(tmp_path / "data", n=4))
-    settings = {
-        "base": str(pico_folder("llava")),
-        "output": "out",
-        "method": {"name": "lora", "r": 4, "lora_alpha": 8},
-        "data": {"train": data},
-        "training": {"steps": 3, "batch": 2, "lr": 0.01, "precision": "fp32", "report_to": []},
-        "evaluate": {"source": [data], "target": [data], "limit": 2, "max_new_tokens": 2},
-    }
-    path = tmp_path / "run.yaml"
-    path.write_text(yaml.safe_dump(settings))
-    return lambda *overrides: RunConfig.load(path, overrides)
+def run(a_run):
+    data = "data/train.jsonl"
+    return a_run(
+        method={"name": "lora", "r": 4, "lora_alpha": 8},
+        training={"steps": 3, "batch": 2, "lr": 0.01, "precision": "fp32", "report_to": []},
+        evaluate={"source": [data], "target": [data], "limit": 2, "max_new_tokens": 2},
+    )
 
 
 @pytest.fixture

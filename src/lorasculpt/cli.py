@@ -25,6 +25,7 @@ from .cli_posthoc import app as posthoc_app
 from .console import numbers
 from .errors import UserError
 from .files import disk_full
+from .memory import ran_out
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -577,17 +578,11 @@ def main() -> None:
             told = f"the disk has no room left ({place or 'while writing'}); make some and run it again."
         elif place is not None and isinstance(error, OSError) and error.errno in REFUSED:
             told = f"{place}: {REFUSED[error.errno]}"
-        elif (said := _no_memory(error)) is not None:
+        elif (said := ran_out(error)) is not None:
             told = f"{said}; {SPARING}"
         else:
             raise
         _refuse(told)
-
-
-def _no_memory(error: Exception) -> str | None:
-    from .memory import ran_out
-
-    return ran_out(error)
 
 
 def _refuse(told: str) -> NoReturn:

@@ -248,7 +248,7 @@ def test_what_has_no_dial(run, tmp_path, monkeypatch):
         dial(run(), retain=1.5, progress=False)
     with pytest.raises(UserError, match="name one or more"):
         dial(run(), densities=(), progress=False)
-    monkeypatch.setattr(dialing, "load", lambda *_, **__: pytest.fail("the base was loaded"))
+    monkeypatch.setattr(dialing, "loaded", lambda *_, **__: pytest.fail("the base was loaded"))
     for config, words in (
         (run("method.use_dora=true", "output=dora"), "sets use_dora"),
         (routed, "only LORA can be read here"),

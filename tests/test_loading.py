@@ -16,7 +16,7 @@ from lorasculpt.adapters.load import load as load_adapter
 from lorasculpt.models import load as loading
 from lorasculpt.train import ADAPTER
 
-COMPUTE = ("train", "measure", "dial", "sequence", "play", "inspect_update", "posthoc.calibrate")
+COMPUTE = ("train", "play", "inspect_update", "posthoc.calibrate")  # the first for all that have a run
 HERE = torch.device("cpu", 0)  # equal to no other device, and as good as the CPU
 
 

@@ -23,8 +23,7 @@ from .evaluation.strength import fixed
 from .files import whole, write_json
 from .inspect import Adapter
 from .measure import TEXTS, versions
-from .models.load import computing, load
-from .train import ADAPTER, check_tasks, check_trained, drift_prompts, held_out, precision
+from .train import ADAPTER, check_tasks, check_trained, drift_prompts, held_out, loaded, precision
 
 DIAL_FILE = "dial.json"
 RETAIN = 0.97  # where the run says nothing
@@ -91,7 +90,7 @@ def dial(
     saved = PeftConfig.from_pretrained(str(folder))
     if isinstance(saved, UpdateConfig) and saved.multitask:
         check_tasks(config, saved.tasks, [*source, *target])
-    model, processor = load(config.base, **config.loading, device=computing())
+    model, processor = loaded(config)
     model = load_adapter(model, folder)
     if (obstacle := fixed(model)) is not None:
         raise UserError(f"{folder} cannot be turned down: {obstacle}.")

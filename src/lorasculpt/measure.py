@@ -25,9 +25,8 @@ from .evaluation.run import curve_point
 from .evaluation.strength import fixed
 from .evaluation.tasks import Task
 from .files import write_json
-from .models.load import computing, load
 from .posthoc.files import RECORD
-from .train import ADAPTER, LOG_FILE, PUSHING, check_tasks, check_trained, drift_prompts, held_out, precision
+from .train import ADAPTER, LOG_FILE, PUSHING, check_tasks, check_trained, drift_prompts, held_out, loaded, precision
 
 RESULTS_FILE, RETAINED = "results.json", "adapter-retained"
 PLACES = ("source", "target", "validation", "validation_source", "images")  # of evaluate
@@ -86,7 +85,7 @@ def measure(
     if isinstance(saved, UpdateConfig) and saved.multitask:
         asked_of = [*source, *target, *(task for side in choosing for task in side)]
         check_tasks(config, saved.tasks, asked_of)  # before the base is measured, which may take long
-    model, processor = load(config.base, **config.loading, device=computing())
+    model, processor = loaded(config)
     options: dict[str, Any] = {
         "precision": precision(config),
         "batch": config.evaluate.batch,

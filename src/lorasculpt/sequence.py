@@ -46,7 +46,6 @@ from .evaluation import Task, evaluate
 from .evaluation.summary import task_average
 from .files import write_json, write_text
 from .measure import versions
-from .models.load import computing, load
 from .switch import add_task
 from .train import (
     ADAPTER,
@@ -58,6 +57,7 @@ from .train import (
     held_out,
     kind_of,
     leave_diverged,
+    loaded,
     precision,
     thaw_projector,
     train,
@@ -247,7 +247,7 @@ class _Matrix:
     def before(self) -> None:
         """Measure the base."""
         if not self.record["rows"]:
-            model, processor = load(self.config.base, **self.config.loading, device=computing())
+            model, processor = loaded(self.config)
             self._add("rows", "after", None, model, processor)
 
     def after(self, task: str, adapter: Path, following: str | None) -> None:
@@ -256,7 +256,7 @@ class _Matrix:
         switched = [row["to"] for row in self.record["switches"]]
         if task in done and following in (None, *switched):
             return
-        model, processor = load(self.config.base, **self.config.loading, device=computing())
+        model, processor = loaded(self.config)
         model = load_adapter(model, adapter)
         if task not in done:
             self._add("rows", "after", task, model, processor)

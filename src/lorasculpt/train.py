@@ -31,7 +31,7 @@ from peft import PeftConfig, PeftModel, get_peft_model
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
-from transformers import TrainerCallback, set_seed
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixin, TrainerCallback, set_seed
 from trl import SFTConfig, SFTTrainer
 
 from . import card, corda
@@ -96,9 +96,7 @@ def train(
     records = trained_on(config)
     check_measured(config)
     named = _with_tasks(config, records)
-    # several processes share the model as the trainer places it: none may begin with all of it on its GPU
-    alone = int(os.environ.get("WORLD_SIZE", "1")) == 1
-    model, processor = load(config.base, **config.loading, device=computing() if alone else "cpu")
+    model, processor = loaded(config)
     if start is None:
         prepare(model, processor, named, records)
     model = (start or attach)(model, named)
@@ -407,6 +405,15 @@ def _setting(config: RunConfig, error: Exception) -> str | None:
     first = re.split(r"\W", str(error), maxsplit=1)[0]
     key = written or (first if first in settings_of(kind_of(config)) else None)
     return key and f"method.{key}"
+
+
+def loaded(config: RunConfig) -> tuple[PreTrainedModel, ProcessorMixin | PreTrainedTokenizerBase]:
+    """The base of a run and its processor, where models compute.
+
+    Several processes share the base as the trainer places it: none begins with all of it on its GPU.
+    """
+    alone = int(os.environ.get("WORLD_SIZE", "1")) == 1
+    return load(config.base, **config.loading, device=computing() if alone else "cpu")
 
 
 def precision(config: RunConfig) -> torch.dtype | None:

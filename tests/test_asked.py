@@ -8,12 +8,10 @@ import shutil
 
 import pico
 import pytest
-import yaml
 from commands import done, refused
 from PIL import Image
 
 from lorasculpt import asked, memory
-from lorasculpt.config import RunConfig
 from lorasculpt.measure import measure
 from lorasculpt.sequence import learn
 from lorasculpt.train import train
@@ -22,20 +20,17 @@ TASKS = ("color", "shape")
 
 
 @pytest.fixture
-def run(tmp_path, pico_folder):
-    """Write a run of the tiny llava and return a function that gives its config, changed by ``key=value``."""
+def run(a_run, tmp_path, pico_folder):
+    """A run of a base of its own, which may be touched."""
     files = {task: str(pico.write_data(tmp_path / task, n=4, tasks=[task])) for task in TASKS}
-    settings = {
-        "base": str(shutil.copytree(pico_folder("llava"), tmp_path / "base")),
-        "output": "one",
-        "method": {"name": "lora", "r": 4, "lora_alpha": 8},
-        "data": {"train": files["shape"]},
-        "training": {"steps": 2, "batch": 2, "lr": 0.05, "precision": "fp32", "report_to": []},
-        "evaluate": {"source": [files["color"]], "target": [files["shape"]], "max_new_tokens": 2, "strengths": []},
-    }
-    path = tmp_path / "run.yaml"
-    path.write_text(yaml.safe_dump(settings))
-    return lambda *overrides: RunConfig.load(path, overrides)
+    return a_run(
+        base=str(shutil.copytree(pico_folder("llava"), tmp_path / "base")),
+        output="one",
+        method={"name": "lora", "r": 4, "lora_alpha": 8},
+        data={"train": files["shape"]},
+        training={"steps": 2, "batch": 2, "lr": 0.05, "precision": "fp32", "report_to": []},
+        evaluate={"source": [files["color"]], "target": [files["shape"]], "max_new_tokens": 2, "strengths": []},
+    )
 
 
 @pytest.fixture

@@ -418,7 +418,7 @@ def test_what_is_measured_may_change_without_training_again(labelled, tmp_path, 
     options = {"seeds": 1, "rates": [0.01, 0.02], "progress": False}
     path = compare.compare(labelled(text), **options, out=tmp_path / "first.json")
     before = json.loads(path.read_text())
-    monkeypatch.setattr("lorasculpt.train.load", lambda *_, **__: pytest.fail("trained again"))
+    monkeypatch.setattr("lorasculpt.train.SFTTrainer", lambda *_, **__: pytest.fail("trained again"))
     longer = labelled(text, "evaluate.max_new_tokens=2")
     comparison = planned(longer, None, 1, [0.01, 0.02])
     assert len(comparison.missing()) == 4  # both trials, and both tests whose rate is not known

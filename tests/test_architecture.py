@@ -113,6 +113,18 @@ def test_nobody_asks_which_method_it_is():
     assert wrong == []
 
 
+def test_the_parts_of_a_run_do_not_import_what_is_made_of_them():
+    above = [f"{PACKAGE}.{name}" for name in ("train", "measure", "sequence", "compare", "comparison", "dial", "play")]
+    wrong = [
+        f"{place(module, line)} imports {name}"
+        for module in TREES
+        if under(module, f"{PACKAGE}.run")
+        for name, line in IMPORTS[module]
+        if under(name, *above)
+    ]
+    assert wrong == []
+
+
 def test_nothing_imports_the_command_line():
     cli = f"{PACKAGE}.cli"
     wrong = [

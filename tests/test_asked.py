@@ -11,7 +11,7 @@ import pytest
 from commands import done, refused
 from PIL import Image
 
-from lorasculpt import asked, memory
+from lorasculpt import asked, provenance
 from lorasculpt.measure import measure
 from lorasculpt.sequence import learn
 from lorasculpt.train import train
@@ -106,7 +106,7 @@ def test_what_may_be_answered_otherwise_is_asked_again(run, tmp_path, questions,
     found(run())
     assert questions == ["color", "shape"]
     del questions[:]
-    monkeypatch.setattr(asked, "machine", lambda device: f"not {memory.machine(device)}")
+    monkeypatch.setattr(asked, "machine", lambda device: f"not {provenance.machine(device)}")
     found(run())
     assert questions == ["color", "shape"]
 

@@ -91,7 +91,7 @@ def test_data_are_read_before_training_begins(fresh, side, spoil, said, monkeypa
     file = fresh / side / "train.jsonl"
     spoil(file)
     before = contents(fresh)
-    monkeypatch.setattr("lorasculpt.train.load", lambda *_, **__: pytest.fail("the base was loaded"))
+    monkeypatch.setattr("lorasculpt.run.model.load", lambda *_, **__: pytest.fail("the base was loaded"))
     words = refused("train", fresh / "run.yaml")
     assert words.startswith(f"lorasculpt: {file}:2: ")
     assert words.endswith(said)
@@ -175,7 +175,7 @@ def test_no_memory_left_is_told_with_what_takes_less(fresh, monkeypatch):
             "CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has a total capacity of ..."
         )
 
-    monkeypatch.setattr("lorasculpt.train.load", too_large)
+    monkeypatch.setattr("lorasculpt.run.model.load", too_large)
     words = refused("train", fresh / "run.yaml")
     assert words.startswith("lorasculpt: out of memory, for 2.00 GiB more; in training, lower training.batch")
 

@@ -19,7 +19,6 @@ from commands import call
 from safetensors.torch import load_file
 
 from lorasculpt import UserError, compare, posthoc, sequence
-from lorasculpt import train as training
 from lorasculpt.compare import Comparison, commands, planned
 from lorasculpt.comparison import edits, sequences
 from lorasculpt.comparison.drift import drift_and_loss, rank_correlation, spearman
@@ -29,6 +28,7 @@ from lorasculpt.config import RunConfig
 from lorasculpt.data.batches import Collator
 from lorasculpt.posthoc.edits import delta_of
 from lorasculpt.report import report
+from lorasculpt.run import records
 from lorasculpt.sequence import transfer
 from lorasculpt.train import train
 
@@ -215,8 +215,8 @@ def test_all_runs_are_measured_on_the_same_texts_of_the_base(run, monkeypatch):
         sampled.append(options["path"].is_file())
         return prompts(model, processor, n, **options)
 
-    prompts = training.self_prompts
-    monkeypatch.setattr(training, "self_prompts", self_prompts)
+    prompts = records.self_prompts
+    monkeypatch.setattr(records, "self_prompts", self_prompts)
     path = compare.compare(run("evaluate.drift=2"), METHODS, seeds=1, rates=[0.01], progress=False)
     assert sampled == [False, True]
     first, second = (found.read_text() for found in path.parent.glob("test/*/drift.jsonl"))

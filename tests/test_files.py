@@ -114,7 +114,7 @@ def run(tmp_path, pico_folder):
 
 
 def test_a_run_that_has_no_room_does_not_begin(run, monkeypatch):
-    monkeypatch.setattr("lorasculpt.train.free", lambda folder: 1000)
+    monkeypatch.setattr("lorasculpt.run.callbacks.free", lambda folder: 1000)
     line = refused("train", run)
     assert ": output is" in line
     assert "1.0 kB left, and the adapter and 2 checkpoints take" in line

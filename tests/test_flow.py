@@ -22,7 +22,9 @@ from lorasculpt.measure import measure
 from lorasculpt.memory import Peak, machine
 from lorasculpt.models.load import load
 from lorasculpt.overview import meanings
-from lorasculpt.train import _Cost, train, trained_on
+from lorasculpt.run.callbacks import Cost
+from lorasculpt.run.records import trained_on
+from lorasculpt.train import train
 
 
 @pytest.fixture
@@ -478,7 +480,7 @@ class Known(Peak):
 
 def test_time_and_memory_are_those_of_all_parts(run, monkeypatch):
     config = run("training.save_every=1", "training.keep=9", "evaluate.strengths=[]")
-    monkeypatch.setattr("lorasculpt.train.Peak", Known)
+    monkeypatch.setattr("lorasculpt.run.callbacks.Peak", Known)
     train(config, progress=False)
     record = json.loads((config.output / "training.json").read_text())
     assert 0 < record["seconds"] < 100
@@ -500,13 +502,13 @@ def test_time_and_memory_are_those_of_all_parts(run, monkeypatch):
     [((9, "process"), 9), ((1, "process"), 7), ((9, "cuda"), 7), ((None, "process"), None)],
 )
 def test_peaks_of_the_same_kind_are_compared(tmp_path, monkeypatch, earlier, most):
-    monkeypatch.setattr("lorasculpt.train.Peak", Known)
+    monkeypatch.setattr("lorasculpt.run.callbacks.Peak", Known)
     record = {"seconds": 1000, "memory_bytes": earlier[0], "memory_of": earlier[1]}
     (tmp_path / "cost.json").write_text(json.dumps(record))
-    found = _Cost(torch.device("cpu"), tmp_path).record()
+    found = Cost(torch.device("cpu"), tmp_path).record()
     assert 1000 <= found["seconds"] < 1001
     assert (found["memory_bytes"], found["memory_of"]) == (most, "process")
-    assert _Cost(torch.device("cpu"), tmp_path / "before-there-were-any").record()["memory_bytes"] == 7
+    assert Cost(torch.device("cpu"), tmp_path / "before-there-were-any").record()["memory_bytes"] == 7
 
 
 # --- general data, replayed -----------------------------------------------------------------------------------------
@@ -576,7 +578,7 @@ def test_ewc_makes_its_fisher_information_once_and_goes_on_with_it(run, monkeypa
     assert [row["penalty"] > 0 for row in history[:3]] == [False, False, True]  # it warms up for a step
 
     config, made = run(EWC, "output=broken", "training.steps=3", "training.save_every=1"), []
-    monkeypatch.setattr("lorasculpt.train.fisher", _counted(made))
+    monkeypatch.setattr("lorasculpt.run.model.fisher", _counted(made))
 
     class Killed(Exception):
         pass
@@ -607,7 +609,9 @@ def _counted(made):
 def test_ewc_takes_the_answers_of_general_data_or_a_file(run, tmp_path, monkeypatch):
     general = pico.write_data(tmp_path / "general", n=8, tasks=("side",))
     texts = []
-    monkeypatch.setattr("lorasculpt.train.fisher", lambda *args, **kwargs: (texts.extend(args[2]), _counted([])(*args)))
+    monkeypatch.setattr(
+        "lorasculpt.run.model.fisher", lambda *args, **kwargs: (texts.extend(args[2]), _counted([])(*args))
+    )
     config = run(EWC, "training.steps=1", f"data.general={general}")
     train(config, progress=False)
     assert len(texts) == 5

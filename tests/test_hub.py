@@ -12,6 +12,7 @@ from trl import SFTTrainer
 from lorasculpt import UserError, train
 from lorasculpt.config import RunConfig
 from lorasculpt.measure import measure
+from lorasculpt.run import trainer
 
 PUSH = ("training.arguments.push_to_hub=true", "training.arguments.hub_model_id=me/tiny")
 
@@ -59,9 +60,9 @@ def hub(monkeypatch):
 
 
 def test_whatever_is_set_here_is_not_taken_from_the_file(run, monkeypatch):
-    monkeypatch.setattr(train, "SFTConfig", dict)
+    monkeypatch.setattr(trainer, "SFTConfig", dict)
     for override in ("training.steps=1", "training.steps=null"):
-        assert train._arguments(run(override), False, None).keys() <= {*train.OWN_ARGUMENTS, *train.FIXED}
+        assert trainer.arguments(run(override), False, None).keys() <= {*trainer.OWN_ARGUMENTS, *trainer.FIXED}
 
 
 MISTAKES = {
@@ -91,14 +92,14 @@ def test_an_argument_that_is_not_taken_is_told_with_its_line_and_leaves_nothing(
 def test_what_the_trainer_refuses_is_told(run, monkeypatch):
     config = run("training.arguments={logging_strategy: often}")
     with pytest.raises(UserError, match=r"override .*often.*: training.arguments is refused: often is not a valid"):
-        train._arguments(config, False, None)
+        trainer.arguments(config, False, None)
 
     def broken(**settings):
         raise ValueError("no precision is right here")
 
-    monkeypatch.setattr(train, "SFTConfig", broken)
+    monkeypatch.setattr(trainer, "SFTConfig", broken)
     with pytest.raises(ValueError, match="no precision") as error:  # whatever was given
-        train._arguments(config, False, None)
+        trainer.arguments(config, False, None)
     assert not isinstance(error.value, UserError)
 
 

@@ -24,7 +24,9 @@ from lorasculpt.export import export
 from lorasculpt.kinds import KINDS, OF_PEFT, must_be, settings_of, started, taken_over
 from lorasculpt.measure import measure
 from lorasculpt.models.load import load
-from lorasculpt.train import _write, adapter_config, prepare, train, trained_on
+from lorasculpt.run.model import adapter_config, prepare
+from lorasculpt.run.records import trained_on
+from lorasculpt.train import _write, train
 
 SMALL = {
     "shira": {"r": 2},

@@ -10,11 +10,12 @@ import pytest
 import torch
 from commands import done, refused
 from safetensors.torch import load_file
+from trl import SFTConfig
 
 from lorasculpt import measure, play, train
 from lorasculpt.adapters.load import load as load_adapter
 from lorasculpt.models import load as loading
-from lorasculpt.train import ADAPTER
+from lorasculpt.run.folder import ADAPTER
 
 COMPUTE = ("train", "play", "inspect_update", "posthoc.calibrate")  # the first for all that have a run
 HERE = torch.device("cpu", 0)  # equal to no other device, and as good as the CPU
@@ -67,7 +68,7 @@ def test_all_that_asks_a_model_asks_it_on_the_accelerator(run, tmp_path, loaded)
 
 def test_of_several_gpus_one_process_takes_one(run, monkeypatch, capsys):
     # a CPU has none: it is said to have two for as long as nobody says otherwise
-    monkeypatch.setattr(train.SFTConfig, "n_gpu", property(lambda self: self._n_gpu or 2))
+    monkeypatch.setattr(SFTConfig, "n_gpu", property(lambda self: self._n_gpu or 2))
     assert (train.train(run()) / "adapter_config.json").is_file()  # TRL refuses two
     told = "One of 2 GPUs trains; for all: accelerate launch -m lorasculpt train ..."
     assert capsys.readouterr().out.count(told) == 1

@@ -14,7 +14,8 @@ from lorasculpt import UserError
 from lorasculpt.evaluation import strength
 from lorasculpt.measure import measure, retained
 from lorasculpt.models.load import load
-from lorasculpt.train import held_out, train
+from lorasculpt.run.records import held_out
+from lorasculpt.train import train
 
 
 @pytest.fixture
@@ -99,6 +100,7 @@ def test_it_is_chosen_on_validation_where_there_is_one(run, tmp_path, monkeypatc
     monkeypatch.setattr("lorasculpt.measure.evaluate", known)
     monkeypatch.setattr("lorasculpt.evaluation.run.evaluate", known)
     monkeypatch.setattr("lorasculpt.measure.gallery", lambda *_: [])
+    monkeypatch.setattr("lorasculpt.measure.rehearsed", lambda _: [])
     found = entry(config)
     assert [set(images) for images in asked] == [{"data"}] * 3 + [{"others"}] * 3
     assert all("drift" in point for point in [*found["curve"], *found["budget"]["points"]])
@@ -133,6 +135,28 @@ def test_what_has_no_such_adapter(run):
     (whole.output / "run.yaml").write_text(whole.to_yaml())
     with pytest.raises(UserError, match=r"projector.* is full, so there is no drift"):
         measure(whole, progress=False)
+
+
+def test_questions_that_were_trained_on_are_told(run, tmp_path):
+    kept = pico.write_data(tmp_path / "kept", n=4, tasks=("shape",))
+    more = pico.write_data(tmp_path / "more", n=6)  # the first four are those of the training data, under other names
+    file, asked = tmp_path / "run.yaml", (f"evaluate.source={kept}", f"evaluate.target={more}")
+    trained = tmp_path / "data" / "train.jsonl"
+    told = " ".join(done("train", file, *asked).split())
+    assert f"4 of the questions that are measured are trained on as well, such as {more}:1 ({trained}:1): what" in told
+    sentence = "Asked what was trained on, and so perhaps known by heart: 4 of 6 questions of color."
+    assert sentence in " ".join(done("eval", file, *asked).split())
+    found = json.loads((tmp_path / "out" / "results.json").read_text())["runs"][0]
+    assert found["trained_on"] == {"color": 4}
+    assert sentence in (tmp_path / "out" / "adapter" / "README.md").read_text()
+    done("report", tmp_path / "out", "--out", tmp_path / "page")
+    assert all(sentence in (tmp_path / "page" / f"report.{kind}").read_text() for kind in ("html", "md", "json"))
+
+    apart = (asked[0], f"evaluate.target={kept}")
+    assert "by heart" not in done("eval", file, *apart)
+    assert entry(run(*apart))["trained_on"] == {}
+    trained.unlink()
+    assert "trained_on" not in entry(run(*asked))  # nobody can know any more
 
 
 def test_the_tasks_of_a_side_share_the_questions_of_a_curve(run, tmp_path):

@@ -9,7 +9,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from lorasculpt import memory
+from lorasculpt import memory, provenance
 from lorasculpt.memory import Peak
 
 CPU = torch.device("cpu")
@@ -17,12 +17,12 @@ MEGABYTE = 2**20
 
 
 def test_a_machine_is_its_processor_and_threads_or_its_gpu(monkeypatch):
-    name, threads = memory.machine(CPU).rsplit(", ", 1)
+    name, threads = provenance.machine(CPU).rsplit(", ", 1)
     assert name
     assert threads == f"{torch.get_num_threads()} threads"
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "a GPU")
-    assert memory.machine(torch.device("cuda", 0)) == "a GPU"
-    assert memory.machine(torch.device("mps")) == f"{name}, mps"
+    assert provenance.machine(torch.device("cuda", 0)) == "a GPU"
+    assert provenance.machine(torch.device("mps")) == f"{name}, mps"
 
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="elsewhere there is no peak to be set back")

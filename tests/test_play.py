@@ -26,10 +26,10 @@ from lorasculpt.adapters.load import PROJECTOR_FILE
 from lorasculpt.config import RunConfig
 from lorasculpt.data.records import read
 from lorasculpt.evaluation import answer
+from lorasculpt.kinds import KINDS
 from lorasculpt.models.load import load
 from lorasculpt.models.parts import target_regex
 from lorasculpt.play import Panel, examples, play
-from lorasculpt.train import KINDS
 
 ONLY = Path(sys.prefix) / "only-play"  # where scripts/setup puts Gradio
 QUESTION = "What color is the shape?"

@@ -20,7 +20,7 @@ from .errors import UserError
 from .evaluation.run import ask, scored
 from .evaluation.tasks import Task
 from .files import write_json
-from .memory import machine
+from .provenance import machine
 
 ANSWERS_FILE = "base-answers.json"
 

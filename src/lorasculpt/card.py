@@ -122,7 +122,7 @@ def _stock(adapter: Path) -> bool:
 def _measured(run: dict[str, Any]) -> str:
     """The numbers of a run as Markdown."""
     from .report.results import measured as number  # brings the drawing along, which training does not need
-    from .report.words import bracket, percent
+    from .report.words import bracket, by_heart, percent
 
     def cell(found: dict[str, Any], name: str) -> str:
         value = number(found, name)
@@ -141,6 +141,8 @@ def _measured(run: dict[str, Any]) -> str:
     if drift := run.get("drift"):
         low, high = drift["interval"]
         said.append(f"Its drift from the base is {drift['value']:.3f} nats a token [{low:.3f}, {high:.3f}].")
+    if rehearsed := by_heart(run):
+        said.append(rehearsed)
     counts = [task["n"] for side in ("source", "target") for task in run[side].values()]
     least, most = min(counts), max(counts)
     return MEASURED.format(

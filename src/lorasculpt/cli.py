@@ -514,7 +514,7 @@ def _methods(found: list[dict[str, Any]]) -> None:
 def _summary(results: list[Path]) -> None:
     """Print what each run learned and kept, task by task, beside the base, with 95 % intervals."""
     from .report.results import measured
-    from .report.words import NONE, bracket, duration, percent, size
+    from .report.words import NONE, bracket, by_heart, duration, percent, size
 
     runs = [run for path in results for run in json.loads(path.read_text())["runs"]]
 
@@ -547,6 +547,8 @@ def _summary(results: list[Path]) -> None:
         "SOURCE, TARGET: the mean over the tasks above them. In brackets: 95 % intervals\n"
         "over the questions; they don't show how another seed would differ."
     )
+    for sentence in dict.fromkeys(filter(None, map(by_heart, runs))):
+        print(sentence)
 
 
 def _matrix(path: Path) -> None:

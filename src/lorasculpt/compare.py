@@ -40,10 +40,13 @@ from .errors import Diverged, UserError
 from .evaluation.score import majority
 from .evaluation.tasks import Task
 from .files import write_json, write_text
-from .measure import manner, measure, measured, shape, versions
+from .measure import manner, measure, measured, shape
+from .provenance import versions
 from .report.words import duration
+from .run.folder import DRIFT_FILE, RUN_FILE, check_output, diverged, same_run
+from .run.records import general, held_out
 from .sequence import grown, learn
-from .train import DRIFT_FILE, RUN_FILE, check_output, diverged, general, held_out, same_run, train
+from .train import train
 
 COMPARISON_FILE = "compare.json"
 RATES = (2e-4, 5e-4, 1.5e-3)

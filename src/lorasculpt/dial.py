@@ -22,8 +22,11 @@ from .evaluation.budget import kept, within
 from .evaluation.strength import fixed
 from .files import whole, write_json
 from .inspect import Adapter
-from .measure import TEXTS, versions
-from .train import ADAPTER, check_tasks, check_trained, drift_prompts, held_out, loaded, precision
+from .measure import TEXTS
+from .provenance import versions
+from .run.folder import ADAPTER, check_trained
+from .run.model import loaded, precision
+from .run.records import check_tasks, drift_prompts, held_out
 
 DIAL_FILE = "dial.json"
 RETAIN = 0.97  # where the run says nothing

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import json
 import os
-import platform
 import tempfile
+from collections import Counter
 from collections.abc import Sequence
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +25,11 @@ from .evaluation.strength import fixed
 from .evaluation.tasks import Task
 from .files import write_json
 from .posthoc.files import RECORD
-from .train import ADAPTER, LOG_FILE, PUSHING, check_tasks, check_trained, drift_prompts, held_out, loaded, precision
+from .provenance import versions
+from .run.folder import ADAPTER, LOG_FILE, check_trained
+from .run.model import loaded, precision
+from .run.records import check_tasks, drift_prompts, held_out, rehearsed
+from .run.trainer import PUSHING
 
 RESULTS_FILE, RETAINED = "results.json", "adapter-retained"
 PLACES = ("source", "target", "validation", "validation_source", "images")  # of evaluate
@@ -122,7 +125,7 @@ def measure(
             budget = within(again, share) | {"on": "validation", "points": again}
         else:
             budget = within(points, share)
-    training = json.loads((config.output / LOG_FILE).read_text())
+    training, known = json.loads((config.output / LOG_FILE).read_text()), rehearsed(config)
     run = {
         "method": name,
         "seed": config.seed,
@@ -132,6 +135,7 @@ def measure(
         "settings": shape(config),
         "evaluate": how,
         **comparison(before, after),
+        **({} if known is None else {"trained_on": dict(Counter(record.task for record, _ in known))}),
         **({"drift": drifted} if drifted else {}),
         "seconds": training["seconds"],
         "memory_bytes": training.get("memory_bytes"),
@@ -229,9 +233,3 @@ def retained(config: RunConfig, budget: dict[str, Any]) -> str:
     made = {"edit": "scale", "by": chosen, "retain": budget["retain"], "kept": budget["kept"]}
     posthoc.write(posthoc.scale(plain, chosen), out, made=made)
     return f"The adapter at that strength: {out}"
-
-
-def versions() -> dict[str, str]:
-    """What the numbers were made with."""
-    names = ("lorasculpt", "torch", "transformers", "peft", "trl", "accelerate")
-    return {"python": platform.python_version(), **{name: version(name) for name in names}}

@@ -1,28 +1,14 @@
-"""What time and memory are of, the most memory in use while something is done, and how it is told that none is left."""
+"""The most memory in use while something is done, and how it is told that none is left."""
 
 from __future__ import annotations
 
 import ctypes
 import gc
-import platform
 import re
 import sys
 from pathlib import Path
 
 import torch
-
-
-def machine(device: torch.device) -> str:
-    """What times on ``device`` are of: the GPU by its name, or the processor and the threads that torch takes of it.
-
-    An accelerator without a name of its own, such as Apple's, is told beside the processor.
-    """
-    if device.type == "cuda":
-        return torch.cuda.get_device_name(device)
-    cpuinfo = Path("/proc/cpuinfo")
-    named = re.search(r"^model name\s*: (.+)$", cpuinfo.read_text(), re.MULTILINE) if cpuinfo.is_file() else None
-    name = named[1] if named else platform.processor() or platform.machine()
-    return f"{name}, {torch.get_num_threads()} threads" if device.type == "cpu" else f"{name}, {device.type}"
 
 
 def ran_out(error: BaseException) -> str | None:

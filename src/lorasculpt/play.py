@@ -33,7 +33,8 @@ from .evaluation import answer, strength
 from .evaluation.prompts import tokenizer_of
 from .evaluation.strength import MOVING, fixed
 from .models.load import autocast_dtype, computing, load
-from .train import ADAPTER, check_trained, held_out
+from .run.folder import ADAPTER, check_trained
+from .run.records import held_out
 
 EXAMPLES = 12
 LARGEST = "50mb"  # of a picture that is given to the page

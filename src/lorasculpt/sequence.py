@@ -45,23 +45,12 @@ from .errors import Diverged, UserError
 from .evaluation import Task, evaluate
 from .evaluation.summary import task_average
 from .files import write_json, write_text
-from .measure import versions
+from .provenance import versions
+from .run.folder import ADAPTER, RUN_FILE, came_to_nothing, check_output, diverged, leave_diverged
+from .run.model import attach, kind_of, loaded, precision, thaw_projector
+from .run.records import held_out
 from .switch import add_task
-from .train import (
-    ADAPTER,
-    RUN_FILE,
-    attach,
-    came_to_nothing,
-    check_output,
-    diverged,
-    held_out,
-    kind_of,
-    leave_diverged,
-    loaded,
-    precision,
-    thaw_projector,
-    train,
-)
+from .train import train
 
 MATRIX_FILE = "matrix.json"
 

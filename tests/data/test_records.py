@@ -312,9 +312,19 @@ def test_a_question_that_is_measured_is_found_by_its_words_and_the_bytes_of_its_
 
     tests = [asked("b", question="who?"), asked("a"), asked(question="how?")]
     for other in (asked("b"), asked("a", question="who?"), asked(), asked("a", "b"), asked("a", question="how?")):
-        assert shared([other], tests) is None
-    for same, test in ((asked("a"), 1), (asked("copy", system="Be kind."), 1), (asked(question="how?"), 2)):
-        found = shared([asked("b"), same], tests)
-        assert found is not None
-        assert found[0] is same
-        assert found[1] is tests[test]
+        assert shared([other], tests) == []
+    sames = [asked("a"), asked("copy", system="Be kind."), asked(question="how?")]
+    found = shared([asked("b"), *sames], [*tests, asked("copy")])
+    assert all(record is same for (record, _), same in zip(found, sames, strict=True))
+    assert all(other is tests[i] for (_, other), i in zip(found, (1, 1, 2), strict=True))  # the first that asks it
+
+
+def test_pictures_of_other_sizes_are_told_apart_unread(tmp_path, monkeypatch):
+    for name, size in {"a": 1, "b": 2, "c": 2}.items():
+        (tmp_path / name).write_bytes(bytes(size))
+    made, read = [Record(({"role": "user", "content": "what?"},), "yes", (tmp_path / name,)) for name in "abc"], []
+    monkeypatch.setattr(Path, "read_bytes", lambda path: (read.append(path.name), path.name.encode())[1])
+    assert shared(made[:1], made[1:]) == []
+    assert read == []
+    assert shared(made[1:2], made[2:]) == []
+    assert sorted(read) == ["b", "c"]

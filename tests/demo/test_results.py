@@ -15,7 +15,7 @@ from lorasculpt.compare import Comparison
 from lorasculpt.comparison.table import table
 from lorasculpt.config import RunConfig
 from lorasculpt.demo import results, run
-from lorasculpt.train import KINDS
+from lorasculpt.kinds import KINDS
 
 ROOT = Path(__file__).parents[2]
 

@@ -26,7 +26,7 @@ from lorasculpt.methods import full
 from lorasculpt.methods.full import Full, half, small
 from lorasculpt.models.load import load
 from lorasculpt.models.parts import linears
-from lorasculpt.train import kind_of
+from lorasculpt.run.model import kind_of
 
 # --- the reference --------------------------------------------------------------------------------------------------
 

@@ -22,7 +22,7 @@ from ..errors import UserError
 from ..files import write_text
 from ..inspect import Adapter
 from ..posthoc.files import RECORD
-from ..train import ADAPTER, LOG_FILE, RUN_FILE, check_output
+from ..run.folder import ADAPTER, LOG_FILE, RUN_FILE, check_output
 
 Positive = Annotated[int, Field(ge=1)]
 

@@ -28,7 +28,7 @@ from ..adapters.update import UpdateConfig
 from ..config import RunConfig
 from ..errors import UserError
 from ..kinds import KINDS, started, taken_over
-from ..train import kind_of
+from ..run.model import kind_of
 from .edits import EDITS, Edit, edit_of
 
 SAID = ("lr", "rates", "by", "seeds", "replay")  # what a label may say beside the settings of its method

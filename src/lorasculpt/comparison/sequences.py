@@ -15,8 +15,8 @@ from ..evaluation.student import mean_interval, paired
 from ..evaluation.summary import h_mean
 from ..measure import shape
 from ..report.results import REFERENCE
+from ..run.folder import ADAPTER, LOG_FILE
 from ..sequence import MATRIX_FILE, stages_of
-from ..train import ADAPTER, LOG_FILE
 from .table import cell, costs, grouped, made_with, tell_ends, tell_missing, tested
 
 NUMBERS = {

@@ -13,7 +13,7 @@ from rich.table import Table
 from ..console import numbers
 from ..evaluation.student import mean_interval, paired
 from ..report.results import NUMBERS, REFERENCE, front, made_on
-from ..report.words import chance, size
+from ..report.words import by_heart, chance, size
 
 NEAR = 0.5  # of the best target score: who does not reach this share of it is not compared at equal target
 EQUALLED = "lorasculpt"  # what the others are tested against there
@@ -209,6 +209,8 @@ def show(record: dict[str, Any]) -> None:
         words = {"runs": "runs", "curve": "points of curves"}
         told = ", ".join(_ranked(record["drift"][key], words[key]) for key in words if record["drift"][key])
         print(f"Drift and the source lost, Spearman's rank correlation (95 % interval): {told}.")
+    for told in dict.fromkeys(filter(None, map(by_heart, record["runs"]))):
+        print(told)
     tell_ends(record["rates"])
     tell_missing(record["missing"])
 

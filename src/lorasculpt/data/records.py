@@ -150,27 +150,31 @@ def replayed(general: Sequence[Record], count: int, share: float, seed: int) -> 
     return drawn
 
 
-def shared(records: Sequence[Record], others: Sequence[Record]) -> tuple[Record, Record] | None:
-    """The first of ``records`` that asks what one of ``others`` asks, and that other one; None if there is none.
+def shared(records: Sequence[Record], others: Sequence[Record]) -> list[tuple[Record, Record]]:
+    """Those of ``records`` that ask what one of ``others`` asks, each with that other one.
 
     The same are questions with the same words (whatever the system message) about pictures whose files hold the same
     bytes. A picture that was stored anew, in another size or format, is not recognised.
     """
-    words: dict[int, str] = {}
-    for record in (*records, *others):
-        words[id(record)] = json.dumps([message for message in record.prompt if message["role"] != "system"])
-    both = {words[id(record)] for record in records} & {words[id(record)] for record in others}
-    contents: dict[Path, str] = {}
+    digests: dict[Path, str] = {}
 
-    def asked(record: Record) -> tuple[str, ...]:
+    def words(record: Record) -> str:
+        return json.dumps([message for message in record.prompt if message["role"] != "system"])
+
+    def at_a_glance(record: Record) -> tuple:
+        return (words(record), *(image.stat().st_size for image in record.images))
+
+    def read_through(record: Record) -> tuple:
         for image in record.images:
-            if image not in contents:
-                contents[image] = hashlib.sha256(image.read_bytes()).hexdigest()
-        return (words[id(record)], *(contents[image] for image in record.images))
+            if image not in digests:
+                digests[image] = hashlib.sha256(image.read_bytes()).hexdigest()
+        return (words(record), *(digests[image] for image in record.images))
 
-    known = {asked(other): other for other in others if words[id(other)] in both}
-    found = ((record, known.get(asked(record))) for record in records if words[id(record)] in both)
-    return next(((record, other) for record, other in found if other is not None), None)
+    # most pictures are told apart by their sizes, and need not be read
+    both = {at_a_glance(record) for record in records} & {at_a_glance(other) for other in others}
+    asked = {read_through(other): other for other in reversed(others) if at_a_glance(other) in both}
+    found = ((record, asked.get(read_through(record))) for record in records if at_a_glance(record) in both)
+    return [(record, other) for record, other in found if other is not None]
 
 
 # --- files to rows ------------------------------------------------------------------------------------------------

@@ -22,10 +22,12 @@ from ..data.records import read
 from ..evaluation import evaluate
 from ..evaluation import tasks as grouped
 from ..files import write_json
-from ..measure import RESULTS_FILE, measure, measured, versions
+from ..measure import RESULTS_FILE, measure, measured
 from ..models.load import autocast_dtype, load
+from ..provenance import versions
+from ..run.folder import check_output
 from ..sequence import learn
-from ..train import check_output, train
+from ..train import train
 from . import base, build, world
 from .run import METHODS, STEPS, settings, write_data
 from .tower import remembering

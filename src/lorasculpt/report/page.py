@@ -44,6 +44,7 @@ from .words import (
     about_intervals,
     about_tests,
     bracket,
+    by_heart,
     difference,
     duration,
     headline,
@@ -373,6 +374,7 @@ def _notes(found: list[Entry]) -> list[str]:
                     f"a little differently there ({before}, not {percent(other)}{SPACE}%)."
                 )
     runs = [run for entry in found for run in entry.runs]
+    notes += dict.fromkeys(filter(None, map(by_heart, runs)))
     if not all(run["complete"] for run in runs):
         notes.append("Some runs are still missing: these numbers may change.")
     if any(run["compared"] for run in runs) and not found[0].runs[0].get("gallery"):

@@ -164,6 +164,13 @@ def one_by_one(entries: list[Entry]) -> list[str]:
     return sentences + [verdict(entries[0], entry) for entry in entries[1:]]
 
 
+def by_heart(run: dict) -> str:
+    """Which questions of a run it was trained on, where there are any and the run says so."""
+    asked = {task: entry["n"] for side in ("source", "target") for task, entry in run[side].items()}
+    told = [f"{count} of {asked[task]} questions of {task}" for task, count in (run.get("trained_on") or {}).items()]
+    return f"Asked what was trained on, and so perhaps known by heart: {listed(told)}." if told else ""
+
+
 def spread(found: dict | None) -> str:
     """A rank correlation of drift with the loss of source accuracy, in words; nothing for none."""
     if found is None or found["runs"]["rho"] is None:

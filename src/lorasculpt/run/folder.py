@@ -1,0 +1,117 @@
+"""The folder of a run: whose it is, its checkpoints, and what an interrupted or broken run left there."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from ..config import WATCHING, RunConfig
+from ..errors import UserError
+from ..files import disk_full, write_json, write_text
+
+RUN_FILE, LOG_FILE, ADAPTER, DIVERGED_FILE = "run.yaml", "training.json", "adapter", "diverged.json"
+DRIFT_FILE, CORDA_FILE, FISHER_FILE = "drift.jsonl", "corda.jsonl", "fisher.safetensors"  # made of the base
+COST_FILE = "cost.json"  # of each checkpoint
+
+
+def check_output(output: Path, config: RunConfig) -> None:
+    """See that ``output`` is free or already this run's, and clear what an interrupted checkpoint left there.
+
+    It is this run's if all is the same but how it is watched, and what is measured once it is trained. A run that came
+    to nothing leaves it free.
+    """
+    path = output / RUN_FILE
+    if path.is_file():
+        if not same_run(output, config) and not came_to_nothing(output):
+            raise config.error("output", f"is {output}, which holds another run (see {path}); choose another folder.")
+    elif output.is_dir() and any(output.iterdir()):
+        raise config.error("output", f"is {output}, which holds something else; choose an empty folder.")
+    shutil.rmtree(output / ".partial", ignore_errors=True)
+
+
+def same_run(output: Path, config: RunConfig) -> bool:
+    """Whether the run in ``output`` is this one in all but how it is watched, and what is measured afterwards."""
+    before, asked = RunConfig.load(output / RUN_FILE), config
+    left_out: Any = {"training": WATCHING}
+    if not (config.data.sequence or before.evaluate.every or asked.evaluate.every):  # these measure while they train
+        left_out["evaluate"] = True
+    return before.model_dump(exclude=left_out) == asked.model_dump(exclude=left_out)
+
+
+def check_trained(config: RunConfig) -> None:
+    """See that the run in ``config.output`` was trained as ``config`` says. What is measured may have changed since.
+
+    Raises:
+        UserError: for the first setting that was another, with its line in the file.
+    """
+    path = config.output / RUN_FILE
+    if not path.is_file():
+        return
+    trained, asked = (_trained_with(each) for each in (RunConfig.load(path), config))
+    for key in {**asked, **trained}:
+        own, before = asked.get(key), trained.get(key)
+        if own != before:
+            was = "without it" if before is None else f"with {before}"
+            raise config.error(
+                key,
+                f"is {'not set' if own is None else own}, but {config.output} was trained {was} (see {path}); correct "
+                "it, or name another output.",
+            )
+
+
+def _trained_with(config: RunConfig) -> dict[str, Any]:
+    """The settings that shape an adapter, by their dotted keys."""
+    settings: dict[str, Any] = {}
+    left_out: Any = {"output": True, "methods": True, "evaluate": True, "training": WATCHING}
+    for section, value in config.model_dump(mode="json", exclude=left_out).items():
+        inner = {f"{section}.{key}": one for key, one in value.items()} if isinstance(value, dict) else {section: value}
+        settings |= inner
+    return settings
+
+
+def diverged(output: Path) -> dict[str, Any] | None:
+    """What the run in ``output`` left there if its weights came to no numbers."""
+    path = output / DIVERGED_FILE
+    return json.loads(path.read_text()) if path.is_file() else None
+
+
+def came_to_nothing(output: Path) -> bool:
+    """Whether there is nothing else in ``output`` of a run."""
+    return {path.name for path in output.iterdir()} == {RUN_FILE, DIVERGED_FILE}
+
+
+def leave_diverged(config: RunConfig, found: dict[str, Any], *, alone: bool) -> None:
+    """Leave what :func:`diverged` reads in the run's folder, where it is to be ``alone`` with the settings."""
+    if alone:
+        shutil.rmtree(config.output)
+        write_text(config.output / RUN_FILE, config.to_yaml())
+    write_json(config.output / DIVERGED_FILE, found)
+
+
+def checkpoints(output: Path) -> list[Path]:
+    """The whole ones, by their step."""
+    found = [path for path in output.glob("checkpoint-*") if path.is_dir()]
+    return sorted(found, key=lambda path: int(path.name.split("-")[1]))
+
+
+def last_checkpoint(output: Path) -> Path | None:
+    """The one that a run goes on from."""
+    return next(reversed(checkpoints(output)), None)
+
+
+@contextmanager
+def telling_where_it_goes_on(output: Path) -> Iterator[None]:
+    """Remove what is half written where there was no room for the rest, and say where the run will go on."""
+    try:
+        yield
+    except Exception as error:
+        if not disk_full(error):
+            raise
+        shutil.rmtree(output / ".partial", ignore_errors=True)
+        last = last_checkpoint(output)
+        where = f"goes on from {last.name}" if last else "begins again, because it had made no checkpoint"
+        raise UserError(f"the disk of {output} has no room left; make some and run it again: it {where}.") from error

@@ -1,0 +1,270 @@
+"""The model of a run: its base, and the adapter and the projector that are trained on it."""
+
+from __future__ import annotations
+
+import difflib
+import os
+import random
+import re
+import shutil
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import PeftConfig, PeftModel, get_peft_model
+from safetensors.torch import save_file
+from torch import nn
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixin
+
+from .. import corda
+from ..adapters.load import PROJECTOR_FILE
+from ..adapters.method import methods_of
+from ..adapters.update import UpdateConfig
+from ..config import RunConfig
+from ..data.records import Record
+from ..errors import UserError
+from ..evaluation import fisher, self_prompts, spoken
+from ..files import write_text
+from ..kinds import KINDS, built, must_be, settings_of, started, words
+from ..methods import METHODS
+from ..models.load import autocast_dtype, computing, load
+from ..models.parts import parts, target_regex
+from .folder import CORDA_FILE, FISHER_FILE, RUN_FILE
+from .records import general
+
+DTYPES = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}  # of autocast
+
+
+def loaded(config: RunConfig) -> tuple[PreTrainedModel, ProcessorMixin | PreTrainedTokenizerBase]:
+    """The base of a run and its processor, where models compute.
+
+    Several processes share the base as the trainer places it: none begins with all of it on its GPU.
+    """
+    alone = int(os.environ.get("WORLD_SIZE", "1")) == 1
+    return load(config.base, **config.loading, device=computing() if alone else "cpu")
+
+
+def precision(config: RunConfig) -> torch.dtype | None:
+    """The dtype of autocast that ``config.training.precision`` asks for; None is full precision."""
+    wanted = config.training.precision
+    return autocast_dtype(computing()) if wanted == "auto" else DTYPES[wanted]
+
+
+def with_tasks(config: RunConfig, records: Sequence[Record]) -> RunConfig:
+    """``config`` with the names of the tasks of ``records``, where its method wants some and none are given.
+
+    Raises:
+        UserError: for a record whose task is not among those that are given.
+    """
+    kind = METHODS.get(config.method["name"])
+    if kind is None or not issubclass(kind, UpdateConfig) or kind.sequence:
+        return config
+    given = config.method.get("tasks")
+    if not given and (kind.multitask or any(config.method.get(name) for name in kind.of_tasks)):
+        found = list(dict.fromkeys(record.task for record in records))
+        return config.model_copy(update={"method": {**config.method, "tasks": found}})
+    if given and isinstance(given, list):  # what is no list the method refuses
+        for record in records:
+            if record.task not in given:
+                listed = ", ".join(map(str, given))
+                raise UserError(
+                    f"{record.where}: the task {record.task!r} is not one of method.tasks ({listed}); add it there or "
+                    "correct the row."
+                )
+    return config
+
+
+def prepare(model: nn.Module, processor, config: RunConfig, records: Sequence[Record]) -> None:
+    """Give a fresh base what its adapter begins with, where that is measured on texts: in CorDA (`lorasculpt.corda`).
+
+    In the mode ``ipm`` the texts are ``records``, else ``data.general``, or without it what the base itself writes,
+    half of it about pictures of ``records``.
+
+    Raises:
+        UserError: for settings that it cannot do with, with the line in the file.
+    """
+    if started(config.method).get("init_lora_weights") != "corda":
+        return
+    made = adapter_config(model, config)
+    if config.scope not in (None, "language") or config.projector == "lora":
+        key = "scope" if config.projector != "lora" else "projector"
+        raise config.error(key, f"is {getattr(config, key)}, but CorDA adapts language layers alone; leave it out.")
+    with refusing(config):
+        corda.check(model, made)
+    autocast, fresh = precision(config), not config.output.exists()
+    try:
+        if made.corda_config.corda_method != "ipm":
+            records = general(config) if config.data.general else _said(config, model, processor, records, autocast)
+        texts = list(records)
+        random.Random(config.seed).shuffle(texts)
+        with refusing(config):
+            corda.prepare(model, processor, made, texts[: corda.TEXTS], autocast)
+    except UserError:
+        if fresh:  # nothing has run: leave the folder free for the mended file
+            shutil.rmtree(config.output, ignore_errors=True)
+        raise
+
+
+def _said(
+    config: RunConfig, model: nn.Module, processor, records: Sequence[Record], autocast: torch.dtype | None
+) -> list[Record]:
+    """What the base writes, kept in the run's folder: a run that goes on must begin with the same texts."""
+    images = list(dict.fromkeys(record.images[0] for record in records if record.images))
+    write_text(config.output / RUN_FILE, config.to_yaml())
+    path, batch = config.output / CORDA_FILE, config.evaluate.batch
+    prompts = self_prompts(
+        model, processor, corda.TEXTS, config.seed, images, path=path, batch=batch, precision=autocast
+    )
+    return corda.said(processor, prompts)
+
+
+def attach(model: nn.Module, config: RunConfig) -> PeftModel:
+    """``model`` with the adapter of ``config.method`` on the linears of its scope, and its projector as asked.
+
+    Raises:
+        UserError: for an unknown method, or a setting that it does not take, with the line in the file.
+    """
+    made = adapter_config(model, config)
+    with refusing(config):
+        adapted = get_peft_model(model, made)
+    thaw_projector(adapted, config)
+    return adapted
+
+
+def adapter_config(model: nn.Module, config: RunConfig) -> PeftConfig:
+    """What :func:`attach` gives ``model``.
+
+    Raises:
+        UserError: as of :func:`attach`.
+    """
+    kind, settings = kind_of(config), {}
+    if "target_modules" not in config.method and not _own_targets(kind, config):
+        scope = config.scope or "language"
+        scopes = [scope] + (["projector"] if config.projector == "lora" and scope != "all" else [])
+        settings["target_modules"] = "|".join(target_regex(model, scope) for scope in scopes)
+    with refusing(config):
+        return built(config.method, **settings)
+
+
+def kind_of(config: RunConfig) -> type[PeftConfig]:
+    """The config class of ``config.method``; the names of its settings and their types are checked.
+
+    Raises:
+        UserError: for an unknown method, or a setting that it does not have or of another type, with the line in the
+            file.
+    """
+    name = config.method["name"]
+    if name not in KINDS:
+        raise config.error("method.name", f"is {name!r}, which is no method; use one of {', '.join(KINDS)}.")
+    known = settings_of(KINDS[name])
+    for key in config.method:
+        if key not in known and key != "name":
+            close = difflib.get_close_matches(key, known, n=1)
+            listed = f"lorasculpt methods {name} lists them." if name in METHODS else f"{words(name)}."
+            raise config.error(
+                f"method.{key}", f"is no setting of {name}; {f'did you mean {close[0]}?' if close else listed}"
+            )
+        if key != "name" and (taken := must_be(KINDS[name], key, config.method[key])) is not None:
+            raise config.error(f"method.{key}", f"must be {taken}; got {config.method[key]!r:.80}.")
+    return KINDS[name]
+
+
+def _own_targets(kind: type[PeftConfig], config: RunConfig) -> bool:
+    """Whether the method is to name the layers that it adapts itself."""
+    names = issubclass(kind, UpdateConfig) and kind.default_targets is not UpdateConfig.default_targets
+    if not names or config.scope is not None:
+        return False
+    if config.projector != "frozen":
+        raise config.error(
+            "projector",
+            f"is {config.projector}, but {config.method['name']} says by itself which layers it trains; leave it out, "
+            "or give the adapter a scope.",
+        )
+    return True
+
+
+@contextmanager
+def refusing(config: RunConfig) -> Iterator[None]:
+    """Give what PEFT and the methods say against a setting its place in the file."""
+    try:
+        yield
+    except (TypeError, ValueError) as error:
+        raise config.error(blamed(config, error) or "method", f"is refused: {error}") from error
+
+
+def blamed(config: RunConfig, error: Exception) -> str | None:
+    """The setting of the method that ``error`` speaks of, as a dotted key: a written one, or what it begins with."""
+    written = next((key for key in config.method if re.search(rf"\b{key}\b", str(error))), None)
+    first = re.split(r"\W", str(error), maxsplit=1)[0]
+    key = written or (first if first in settings_of(kind_of(config)) else None)
+    return key and f"method.{key}"
+
+
+def inform(
+    config: RunConfig,
+    model: nn.Module,
+    processor,
+    records: Sequence[Record],
+    autocast: torch.dtype | None,
+    progress: bool,
+) -> None:
+    """Give a method that asks for it the Fisher information of the base; it is kept in the run's folder.
+
+    It is made of the answers in ``data.general``, or without it of what the base writes, half of it about pictures of
+    ``records``.
+    """
+    for method in methods_of(model).values():
+        number, path = method.config.wants_fisher(), config.output / FISHER_FILE
+        if number is None:
+            continue
+        if not path.is_file():
+            draw = random.Random(config.seed)
+            if config.data.general:
+                given = general(config)
+                texts = spoken(processor, draw.sample(given, min(number, len(given))))
+            else:
+                images = list(dict.fromkeys(record.images[0] for record in records if record.images))
+                draw.shuffle(images)
+                options: dict[str, Any] = {"batch": config.evaluate.batch, "precision": autocast}
+                texts = self_prompts(model, processor, number, images=images, **options)
+            words = "Fisher information" if progress else None
+            fisher(model, processor, texts, path, precision=autocast, progress=words)
+        method.config.take_fisher(os.path.relpath(path))
+
+
+def routed(model: PeftModel) -> list[str] | None:
+    """The tasks whose ids every batch has to carry for the adapter of ``model``."""
+    config = model.active_peft_config
+    return config.tasks if isinstance(config, UpdateConfig) and config.tasks and not config.sequence else None
+
+
+def thaw_projector(model: nn.Module, config: RunConfig) -> None:
+    """Let the projector be trained where ``config`` wants it whole."""
+    if config.projector == "full":
+        for parameter in _projector_of(model).values():
+            parameter.requires_grad_(True)
+
+
+def _projector_of(model: nn.Module) -> dict[str, nn.Parameter]:
+    """The weights of the projector of an adapted model, without what is adapted in it, by their names in the base.
+
+    Raises:
+        UserError: it has none.
+    """
+    base = model.get_base_model()
+    names = parts(base).projector
+    if not names:
+        raise UserError("this model has no projector to train; set projector: frozen.")
+    return {
+        name: parameter
+        for name, parameter in base.named_parameters()
+        if ".lora_" not in name and any(name.startswith(f"{part}.") for part in names)
+    }
+
+
+def save_projector(model: nn.Module, folder: Path) -> None:
+    """Write a fully trained projector beside its adapter."""
+    tensors = {name: value.detach().contiguous().cpu() for name, value in _projector_of(model).items()}
+    save_file(tensors, folder / PROJECTOR_FILE)

@@ -1,0 +1,134 @@
+"""What a run learns from, and what it is asked."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import random
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import torch
+from torch import nn
+
+from ..config import RunConfig
+from ..data.records import Record, read, replayed, set_aside, shared
+from ..errors import UserError
+from ..evaluation import Task, self_prompts, tasks
+from ..evaluation.drift import Prompt, question
+from ..evaluation.strength import moved
+from ..evaluation.tasks import asked_as
+from .folder import DRIFT_FILE
+
+
+def _split(config: RunConfig, **options: Any) -> tuple[list[Record], list[Record]]:
+    """What is trained on, and what of the training data is set aside. ``options`` go to `read`."""
+    data = config.data
+    assert data.train is not None
+    records = read(data.train, images=data.images, limit=data.limit, **options)
+    return set_aside(records, data.validation, data.images or data.train.parent) if data.validation else (records, [])
+
+
+def trained_on(config: RunConfig) -> list[Record]:
+    """The rows of one pass: those of ``data.train`` that are not set aside, and what is replayed of ``data.general``.
+
+    Raises:
+        UserError: as of :func:`general`.
+    """
+    records, _ = _split(config)
+    share = config.data.replay
+    return records if share is None else records + replayed(general(config), len(records), share, config.seed)
+
+
+def general(config: RunConfig) -> list[Record]:
+    """The rows of ``data.general``.
+
+    Raises:
+        UserError: for one that asks what is to be measured.
+    """
+    assert config.data.general is not None
+    records = read(config.data.general, images=config.data.images)
+    asked = config.evaluate
+    files = [*asked.source, *asked.target, *asked.validation, *asked.validation_source]
+    measured = [record for file in files for record in read(file, images=asked.images)]
+    if config.data.validation:
+        measured += _split(config)[1]
+    for record, other in shared(records, measured):
+        raise UserError(
+            f"{record.where}: asks what {other.where} asks, which is measured and may not be trained on; remove the "
+            "row from data.general."
+        )
+    return records
+
+
+def held_out(config: RunConfig, limit: int | None = None, *, each: int | None = None) -> tuple[list[Task], list[Task]]:
+    """The source and target tasks of ``config.evaluate``, with at most ``limit`` questions a task.
+
+    With ``each``, the tasks of the source share about so many questions evenly, and so do those of the target. What
+    ``data.validation`` sets aside takes the place of the target.
+    """
+    found = []
+    limit = config.evaluate.limit if limit is None else limit
+    aside = _split(config)[1] if config.data.validation else []
+    for files, instead in ((config.evaluate.source, []), (config.evaluate.target, aside)):
+        records = instead or [record for file in files for record in read(file, images=config.evaluate.images)]
+        grouped = tasks(records)
+        count = limit if each is None or not grouped else math.ceil(each / len(grouped))
+        kept = [dataclasses.replace(task, records=task.records[:count]) for task in grouped]
+        metrics = config.evaluate.metric
+        found.append([dataclasses.replace(task, metric=metrics.get(task.name, task.metric)) for task in kept])
+    return found[0], found[1]
+
+
+def check_measured(config: RunConfig) -> None:
+    """Read all that ``config.evaluate`` names, so that a bad row or picture is told before training and not after it.
+
+    Raises:
+        UserError: for the first, with its file and line.
+    """
+    held_out(config)
+    asked = config.evaluate
+    instead = asked.target if config.data.validation else []
+    for file in (*instead, *asked.validation, *asked.validation_source):
+        read(file, images=asked.images)
+
+
+def rehearsed(config: RunConfig) -> list[tuple[Record, Record]] | None:
+    """The questions of ``config.evaluate`` that the run trains on, each with the row of ``data.train`` that asks it.
+
+    None where the training data cannot be read, which may be gone once the run is done.
+    """
+    asked = [record for side in held_out(config) for task in side for record in task.records]
+    try:
+        return shared(asked, _split(config, check_images=False)[0])
+    except (UserError, OSError):
+        return None
+
+
+def check_tasks(config: RunConfig, known: Sequence[str], tasks: Iterable[Task]) -> None:
+    """See that an adapter that knows the tasks ``known`` can be asked the questions of ``tasks``, and of the drift.
+
+    Raises:
+        UserError: if ``config.evaluate.as_task`` is none of them, or is missing and needed.
+    """
+    as_task = config.evaluate.as_task
+    if as_task is not None and as_task not in known:
+        raise config.error(
+            "evaluate.as_task", f"is {as_task!r}, a task that the adapter does not know; use one of {', '.join(known)}."
+        )
+    general = [question(0)] if config.evaluate.drift else []
+    asked_as([*(record for task in tasks for record in task.records), *general], known, as_task)
+
+
+def drift_prompts(config: RunConfig, model: nn.Module, processor, autocast: torch.dtype | None) -> list[Prompt]:
+    """The texts that the drift of a run is measured on, kept in its folder; none where it is not to be or cannot be."""
+    if not config.evaluate.drift or config.projector == "full" or moved(model):
+        return []
+    source, target = held_out(config, config.evaluate.drift)
+    shown = [record.images[0] for task in source or target for record in task.records if record.images]
+    images = list(dict.fromkeys(shown))
+    random.Random(0).shuffle(images)
+    options: dict[str, Any] = {"batch": config.evaluate.batch, "precision": autocast}
+    return self_prompts(
+        model, processor, config.evaluate.drift, images=images, path=config.output / DRIFT_FILE, **options
+    )

@@ -1044,6 +1044,19 @@ def test_memory_and_drift_are_in_the_table_where_they_are_known():
     assert alone["memory"]["mean"] is None
 
 
+def test_memory_is_compared_machine_by_machine():
+    def runs(label: str, peaks: tuple[int, ...], machines: tuple[str, ...]) -> list[dict]:
+        made = [{"memory_bytes": peak, "machine": machine} for peak, machine in zip(peaks, machines, strict=True)]
+        return [entry(label, 0.4, 0.8, seed, memory_of="process", **fields) for seed, fields in enumerate(made)]
+
+    lora = runs("lora", (100, 150, 1000), ("small", "small", "large"))
+    dora = runs("dora", (130, 120, 4000), ("small", "small", "large"))
+    elsewhere = runs("full", (9,), ("other",))
+    found = [row["memory"] for row in table([*lora, *dora, *elsewhere])]
+    assert [memory["mean"] for memory in found] == [1, pytest.approx((1.2 + 4) / 2), None]
+    assert {memory["low"] for memory in found} == {None}
+
+
 def test_what_a_method_costs_is_told_seed_by_seed_in_units_of_loras():
     seconds, peaks, ratios = (10.0, 20.0, 30.0), (100, 200, 250), (1.5, 1.6, 1.7)
     lora = [entry("lora", 0.4, 0.8, n, seconds=seconds[n], memory_bytes=peaks[n], memory_of="cuda") for n in range(3)]

@@ -51,17 +51,19 @@ def costs(label: str, runs: list[dict], reference: dict[int, dict]) -> dict[str,
     interval; all None where one of them is not known.
 
     A process that trains several runs still holds some of the earlier ones, so that of the peaks of a process
-    (``memory_of``) the smallest of a label is divided by the smallest of the reference, and there is no interval.
-    ``memory_bytes`` is the smallest peak either way.
+    (``memory_of``) the smallest of a label is divided by the smallest of the reference, machine by machine and
+    precision by precision; ``memory`` is the mean of these, without an interval. ``memory_bytes`` is the smallest peak
+    either way.
     """
     others = list(reference.values()) if label != REFERENCE else runs
     by = {run["seed"]: run for run in others}
     pairs = [(run, by[run["seed"]]) for run in runs if run["seed"] in by]
     pairs = [(one, two) for one, two in pairs if made_on(one) == made_on(two)]
-    of, made = {run.get("memory_of") for run in (*runs, *others)}, {made_on(run) for run in runs}
+    of = {run.get("memory_of") for run in (*runs, *others)}
     if of == {"process"}:
-        alike = [run for run in others if {made_on(run)} == made]
-        memory = mean_interval([_over(_peak(runs), _peak(alike))])
+        alike = {made_on(run) for run in runs} & {made_on(run) for run in others}
+        peaks = [[_peak([run for run in side if made_on(run) == made]) for side in (runs, others)] for made in alike]
+        memory = mean_interval([mean_interval([_over(one, two) for one, two in peaks])["mean"]])
     else:
         both = pairs if len(of) == 1 else []
         memory = mean_interval([_over(one.get("memory_bytes"), two.get("memory_bytes")) for one, two in both])

@@ -19,9 +19,10 @@ from lorasculpt.config import RunConfig
 from lorasculpt.data.batches import Collator
 from lorasculpt.export import export
 from lorasculpt.measure import measure
-from lorasculpt.memory import Peak, machine
+from lorasculpt.memory import Peak
 from lorasculpt.models.load import load
 from lorasculpt.overview import meanings
+from lorasculpt.provenance import machine
 from lorasculpt.run.callbacks import Cost
 from lorasculpt.run.records import trained_on
 from lorasculpt.train import train

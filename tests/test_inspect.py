@@ -11,8 +11,11 @@ from peft import LoraConfig, get_peft_model
 from rich.console import Console
 from safetensors.torch import load_file, save_file
 
+from lorasculpt.adapters.plain import read_adapter
 from lorasculpt.errors import UserError
-from lorasculpt.inspect import LARGE, SHARES, BaseWeights, inspect, plot, read_adapter, show, write_json
+from lorasculpt.inspect import plots
+from lorasculpt.inspect.lora import LARGE, SHARES, inspect, show, write_json
+from lorasculpt.models.weights import BaseWeights
 from lorasculpt.ops.density import expected_density
 
 Q = "model.layers.0.self_attn.q_proj"
@@ -80,7 +83,7 @@ def test_an_adapter_that_never_moved_can_be_inspected(tmp_path):
     found = inspect(folder, write_base(tmp_path / "base", {Q: torch.randn(6, 4)}))
     m = found.total
     assert (m.energy, m.share, m.stable_rank, m.density_ba, m.overlap, m.m_update) == (0, 0, 0, 0, None, None)
-    plot(found, tmp_path / "a.svg")
+    plots.of_lora(found, tmp_path / "a.svg")
     show(found, console=Console(file=io.StringIO()))
 
 
@@ -105,7 +108,7 @@ def test_scalings_are_those_of_peft(tmp_path, settings):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_overlap_and_importance_agree_with_the_dense_computation(tmp_path, monkeypatch, dtype):
-    monkeypatch.setattr("lorasculpt.inspect.BLOCK", 100)  # several blocks of rows
+    monkeypatch.setattr("lorasculpt.inspect.lora.BLOCK", 100)  # several blocks of rows
     B, A, W = torch.randn(20, 3), torch.randn(3, 15), torch.randn(20, 15).to(dtype)
     folder = write_lora(tmp_path / "a", {Q: (B, A)})
     m = inspect(folder, write_base(tmp_path / "base", {Q: W})).total
@@ -178,7 +181,7 @@ def test_writers(tmp_path, pico_folder):
     (tmp_path / "a" / "lorasculpt.json").write_text('{"schema": 1, "method": "lorasculpt"}')
     found = inspect(tmp_path / "a", pico_folder("llava"))
     for name in ("a.png", "a.svg"):
-        plot(found, tmp_path / name)
+        plots.of_lora(found, tmp_path / name)
         assert (tmp_path / name).stat().st_size > 10_000
     write_json(found, tmp_path / "a.json")
     content = json.loads((tmp_path / "a.json").read_text())

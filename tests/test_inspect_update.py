@@ -16,7 +16,8 @@ from lorasculpt import UserError
 from lorasculpt.adapters.update import UpdateConfig, UpdateLayer, context_of
 from lorasculpt.data.batches import Collator, rows
 from lorasculpt.data.records import read
-from lorasculpt.inspect_update import ALL, Linear, config_of, inspect, plot, show, write_json
+from lorasculpt.inspect import plots
+from lorasculpt.inspect.update import ALL, Linear, config_of, inspect, show, write_json
 from lorasculpt.models.load import load
 
 TASKS = ("color", "shape", "side")
@@ -112,7 +113,7 @@ def test_the_model_is_left_as_it_was_but_for_what_it_saw(tmp_path, pico_folder, 
         kept.append(lorasculpt.load(*arguments, **options))
         return kept[0]
 
-    monkeypatch.setattr("lorasculpt.inspect_update.load_adapter", keep)
+    monkeypatch.setattr("lorasculpt.inspect.update.load_adapter", keep)
     inspect(folder(tmp_path, "loramoe", tasks=[], knowledge=[]), pico_folder("llava"), data)
     assert context_of(kept[0]).recorder is None
     ids = {"input_ids": torch.arange(4, 12)[None]}
@@ -149,7 +150,7 @@ def test_a_method_with_one_matrix_for_all(tmp_path, pico_folder, data):
     text = printed(found)
     assert "100.0%" in text
     assert "--data FILE" in text
-    plot(found, tmp_path / "a.png")
+    plots.of_update(found, tmp_path / "a.png")
     with pytest.raises(UserError, match=r"routes nothing.*leave --data out"):
         inspect(adapter, pico_folder("llava"), data)
 
@@ -172,7 +173,7 @@ def test_every_method_that_routes_can_be_looked_at(tmp_path, pico_folder, data, 
         for loads in (linear.load, *linear.tasks.values()):
             assert min(loads) >= 0
             assert sum(loads) == pytest.approx(len(loads))
-    plot(found, tmp_path / "a.svg")
+    plots.of_update(found, tmp_path / "a.svg")
     assert (tmp_path / "a.svg").stat().st_size > 10_000
     write_json(found, tmp_path / "a.json")
     content = json.loads((tmp_path / "a.json").read_text())
@@ -191,7 +192,7 @@ def test_every_family_can_be_looked_at(tmp_path, pico_folder, data, family):
     parts = {linear.part for linear in found.linears if linear.load}
     assert len(parts) > 1
     assert all(linear.kind.startswith(f"{linear.part}.") for linear in found.linears)
-    plot(found, tmp_path / "a.png")
+    plots.of_update(found, tmp_path / "a.png")
 
 
 def test_what_some_tasks_never_reach(tmp_path, pico_folder, data):
@@ -202,7 +203,7 @@ def test_what_some_tasks_never_reach(tmp_path, pico_folder, data):
     assert found.records["text"] == 1
     assert all(set(linear.tasks) == set(TASKS) for linear in found.linears if linear.load)
     assert " - " in printed(found)
-    plot(found, tmp_path / "a.png")
+    plots.of_update(found, tmp_path / "a.png")
 
 
 def test_many_tasks_have_no_columns(tmp_path, pico_folder):
@@ -215,7 +216,7 @@ def test_many_tasks_have_no_columns(tmp_path, pico_folder):
     text = printed(found)
     assert "apart" in text
     assert "Each task's loads are in --json and --plot." in text
-    plot(found, tmp_path / "a.png")
+    plots.of_update(found, tmp_path / "a.png")
 
 
 # --- the command line -----------------------------------------------------------------------------------------------

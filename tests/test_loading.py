@@ -17,7 +17,7 @@ from lorasculpt.adapters.load import load as load_adapter
 from lorasculpt.models import load as loading
 from lorasculpt.run.folder import ADAPTER
 
-COMPUTE = ("train", "play", "inspect_update", "posthoc.calibrate")  # the first for all that have a run
+COMPUTE = ("run.model", "play", "inspect.update", "posthoc.calibrate")  # the first for all with a run
 HERE = torch.device("cpu", 0)  # equal to no other device, and as good as the CPU
 
 

@@ -353,18 +353,20 @@ def inspect_(
     plot: Annotated[Path | None, typer.Option(help="Draw them into this PNG or SVG.")] = None,
 ) -> None:
     """Show what an adapter does: where its update lies, how dense it is, which expert serves which task."""
-    from . import inspect, inspect_update
+    from .inspect import lora, update
 
-    plain = inspect_update.config_of(adapter) is None
+    plain = update.config_of(adapter) is None
     if plain and data:
         raise UserError(f"the adapter in {adapter} routes nothing, so --data can show nothing: leave it out.")
-    looking: Any = inspect if plain else inspect_update
-    found = inspect.inspect(adapter, base) if plain else inspect_update.inspect(adapter, base, data, limit)
+    looking: Any = lora if plain else update
+    found: Any = lora.inspect(adapter, base) if plain else update.inspect(adapter, base, data, limit)
     looking.show(found, layers=layers)
     if to_json:
         looking.write_json(found, to_json)
     if plot:
-        looking.plot(found, plot)
+        from .inspect import plots  # slow to import, and not needed for the tables
+
+        (plots.of_lora if plain else plots.of_update)(found, plot)
 
 
 @app.command()

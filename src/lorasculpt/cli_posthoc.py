@@ -12,7 +12,7 @@ import typer
 from .errors import UserError
 
 if TYPE_CHECKING:
-    from .inspect import Adapter
+    from .adapters.plain import Adapter
     from .posthoc import Written
 
 app = typer.Typer(

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from . import posthoc
 from .adapters.layers import sites
 from .adapters.load import load as load_adapter
+from .adapters.plain import Adapter
 from .adapters.update import UpdateConfig
 from .config import RunConfig
 from .errors import UserError
@@ -21,7 +22,6 @@ from .evaluation import curve
 from .evaluation.budget import kept, within
 from .evaluation.strength import fixed
 from .files import whole, write_json
-from .inspect import Adapter
 from .measure import TEXTS
 from .provenance import versions
 from .run.folder import ADAPTER, check_trained

@@ -28,11 +28,11 @@ from transformers import AutoConfig
 from .adapters.layers import full
 from .adapters.load import PROJECTOR_FILE, load_projector
 from .adapters.load import load as load_adapter
+from .adapters.plain import Pair, read_adapter, read_config
 from .adapters.update import UpdateConfig, updates
 from .errors import UserError
 from .hub import on_hub
-from .inspect import Pair, read_adapter, read_config
-from .inspect_update import config_of as kind_of
+from .inspect.update import config_of as kind_of
 from .kinds import TUNERS
 from .models.load import load
 

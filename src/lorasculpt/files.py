@@ -12,6 +12,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from .errors import UserError
+
 # No room on the device, in the user's share of it, or for a file of this size.
 FULL = {errno.ENOSPC, getattr(errno, "EDQUOT", errno.ENOSPC), errno.EFBIG}
 SAID = re.compile(  # by safetensors, then by torch.save, neither of which raises an OSError
@@ -49,6 +51,21 @@ def write_text(path: str | Path, text: str) -> Path:
 def write_json(path: str | Path, content: dict[str, Any], *, nan: bool = True) -> Path:
     """``content`` as JSON, whole or not at all; without ``nan`` a ValueError for a number that JSON does not have."""
     return write_text(path, json.dumps(content, indent=1, allow_nan=nan) + "\n")
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """The JSON object in the file ``path``.
+
+    Raises:
+        UserError: it cannot be read, or holds something else.
+    """
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, OSError) as error:
+        raise UserError(f"{path} is no readable JSON ({error}).") from None
+    if not isinstance(content, dict):
+        raise UserError(f"{path} must hold a JSON object.")
+    return content
 
 
 def disk_full(error: BaseException | None) -> bool:

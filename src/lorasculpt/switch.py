@@ -74,7 +74,7 @@ def _sequence(model: nn.Module, adapter: str) -> UpdateConfig:
 
 def _loras(folder: Path, found: dict[str, Update]) -> dict[str, tuple[Tensor, Tensor]]:
     """A and B of the plain LoRA in ``folder`` for every update in ``found``, in the scaling of that update."""
-    from .inspect import read_adapter
+    from .adapters.plain import read_adapter
 
     saved = read_adapter(folder)
     if saved.other:

@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 import torch
 
+from lorasculpt.adapters.plain import Adapter, Pair
 from lorasculpt.errors import UserError
-from lorasculpt.inspect import Adapter, Pair
 from lorasculpt.posthoc import average, cosines, dare, drop, prune, scale, sign_conflicts, ties, truncate
 
 SHAPES = {"layers.0.q_proj": (12, 20), "layers.1.q_proj": (9, 20)}

@@ -13,8 +13,8 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForImageTextToText
 
+from lorasculpt.adapters.plain import read_adapter
 from lorasculpt.errors import UserError
-from lorasculpt.inspect import read_adapter
 from lorasculpt.posthoc import average, dare, prune, read, scale, ties, write
 
 TARGETS = r".*language_model\.layers\.\d+\.(self_attn\.q_proj|mlp\.down_proj)"

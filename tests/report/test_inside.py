@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from made_up import lora, run, write
 
-from lorasculpt.inspect import inspect, write_json
+from lorasculpt.inspect.lora import inspect, write_json
 from lorasculpt.report import report
 from lorasculpt.report.heat import FAINT, Panel, even, heat, scale
 from lorasculpt.report.inside import _loads, inside

@@ -17,10 +17,10 @@ from typing import Annotated, Any, ClassVar, Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from .. import posthoc
+from ..adapters.plain import Adapter
 from ..config import RunConfig
 from ..errors import UserError
 from ..files import write_text
-from ..inspect import Adapter
 from ..posthoc.files import RECORD
 from ..run.folder import ADAPTER, LOG_FILE, RUN_FILE, check_output
 

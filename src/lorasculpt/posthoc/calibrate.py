@@ -10,10 +10,10 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from ..adapters.load import load as load_adapter
+from ..adapters.plain import Adapter
 from ..data.batches import Collator, placed, rows
 from ..data.records import Record
 from ..data.records import read as read_records
-from ..inspect import Adapter
 from ..models.load import computing, load
 from .tailor import moments_of
 

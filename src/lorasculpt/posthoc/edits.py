@@ -18,8 +18,8 @@ import torch
 from peft.utils import merge_utils
 from torch import Tensor
 
+from ..adapters.plain import Adapter, Pair
 from ..errors import UserError
-from ..inspect import Adapter, Pair
 from ..ops.masks import magnitude_mask
 
 

@@ -17,10 +17,10 @@ from torch import nn
 from transformers import AutoConfig
 
 from ..adapters.load import PROJECTOR_FILE
+from ..adapters.plain import Adapter, read_adapter
 from ..errors import UserError
 from ..evaluation.strength import MOVING
 from ..export import DTYPES, known_dtype, save_model
-from ..inspect import Adapter, read_adapter
 from ..models.load import load
 from .edits import Update, truncate
 

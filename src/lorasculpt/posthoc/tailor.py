@@ -17,8 +17,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..adapters.plain import Adapter
 from ..errors import UserError
-from ..inspect import Adapter
 from .edits import Update, delta_of
 
 BLOCK = 128

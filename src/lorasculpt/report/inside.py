@@ -16,9 +16,11 @@ from typing import Any
 import numpy as np
 import yaml
 
+from ..adapters.plain import read_adapter
 from ..errors import UserError
-from ..inspect import LARGE, in_order, inspect, order, read_adapter
-from ..inspect_update import config_of
+from ..inspect.lora import LARGE, inspect
+from ..inspect.places import in_order, order
+from ..inspect.update import config_of
 from .heat import Panel, even, heat, scale
 from .results import Entry
 

@@ -9,11 +9,12 @@ where the update is a matrix, one for all inputs or one for each task.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
-from itertools import combinations, islice, pairwise, zip_longest
+from itertools import combinations, islice, zip_longest
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from statistics import fmean
+from typing import Any
 
 import numpy as np
 import torch
@@ -23,20 +24,17 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn
 
-from . import files
-from .adapters.load import load as load_adapter
-from .adapters.method import read_record
-from .adapters.update import Update, UpdateConfig, context_of, updates
-from .console import numbers
-from .data.batches import Collator, placed, rows
-from .data.records import Record, read
-from .errors import UserError
-from .evaluation.prompts import batches, chat, evaluating
-from .inspect import across, grid, heat, in_order, order, place
-from .models.load import computing, load
-
-if TYPE_CHECKING:
-    from matplotlib.figure import SubFigure
+from .. import files
+from ..adapters.load import load as load_adapter
+from ..adapters.method import read_record
+from ..adapters.update import Update, UpdateConfig, context_of, updates
+from ..console import numbers
+from ..data.batches import Collator, placed, rows
+from ..data.records import Record, read
+from ..errors import UserError
+from ..evaluation.prompts import batches, chat, evaluating
+from ..models.load import computing, load
+from .places import in_order, order, place
 
 BATCH = 4
 """Records in one forward pass."""
@@ -44,8 +42,6 @@ ALL = "all"
 """The name under which energies stand where one matrix serves all tasks."""
 COLUMNS = 5
 """Tasks that the table has a column for each of; of more it shows how far they are apart."""
-ABREAST = 4
-"""Panels of the plot side by side."""
 
 
 @dataclass(frozen=True)
@@ -251,8 +247,8 @@ def _show_loads(inspection: Inspection, layers: bool, console: Console) -> None:
         table.add_column(head, justify="right", overflow="fold")
 
     def add(name: str, group: list[Linear], style: str | None = None) -> None:
-        cells = [f"{_mean(x.entropy for x in group):.2f}", _range(linear.load for linear in group)]
-        cells += [f"{_mean(x.apart for x in group):.2f}"] if several else []
+        cells = [f"{fmean(x.entropy for x in group):.2f}", _range(linear.load for linear in group)]
+        cells += [f"{fmean(x.apart for x in group):.2f}"] if several else []
         cells += [_range(linear.tasks[task] for linear in group if task in linear.tasks) for task in tasks]
         table.add_row(name, *cells, style=style)
 
@@ -291,7 +287,7 @@ def _show_energies(inspection: Inspection, layers: bool, console: Console) -> No
         for task in tasks:
             total = math.fsum(linear.energy[task] for linear in inspection.linears)
             share = math.fsum(linear.energy[task] for linear in group) / total if total else 0.0
-            cells += [f"{share:.1%}", f"{_mean(linear.relative[task] for linear in group):.2%}"]
+            cells += [f"{share:.1%}", f"{fmean(linear.relative[task] for linear in group):.2%}"]
         table.add_row(name, *cells, style="bold" if name == "all" else None)
     console.print(table)
     console.print("energy: share of ||ΔW||²; relative: mean of ||ΔW|| / ||W0||.", style="dim")
@@ -301,81 +297,6 @@ def _name(linear: Linear) -> str:
     return linear.kind if linear.block is None else f"{linear.block} {linear.kind}"
 
 
-def _mean(values: Iterable[float]) -> float:
-    return float(np.mean(list(values)))
-
-
 def _range(loads: Iterable[Sequence[float]]) -> str:
     every = [value for load in loads for value in load]
     return f"{min(every):.2f}–{max(every):.2f}" if every else "-"
-
-
-def plot(inspection: Inspection, path: str | Path) -> None:
-    """One picture, ``.png`` or ``.svg`` by the name of ``path``.
-
-    A heat map of loads for each task, layers across and the experts of every kind of linear down; above them, where the
-    update is a matrix, its energy and its relative size over layers and kinds.
-    """
-    from matplotlib.figure import Figure  # slow to import, and not needed for the tables
-
-    linears = sorted(inspection.linears, key=lambda x: order(x.part, x.kind))
-    kinds = list(dict.fromkeys(linear.kind for linear in linears))
-    groups: dict[tuple[str, int | None], list[Linear]] = {}
-    for linear in linears:
-        groups.setdefault((linear.kind, linear.block), []).append(linear)
-    sizes = list(linears[0].energy)
-    experts = [(kind, i) for kind in kinds for i in range(max(len(x.load) for x in linears if x.kind == kind))]
-    heights = [0.28 * len(kinds) + 1] * len(sizes)  # inches
-    if inspection.records:
-        heights.append(math.ceil(len(inspection.records) / ABREAST) * (min(max(0.14 * len(experts), 1.5), 10) + 1))
-    figure = Figure(figsize=(12, sum(heights)), layout="constrained")
-    parts = list(figure.subfigures(len(heights), 1, squeeze=False, height_ratios=heights).flatten())
-    for task in sizes:
-        left, right = parts.pop(0).subplots(1, 2)
-        of = "" if task == ALL else f" for {task}"
-        whole = math.fsum(linear.energy[task] for linear in linears) or 1.0
-        share = {cell: 100 * math.fsum(x.energy[task] for x in group) / whole for cell, group in groups.items()}
-        heat(left, kinds, share, f"Share of the update's energy{of}, %")
-        relative = {cell: 100 * _mean(x.relative[task] for x in group) for cell, group in groups.items()}
-        heat(right, kinds, relative, f"Size relative to the base weight{of}, %")
-    if inspection.records:
-        _panels(parts.pop(0), inspection, experts, groups)
-    figure.savefig(path, dpi=150)
-
-
-def _panels(
-    figure: SubFigure,
-    inspection: Inspection,
-    experts: list[tuple[str, int]],
-    groups: Mapping[tuple[str, int | None], list[Linear]],
-) -> None:
-    """The loads: a panel for each task, all with the same colours."""
-    tasks, blocks = list(inspection.records), in_order(block for _, block in groups)
-    down = math.ceil(len(tasks) / ABREAST)
-    panels = figure.subplots(down, min(len(tasks), ABREAST), sharex=True, sharey=True, squeeze=False).flatten()
-    top = max(max(load) for linear in inspection.linears for load in linear.tasks.values())
-    starts = [row for row, (_, expert) in enumerate(experts) if expert == 0]
-    middles = [(a + b - 1) / 2 for a, b in pairwise([*starts, len(experts)])]
-    for axes, task in zip_longest(panels, tasks):
-        if task is None:
-            axes.set_visible(False)
-            continue
-        cells = {
-            ((kind, expert), block): _mean(linear.tasks[task][expert] for linear in routed)
-            for (kind, block), group in groups.items()
-            for expert in range(len(group[0].load))
-            if (routed := [linear for linear in group if task in linear.tasks])
-        }
-        image = axes.imshow(
-            grid(experts, blocks, cells), aspect="auto", cmap="viridis", vmin=0, vmax=top, interpolation="nearest"
-        )
-        axes.set_facecolor("0.9")
-        for start in starts[1:]:
-            axes.axhline(start - 0.5, color="white", linewidth=1.5)
-        across(axes, blocks)
-        axes.set_yticks(middles, [experts[start][0] for start in starts])
-        axes.tick_params("y", length=0)
-        axes.set_title(f"Loads, {task} ({inspection.records[task]})", loc="left")
-    for axes in panels[::ABREAST]:
-        axes.set_ylabel("experts of every kind, the first on top")
-    figure.colorbar(image, ax=panels, pad=0.01, label="load of an expert; 1 is a fair share")

@@ -1,0 +1,1 @@
+"""What an adapter is made of: `lora` of a plain LoRA, `update` of one that changes the forward pass; `plots` draws."""

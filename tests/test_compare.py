@@ -19,14 +19,19 @@ from commands import call
 from safetensors.torch import load_file
 
 from lorasculpt import UserError, compare, posthoc, sequence
-from lorasculpt.compare import Comparison, commands, planned
-from lorasculpt.comparison import edits, sequences
+from lorasculpt.compare import commands, planned
+from lorasculpt.comparison import edits, plan, sequences
 from lorasculpt.comparison.drift import drift_and_loss, rank_correlation, spearman
+from lorasculpt.comparison.forecast import ahead, cost
 from lorasculpt.comparison.launch import launch
+from lorasculpt.comparison.plan import Comparison
 from lorasculpt.comparison.table import equal_target, pareto, show, table
 from lorasculpt.config import RunConfig
 from lorasculpt.data.batches import Collator
+from lorasculpt.files import write_json
+from lorasculpt.measure import shape
 from lorasculpt.posthoc.edits import delta_of
+from lorasculpt.provenance import versions
 from lorasculpt.report import report
 from lorasculpt.run import records
 from lorasculpt.sequence import transfer
@@ -67,7 +72,7 @@ def test_a_stopped_comparison_goes_on(run, tmp_path, monkeypatch):
         return train(config, **options)
 
     with monkeypatch.context() as patch:
-        patch.setattr(compare, "train", training)
+        patch.setattr(plan, "train", training)
         with pytest.raises(KeyboardInterrupt):
             compare.compare(config, METHODS, seeds=1, rates=[0.01, 0.001], progress=False)
     path = config.output / "compare.json"
@@ -87,7 +92,7 @@ def test_a_stopped_comparison_goes_on(run, tmp_path, monkeypatch):
             code, _, err = call(*command.split()[1:])
             assert code == 0, err
     options = ("--methods", ",".join(METHODS), "--seeds", "1", "--rates", "1e-3,1e-2", "--out", tmp_path / "all.json")
-    monkeypatch.setattr(compare, "train", lambda *args, **options: pytest.fail("trained again"))
+    monkeypatch.setattr(plan, "train", lambda *args, **options: pytest.fail("trained again"))
     code, out, err = call("compare", tmp_path / "run.yaml", *options)
     assert code == 0, err
     assert "Pareto front" in out
@@ -124,10 +129,10 @@ def test_the_results_file_alone_is_enough_to_go_on_from(labelled, tmp_path, caps
     assert list(commands(planned(config, ["lora"], 1, [0.01, 0.02], path))) == []
 
     trained, asked = [], []
-    monkeypatch.setattr(compare, "train", lambda made, **more: (trained.append(made.output.name), train(made, **more)))
-    measure = compare.measure
+    monkeypatch.setattr(plan, "train", lambda made, **more: (trained.append(made.output.name), train(made, **more)))
+    measure = plan.measure
     monkeypatch.setattr(
-        compare, "measure", lambda made, **more: (asked.append(made.output.name), measure(made, **more))[1]
+        plan, "measure", lambda made, **more: (asked.append(made.output.name), measure(made, **more))[1]
     )
     # the edit needs the adapter, which is trained and not measured again
     lines = list(commands(planned(config, None, 1, [0.01, 0.02], path)))
@@ -225,8 +230,8 @@ def test_all_runs_are_measured_on_the_same_texts_of_the_base(run, monkeypatch):
 
 
 def test_the_cost_is_told_as_soon_as_a_run_is_done(run, capsys, monkeypatch):
-    monkeypatch.setattr(compare, "train", lambda config, **options: None)
-    monkeypatch.setattr(compare, "measure", measured_at(0.5))
+    monkeypatch.setattr(plan, "train", lambda config, **options: None)
+    monkeypatch.setattr(plan, "measure", measured_at(0.5))
     monkeypatch.setattr(compare, "time", SimpleNamespace(monotonic=lambda: 0.0))  # on a busy machine nothing takes 0 s
     compare.compare(run(), METHODS, seeds=2, rates=[0.01, 0.001])
     out = capsys.readouterr().out.splitlines()
@@ -250,12 +255,12 @@ def test_what_is_left_costs_what_runs_of_its_label_did():
     left = [("test", "lora")] * 4 + [("test", "spider"), ("validation", "dora"), ("edit", "dare")]
     # four seeds at 4 s; one as long as spider's trial; one as the mean of trials; one as the mean of all
     seconds = round(16 + 10 + 6 + 16 / 3)
-    assert compare.cost("x", costs, left) == f"x took 4 s; the 7 runs missing take about {seconds} s."
-    assert compare.cost("x", costs, left[:1]) == "x took 4 s; the one run that is missing takes about 4 s."
-    assert compare.cost("x", costs, []) == "x took 4 s; it was the last."
+    assert cost("x", costs, left) == f"x took 4 s; the 7 runs missing take about {seconds} s."
+    assert cost("x", costs, left[:1]) == "x took 4 s; the one run that is missing takes about 4 s."
+    assert cost("x", costs, []) == "x took 4 s; it was the last."
     # all but the edit train
-    assert compare.ahead(costs, left) == "7 runs are to be made: about 32 s of training, by those that are there."
-    assert compare.ahead([], left[:1]) == "1 run is to be made; what it takes is told when it is done."
+    assert ahead(costs, left) == "7 runs are to be made: about 32 s of training, by those that are there."
+    assert ahead([], left[:1]) == "1 run is to be made; what it takes is told when it is done."
 
 
 class Lines:
@@ -348,10 +353,10 @@ def measured_by(scores, **fields):
     def measure(config, **options):
         rate = config.training.lr
         made = entry(config.method["name"], *scores(rate), config.seed, lr=rate, **fields)
-        made["settings"] = compare.shape(config)
+        made["settings"] = shape(config)
         config.output.mkdir(parents=True, exist_ok=True)
         (config.output / "run.yaml").write_text(config.to_yaml())
-        content = {"schema": 1, "versions": compare.versions(), "runs": [made]}
+        content = {"schema": 1, "versions": versions(), "runs": [made]}
         (config.output / "results.json").write_text(json.dumps(content))
         return config.output / "results.json"
 
@@ -359,8 +364,8 @@ def measured_by(scores, **fields):
 
 
 def test_rates_are_chosen_on_the_validation_file_and_tests_are_made_on_all_rows(run, tmp_path, monkeypatch):
-    monkeypatch.setattr(compare, "train", lambda config, **options: None)
-    monkeypatch.setattr(compare, "measure", measured_at(0.3))
+    monkeypatch.setattr(plan, "train", lambda config, **options: None)
+    monkeypatch.setattr(plan, "measure", measured_at(0.3))
     validation = tmp_path / "data" / "train.jsonl"
     config = run(f"evaluate.validation={validation}", "seed=5", "evaluate.every=1")
     comparison = Comparison(config, ["lora"], seeds=2, rates=[0.01, 0.001, 0.02])
@@ -385,8 +390,8 @@ def test_rates_are_chosen_on_the_validation_file_and_tests_are_made_on_all_rows(
 
 
 def test_a_label_may_choose_by_both_numbers_among_the_trials_of_another(run, tmp_path, monkeypatch):
-    monkeypatch.setattr(compare, "train", lambda config, **options: None)
-    monkeypatch.setattr(compare, "measure", measured_by({0.001: (0.9, 0.5), 0.01: (0.5, 0.6), 0.02: (0.0, 0.7)}.get))
+    monkeypatch.setattr(plan, "train", lambda config, **options: None)
+    monkeypatch.setattr(plan, "measure", measured_by({0.001: (0.9, 0.5), 0.01: (0.5, 0.6), 0.02: (0.0, 0.7)}.get))
     known = tmp_path / "known.jsonl"
     known.write_text((tmp_path / "test" / "train.jsonl").read_text())
     config = run(f"evaluate.validation_source={known}", "methods={both: {name: lora, lr: lora, by: h_mean}}")
@@ -400,15 +405,15 @@ def test_a_label_may_choose_by_both_numbers_among_the_trials_of_another(run, tmp
 
 
 def test_every_run_says_what_it_was_made_with_and_every_row_whether_all_its_seeds_are_there(run, monkeypatch):
-    monkeypatch.setattr(compare, "train", lambda config, **options: None)
-    monkeypatch.setattr(compare, "measure", measured_at(0.5))
+    monkeypatch.setattr(plan, "train", lambda config, **options: None)
+    monkeypatch.setattr(plan, "measure", measured_at(0.5))
     path = compare.compare(run(), METHODS, seeds=2, rates=[0.01], progress=False)
     older, gone = (path.parent / "test" / f"{label}-lr0.01-seed1" / "results.json" for label in METHODS)
     older.write_text(json.dumps(json.loads(older.read_text()) | {"versions": {"torch": "1.0"}}))
     gone.unlink()
     record = Comparison(run(), METHODS, 2, [0.01]).record()
     made = {(entry["label"], entry["seed"]): entry["versions"] for entry in record["runs"]}
-    today = compare.versions()
+    today = versions()
     assert made == {("lora", 0): today, ("lora", 1): {"torch": "1.0"}, ("lorasculpt", 0): today}
     assert {row["label"]: row["complete"] for row in record["table"]} == {"lora": True, "lorasculpt": False}
 
@@ -454,7 +459,7 @@ def test_a_rate_that_breaks_the_weights_is_not_chosen_and_not_tried_again(run, t
     assert "lora: at the learning rate 1e+30 the weights came to no numbers by step " in capsys.readouterr().out
     report(path, tmp_path / "page")
 
-    monkeypatch.setattr(compare, "train", lambda *args, **options: pytest.fail("trained again"))
+    monkeypatch.setattr(plan, "train", lambda *args, **options: pytest.fail("trained again"))
     compare.compare(config, **options, out=tmp_path / "other.json", progress=False)
     other = planned(run("method.r=2", *methods), **options)
     assert other.result(next(trial for trial in other.trials() if trial.rate == 1e30)) is None  # another run broke
@@ -674,7 +679,7 @@ def test_a_sequence_is_validated_whole_and_on_other_files_than_it_is_tested_on(r
     with pytest.raises(UserError, match=r"override '.*': data\.sequence\.1\.validation is a file that is tested on"):
         planned(config, ["lora"])
     config = run(data({"validation": "b"}, {"validation": "c"}))
-    assert [trial.rate for trial in planned(config, ["lora"]).trials()] == list(compare.RATES)
+    assert [trial.rate for trial in planned(config, ["lora"]).trials()] == list(plan.RATES)
     assert planned(config, ["lora"], rates=[0.1]).trials() == []
     with pytest.raises(UserError, match="--rates must be one to three"):
         planned(config, ["lora"], rates=[1, 2, 3, 4])
@@ -723,7 +728,7 @@ def test_a_setting_that_is_refused_later_is_placed_where_it_was_written(run):
     ],
 )
 def test_a_mistake_is_told_before_anything_is_trained(run, tmp_path, monkeypatch, options, overrides, part):
-    monkeypatch.setattr(compare, "train", lambda *args, **options: pytest.fail("trained"))
+    monkeypatch.setattr(plan, "train", lambda *args, **options: pytest.fail("trained"))
     (tmp_path / "single").mkdir()
     (tmp_path / "single" / "run.yaml").write_text("a run")
     arguments = ("compare", tmp_path / "run.yaml", *overrides, *options)
@@ -776,8 +781,8 @@ def test_labels_without_methods_are_all_and_every_seed_of_all_comes_before_the_n
 
 
 def test_a_rate_that_is_given_or_taken_from_another_label_costs_no_trials(labelled, monkeypatch):
-    monkeypatch.setattr(compare, "train", lambda config, **options: None)
-    monkeypatch.setattr(compare, "measure", measured_at(0.3))
+    monkeypatch.setattr(plan, "train", lambda config, **options: None)
+    monkeypatch.setattr(plan, "measure", measured_at(0.3))
     text = """
 methods:
   milder: {of: curve, edit: scale, by: 0.5}
@@ -857,7 +862,7 @@ def test_edits_are_runs_of_what_was_trained(labelled, tmp_path, monkeypatch):
         for command in line.split(" && "):
             code, _, err = call(*shlex.split(command)[1:])
             assert code == 0, err
-    monkeypatch.setattr(compare, "train", lambda *args, **options: pytest.fail("trained again"))
+    monkeypatch.setattr(plan, "train", lambda *args, **options: pytest.fail("trained again"))
     monkeypatch.setattr(edits.posthoc, "write", lambda *args, **options: pytest.fail("edited again"))
     again = json.loads(compare.compare(config, chosen, rates=[0.05], out=tmp_path / "again.json").read_text())
     assert again == record
@@ -1222,8 +1227,8 @@ def test_the_tables_fit_a_terminal_of_80_columns(capsys, monkeypatch):
 
 def test_the_screen_shows_tests_and_rates_at_the_edge(run, capsys, monkeypatch):
     monkeypatch.setenv("COLUMNS", "200")
-    monkeypatch.setattr(compare, "train", lambda config, **options: None)
-    monkeypatch.setattr(compare, "measure", measured_at(0.5))
+    monkeypatch.setattr(plan, "train", lambda config, **options: None)
+    monkeypatch.setattr(plan, "measure", measured_at(0.5))
     path = compare.compare(run(), METHODS, seeds=2, rates=[0.01, 0.02], progress=False)
     record = json.loads(path.read_text())
     record["complete"], record["missing"] = False, ["test/lora-seed2"]
@@ -1241,7 +1246,7 @@ def test_the_screen_shows_tests_and_rates_at_the_edge(run, capsys, monkeypatch):
     record["table"][1] |= {"time": {"mean": 2.5, "low": 2.25, "high": 2.75}, "trainable": 1234567}
     record["drift"] = {"runs": {"rho": 0.831, "low": 0.412, "high": 0.97, "n": 12}}
     record["drift"]["curve"] = {"rho": None, "low": None, "high": None, "n": 36}
-    compare.write_json(path, record)
+    write_json(path, record)
     show(json.loads(path.read_text()))
     out = capsys.readouterr().out
     assert "against lora" in out

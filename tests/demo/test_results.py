@@ -11,7 +11,7 @@ from types import ModuleType
 
 import pytest
 
-from lorasculpt.compare import Comparison
+from lorasculpt.comparison.plan import Comparison
 from lorasculpt.comparison.table import table
 from lorasculpt.config import RunConfig
 from lorasculpt.demo import results, run

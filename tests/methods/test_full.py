@@ -20,7 +20,7 @@ import lorasculpt
 from lorasculpt import Clock, FullConfig, UserError
 from lorasculpt.adapters.method import methods_of
 from lorasculpt.adapters.update import updates
-from lorasculpt.compare import Comparison
+from lorasculpt.comparison.plan import Comparison
 from lorasculpt.config import RunConfig
 from lorasculpt.methods import full
 from lorasculpt.methods.full import Full, half, small

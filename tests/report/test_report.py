@@ -12,8 +12,8 @@ import numpy as np
 import pytest
 from made_up import details, run, seeds, two, write
 
-from lorasculpt.compare import Comparison
 from lorasculpt.comparison.drift import drift_and_loss
+from lorasculpt.comparison.plan import Comparison
 from lorasculpt.config import RunConfig
 from lorasculpt.errors import UserError
 from lorasculpt.report import report

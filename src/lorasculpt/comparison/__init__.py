@@ -1,1 +1,1 @@
-"""The parts of ``lorasculpt compare``: what a label stands for, and what the runs say together."""
+"""The parts of ``lorasculpt compare``: its runs, what a label stands for, and what the runs say together."""

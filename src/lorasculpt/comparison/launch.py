@@ -13,15 +13,13 @@ import shlex
 import sys
 import time
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import yaml
 
 from ..errors import UserError
 from ..files import write_json
-
-if TYPE_CHECKING:
-    from ..compare import Comparison
+from .plan import Comparison
 
 JOBS, SUBMITTED = "jobs", "submitted.json"
 MINUTES = 600  # that a job may take, where nothing else is said; submitit's own default is 5

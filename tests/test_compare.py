@@ -165,11 +165,30 @@ def test_the_results_file_alone_is_enough_to_go_on_from(labelled, tmp_path, caps
     same.write_text("".join(json.dumps(row | {"answer": rows[0]["answer"]}) + "\n" for row in rows))
     other = labelled(text, f"evaluate.target=[{same}]")
     assert planned(other, ["lora"], 1, [0.01, 0.02], path).missing() == ["test/lora-seed0"]
+    # and all of it, if it was trained on other rows
+    everything = ["validation/lora-lr0.01-seed0", "validation/lora-lr0.02-seed0", "test/lora-seed0"]
+    assert planned(labelled(text, "data.limit=3"), ["lora"], 1, [0.01, 0.02], path).missing() == everything
+    learned = tmp_path / "data" / "train.jsonl"
+    kept = learned.read_text()
+    learned.write_text(kept.replace('"red"', '"crimson"'))
+    assert learned.read_text() != kept
+    assert planned(labelled(text), ["lora"], 1, [0.01, 0.02], path).missing() == everything
+    learned.write_text(kept)
+    assert planned(labelled(text), ["lora"], 1, [0.01, 0.02], path).missing() == []
     # other settings are another run, and the file that has the old ones is kept
     compare.compare(labelled(text, "training.steps=1"), ["lora"], seeds=1, rates=[0.01], out=path)
     assert "all.json has 2 runs of another comparison or of other settings, kept in " in capsys.readouterr().out
     assert json.loads((tmp_path / "all.before.json").read_text()) == record
     assert [made["steps"] for made in json.loads(path.read_text())["runs"]] == [1]
+    compare.compare(labelled(text, "training.steps=2"), ["lora"], seeds=1, rates=[0.01], out=path)
+    assert json.loads((tmp_path / "all.before.json").read_text()) == record  # it is not lost to the next one
+    assert [made["steps"] for made in json.loads((tmp_path / "all.before-2.json").read_text())["runs"]] == [1]
+
+
+def test_several_processes_make_no_comparison(run, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(UserError, match="a comparison is made by one process; start lorasculpt compare without a laun"):
+        compare.compare(run(), ["lora"], seeds=1, rates=[0.01], progress=False)
 
 
 def test_the_runs_of_another_base_are_not_taken(run, tmp_path):

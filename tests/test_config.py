@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+import yaml
 from pydantic import ValidationError
 
 from lorasculpt.config import RunConfig
@@ -248,3 +249,16 @@ def test_a_single_run_of_several_methods_keeps_the_lines_of_its_own(tmp_path: Pa
 )
 def test_mistakes_about_comparing(tmp_path: Path, text: str, part: str) -> None:
     assert part in message(tmp_path, text)
+
+
+def test_without_a_file_paths_are_those_of_the_working_directory(tmp_path, monkeypatch):
+    (tmp_path / "model").mkdir()
+    monkeypatch.chdir(tmp_path)
+    config = RunConfig.model_validate({"base": "model", "output": "out", "data": {"train": "rows.jsonl"}})
+    assert (config.base, config.output, config.data.train) == (
+        str(tmp_path / "model"),
+        tmp_path / "out",
+        tmp_path / "rows.jsonl",
+    )
+    monkeypatch.chdir("/")
+    assert RunConfig.model_validate(yaml.safe_load(config.to_yaml())) == config

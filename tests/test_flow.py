@@ -115,10 +115,15 @@ def test_drift_is_measured_where_it_is_asked_for(run, capsys):
     assert "drift" not in record  # a replaced projector leaves no base to compare with
 
 
-@pytest.mark.parametrize("stop", [1, 3])
-def test_a_killed_run_goes_on_as_if_it_had_never_stopped(run, monkeypatch, stop):
-    whole = weights(train(run(), progress=False))
-    config = run("output=broken", "training.save_every=1")
+@pytest.mark.parametrize(
+    ("stop", "more"), [(1, ()), (3, ()), (3, ("projector=full", "training.projector_lr=0.01"))], ids=str
+)
+def test_a_killed_run_goes_on_as_if_it_had_never_stopped(run, monkeypatch, stop, more):
+    def everything(folder) -> dict[str, torch.Tensor]:
+        return {name: value for file in folder.glob("*.safetensors") for name, value in load_file(file).items()}
+
+    whole = everything(train(run(*more), progress=False))
+    config = run("output=broken", "training.save_every=1", *more)
 
     class Killed(Exception):
         pass
@@ -132,9 +137,21 @@ def test_a_killed_run_goes_on_as_if_it_had_never_stopped(run, monkeypatch, stop)
         with pytest.raises(Killed):
             train(config, progress=False)
     assert not (config.output / "adapter").exists()
-    resumed = weights(train(config, progress=False))
+    resumed = everything(train(config, progress=False))
     assert resumed.keys() == whole.keys()
     assert all(torch.equal(resumed[name], whole[name]) for name in whole)
+
+
+def test_a_run_may_lie_behind_a_link(run, tmp_path):
+    (tmp_path / "disk" / "deep").mkdir(parents=True)
+    (tmp_path / "link").symlink_to(tmp_path / "disk" / "deep")
+    config = run("output=link/out", "evaluate.every=2", "evaluate.drift=3")
+    train(config, progress=False)
+    for _ in range(2):
+        record = json.loads(measure(config, progress=False).read_text())["runs"][0]
+        assert record["drift"]["n"] == 3
+        assert all((config.output.resolve() / shown["image"]).is_file() for shown in record["gallery"])
+    assert record["gallery"]
 
 
 def _also(first):

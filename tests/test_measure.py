@@ -32,6 +32,34 @@ def entry(config) -> dict:
     return json.loads(measure(config, progress=False).read_text())["runs"][0]
 
 
+def test_the_whole_curve_is_of_the_same_questions(run, monkeypatch):
+    from lorasculpt.asked import ask_base
+    from lorasculpt.evaluation import evaluate
+
+    def graded(asked):
+        def first_right(*arguments, **options):  # the first two questions of a task are answered right, at any strength
+            found = asked(*arguments, **options)
+            for entry in (entry for side in found.values() for entry in side.values()):
+                entry["scores"] = [float(number < 2) for number in range(len(entry["scores"]))]
+            return found
+
+        return first_right
+
+    monkeypatch.setattr("lorasculpt.measure.ask_base", graded(ask_base))
+    for place in ("lorasculpt.measure.evaluate", "lorasculpt.evaluation.run.evaluate"):
+        monkeypatch.setattr(place, graded(evaluate))
+    config = run("evaluate.source=[data/train.jsonl]", "evaluate.retain=0.9", "evaluate.curve=2")
+    train(config, progress=False)
+    found = entry(config)
+    tasks = len(found["source"])
+    share = -(-2 // tasks)
+    assert all(task["n"] > share for task in found["source"].values())
+    points = {(point["source"], point["target"]) for point in found["curve"]}
+    assert points == {(min(2, share) / share,) * 2}
+    assert found["budget"]["kept"] == 1
+    assert [len(task.records) for task in held_out(config, limit=1, each=100)[0]] == [1] * tasks
+
+
 def test_without_source_the_adapter_that_keeps_enough_is_left(run, tmp_path):
     config = run("evaluate.retain=0.5", "evaluate.drift=4")
     adapter, out = train(config, progress=False), config.output / "adapter-retained"
@@ -89,8 +117,8 @@ def test_it_is_chosen_on_validation_where_there_is_one(run, tmp_path, monkeypatc
         asked.append(images := [record.images[0].parent.parent.name for task in target for record in task.records])
         lost = len(asked) != 1 and "others" not in images
         return {
-            "source": {"kept": measured([1.0, 1.0 - lost])},
-            "target": {"learned": measured([0.0, float(len(asked) > 1)])},
+            "source": {"color": measured([1.0, 1.0 - lost])},
+            "target": {"color": measured([0.0, float(len(asked) > 1)])},
         }
 
     def measured(scores):
@@ -163,7 +191,7 @@ def test_the_tasks_of_a_side_share_the_questions_of_a_curve(run, tmp_path):
     several = pico.write_data(tmp_path / "several", n=4, tasks=("color", "shape", "side"))
     config = run(f"evaluate.source=[{several}]", "evaluate.limit=3")
     source, target = held_out(config, each=4)
-    assert [len(task.records) for task in (*source, *target)] == [2, 2, 2, 4]  # 4 / 3, rounded up; and 4
+    assert [len(task.records) for task in (*source, *target)] == [2, 2, 2, 3]  # 4 / 3, rounded up; and all of 3
     assert [len(task.records) for group in held_out(config) for task in group] == [3, 3, 3, 3]  # those of the limit
     config = run(f"evaluate.source=[{several}]")
     assert [len(task.records) for group in held_out(config, each=10**6) for task in group] == [4, 4, 4, 4]

@@ -156,6 +156,11 @@ def test_any_other_method_that_knows_no_tasks_learns_a_sequence(run, method):
     assert any(not torch.equal(later[key], value) for key, value in earlier.items())
 
 
+def test_general_data_is_known_to_every_task(run, tmp_path):
+    config = run(f"data.general={tmp_path / 'general.jsonl'}", "method={name: lora, r: 4}")
+    assert [stage.data.general for stage in stages_of(config)] == [tmp_path / "general.jsonl"] * len(TASKS)
+
+
 def test_plain_lora_goes_on_from_task_to_task(run):
     config = run("method={name: lora, r: 4}", "projector=full")
     adapter, matrix = learn(config, progress=False)

@@ -18,9 +18,11 @@ not done again: a comparison that was stopped goes on, and runs may be made else
 
 from __future__ import annotations
 
+import os
 import shutil
 import time
 from collections.abc import Iterator, Sequence
+from itertools import chain, count
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +31,7 @@ from .comparison.launch import launch
 from .comparison.plan import Comparison
 from .comparison.turns import Sequences
 from .config import RunConfig
+from .errors import UserError
 from .files import write_json
 
 COMPARISON_FILE = "compare.json"
@@ -60,7 +63,7 @@ def compare(
 
     The file is written anew after every run, so that it can be read at any time; it says whether it is complete. Runs
     that it has already are not made again. Those that this comparison does not have go into a file beside it,
-    ``<name>.before.json``, which is the old one.
+    ``<name>.before.json``, which is the old one, or ``<name>.before-2.json`` where that is taken.
 
     Args:
         config, methods, seeds, rates: Of the comparison.
@@ -75,8 +78,14 @@ def compare(
         The file.
 
     Raises:
-        UserError: for anything in the config, the data or the folders that the user can mend.
+        UserError: for anything in the config, the data or the folders that the user can mend, and under a launcher of
+            several processes.
     """
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise UserError(
+            "a comparison is made by one process; start lorasculpt compare without a launcher, or launch the runs that "
+            "its --commands prints."
+        )
     path = out or config.output / COMPARISON_FILE
     comparison = planned(config, methods, seeds, rates, path)
 
@@ -89,7 +98,7 @@ def compare(
         told()
 
     if left_out := comparison.left_out():
-        kept = path.with_suffix(".before.json")
+        kept = _free(path.with_suffix(".before.json"))
         shutil.copy(path, kept)
         if progress:
             number = "1 run" if left_out == 1 else f"{left_out} runs"
@@ -107,6 +116,12 @@ def compare(
         if progress:
             print(cost(run.name, costs, [kind for _, kind in comparison.left()]))
     return write_json(path, comparison.record())
+
+
+def _free(path: Path) -> Path:
+    """``path``, or the first of ``<stem>-2``, ``<stem>-3``, ... that is not there."""
+    names = (path.with_name(f"{path.stem}-{number}{path.suffix}") for number in count(2))
+    return next(name for name in chain([path], names) if not name.exists())
 
 
 def commands(comparison: Comparison) -> Iterator[str]:

@@ -43,9 +43,9 @@ Key = tuple[Hashable, ...]
 
 
 def _resolve(value: Any, info: ValidationInfo) -> Any:
-    """A path as written, taken relative to the folder of the YAML file that it was written in."""
+    """A path as written, taken relative to the folder of the YAML file, or to that of today where there is no file."""
     if isinstance(value, str) and value:
-        folder = (info.context or {}).get("folder", Path())
+        folder = (info.context or {}).get("folder") or Path.cwd()
         return folder / Path(value).expanduser()
     return value
 
@@ -219,8 +219,8 @@ class Evaluate(_Section):
         batch: Questions at a time.
         max_new_tokens: Longest answer.
         strengths: Where the curve of source against target is taken, between 0 (base) and 1 (adapter).
-        curve: Questions at each of these strengths: so many about the source, shared evenly by its tasks, and so many
-            about the target, whose averages are drawn. Default: ``limit`` questions of each task.
+        curve: Questions of its every point, the first ones: so many about the source, shared evenly by its tasks, and
+            so many about the target, whose averages are drawn. Default: ``limit`` questions of each task.
         as_task: For an adapter that knows tasks: the one as which it answers questions of tasks that it does not know,
             as those of ``source`` mostly are.
         metric: Metric of a task by its name. Default of a task: ``exact``.

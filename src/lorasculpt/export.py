@@ -6,6 +6,7 @@ prompts as the adapter does. Only then does it appear under its name; a failed e
 
 from __future__ import annotations
 
+import gc
 import json
 import tempfile
 import warnings
@@ -165,7 +166,8 @@ def export(
         if lora and to == "lora":
             dtype = dtype or known_dtype(lora.pairs[0].A.dtype)
             _write_lora(lora, written, str(base), dtype, task)
-            del live, model  # one base in memory at a time
+            del live, model
+            gc.collect()  # one base in memory at a time, also where a method's hooks hold it in a ring
             found = _logits(_attach(PeftModel.from_pretrained, load(str(base))[0], written), inputs)
         else:
             dtype = dtype or known_dtype(AutoConfig.from_pretrained(str(base)).dtype)
@@ -174,11 +176,13 @@ def export(
                 plain.mkdir()
                 _write_lora(lora, plain, str(base), "float32")
                 del live, model
+                gc.collect()
                 model = load(str(base))[0]
                 load_projector(model, folder)
                 live = _attach(PeftModel.from_pretrained, model, plain)
             save_model(live.merge_and_unload(safe_merge=True), processor, written, dtype)
             del live, model
+            gc.collect()
             found = _merged_logits(written, inputs)
         report = Report(
             out=str(out),

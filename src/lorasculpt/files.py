@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import errno
 import json
-import os
 import re
+import secrets
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -33,7 +33,7 @@ def whole(path: str | Path) -> Iterator[Path]:
         return
     path = path.resolve()
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.{os.getpid()}")
+    partial = path.with_name(f".{path.name}.{secrets.token_hex(4)}")  # two machines may have a process of one number
     try:
         yield partial
         partial.replace(path)

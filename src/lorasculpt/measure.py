@@ -106,7 +106,7 @@ def measure(
     if prompts:
         told = {key: value for key, value in options.items() if key != "max_new_tokens"}
         drifted = drift(model, processor, prompts, progress=f"{name} drift" if progress else None, **told)
-    small_source, small_target = held_out(config, each=config.evaluate.curve)
+    small = small_source, small_target = held_out(config, each=config.evaluate.curve)
     strengths = config.evaluate.strengths if strengths is None else strengths
     obstacle = "the projector was replaced" if config.projector == "full" else fixed(model)
     if obstacle is not None:
@@ -114,7 +114,8 @@ def measure(
     options["progress"] = name if progress else None
     points = curve(model, processor, small_source, small_target, strengths, prompts=prompts, **options)
     at_base = AT_BASE if drifted else None
-    points = [curve_point(0.0, before, at_base), *points, curve_point(1.0, after, drifted)]
+    ends = curve_point(0.0, _of(before, *small), at_base), curve_point(1.0, _of(after, *small), drifted)
+    points = [ends[0], *points, ends[1]]
     budget: dict[str, Any] = {}
     if (share := config.evaluate.retain) is not None:
         if obstacle is not None:
@@ -133,6 +134,7 @@ def measure(
         "machine": training.get("machine"),
         "precision": training.get("precision"),
         "settings": shape(config),
+        **({"data": training["data"]} if "data" in training else {}),
         "evaluate": how,
         **comparison(before, after),
         **({} if known is None else {"trained_on": dict(Counter(record.task for record, _ in known))}),
@@ -146,7 +148,7 @@ def measure(
         **({"budget": budget} if budget else {}),
         "training": training["history"],
         "gallery": [
-            entry | {"image": os.path.relpath(entry["image"], config.output)}
+            entry | {"image": os.path.relpath(entry["image"], config.output.resolve())}
             for entry in gallery(source, target, before, after)
         ],
     }
@@ -165,7 +167,8 @@ def shape(config: RunConfig) -> dict[str, Any]:
     )
     found |= config.model_dump(include={"dtype", "quantization"}, exclude_defaults=True)
     found |= {"evaluate": {"as_task": config.evaluate.as_task}} if config.evaluate.as_task else {}
-    return found | ({"data": {"replay": config.data.replay}} if config.data.replay else {})
+    data = config.data.model_dump(include={"replay", "limit"}, exclude_defaults=True)
+    return found | ({"data": data} if data else {})
 
 
 def measured(config: RunConfig) -> dict[str, Any] | None:
@@ -188,7 +191,17 @@ def places(config: RunConfig) -> dict[str, list[str]]:
     """Where the questions lie, seen from the run's folder."""
     asked = config.evaluate
     files = {key: getattr(asked, key) for key in PLACES} | {"images": [asked.images] if asked.images else []}
-    return {key: [os.path.relpath(path, config.output) for path in paths] for key, paths in files.items()}
+    folder = config.output.resolve()  # which a link may lead to: ".." is then not where the link lies
+    return {key: [os.path.relpath(path, folder) for path in paths] for key, paths in files.items()}
+
+
+def _of(measured: dict[str, Any], source: Sequence[Task], target: Sequence[Task]) -> dict[str, Any]:
+    """The scores of the first questions of each task, those that ``source`` and ``target`` have."""
+    sides = {"source": source, "target": target}
+    return {
+        side: {task.name: {"scores": measured[side][task.name]["scores"][: len(task.records)]} for task in tasks}
+        for side, tasks in sides.items()
+    }
 
 
 def _choosing(config: RunConfig) -> tuple[()] | tuple[list[Task], list[Task]]:

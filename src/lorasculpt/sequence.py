@@ -180,7 +180,9 @@ def _stage(config: RunConfig, number: int, grows: bool, earlier: Sequence[str]) 
     changes: dict[str, Any] = {
         "output": config.output / f"{number + 1}-{folder}",
         "evaluate": config.evaluate.model_copy(update={"target": target}),
-        "data": Data(train=stage.train, images=config.data.images, limit=config.data.limit),
+        "data": Data(
+            train=stage.train, images=config.data.images, limit=config.data.limit, general=config.data.general
+        ),
         "method": config.method | (own or {}),
     }
     return config.model_copy(update=changes)

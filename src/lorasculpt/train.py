@@ -17,8 +17,8 @@ import shutil
 from collections.abc import Callable
 from contextlib import nullcontext
 from pathlib import Path
+from typing import Any
 
-import torch
 from peft import PeftModel
 from torch import Tensor, nn
 from transformers import set_seed
@@ -27,6 +27,7 @@ from trl import SFTTrainer
 from . import card
 from .adapters.beside import beside
 from .adapters.clock import ClockCallback
+from .adapters.load import load_projector
 from .adapters.residual import taken, write_plain
 from .config import RunConfig
 from .data.batches import Collator, rows
@@ -57,7 +58,7 @@ from .run.model import (
     save_projector,
     with_tasks,
 )
-from .run.records import check_measured, rehearsed, trained_on
+from .run.records import check_measured, fingerprint_of, rehearsed, trained_on
 from .run.trainer import arguments, check_arguments, on_one_gpu, optimizer
 
 
@@ -88,7 +89,7 @@ def train(
         push(config, adapter)
         return adapter
     set_seed(config.seed)
-    records = trained_on(config)
+    records, data = trained_on(config), fingerprint_of(config)
     check_measured(config)
     if progress and os.environ.get("RANK", "0") == "0":
         _tell_rehearsed(config)
@@ -101,6 +102,8 @@ def train(
     autocast = precision(config)
     measured = [Measure(config, model, processor, autocast)] if config.evaluate.every else []
     resume = last_checkpoint(output)
+    if resume is not None:
+        load_projector(model.get_base_model(), resume)  # the trainer restores the adapter alone
     clock = ClockCallback(resume)
     trained = [(parameter, parameter.data) for parameter in model.parameters() if parameter.requires_grad]
     trainer = SFTTrainer(
@@ -111,7 +114,8 @@ def train(
         data_collator=Collator(processor, tasks=routed(model)),
         optimizers=(optimizer(model, config), None),
     )
-    for parameter, value in trained:
+    while trained:  # and none is kept: they may lie on another device than what is trained
+        parameter, value = trained.pop()
         if parameter.dtype != value.dtype:  # TRL rounds the adapter of a quantised base to bf16
             parameter.data = value.to(parameter.device)
     clock.lead(trainer)
@@ -134,10 +138,14 @@ def train(
             if key is None:
                 raise
             raise config.error(key, f"is refused: {error}") from error
+        whole = trainer.accelerator.get_state_dict(trainer.model) if trainer.is_fsdp_enabled else None
         if trainer.is_world_process_zero():
-            _write(output, config, trainer, cost, others, autocast)
+            dtype = next(name for name, known in DTYPES.items() if known == autocast)
+            made = {"machine": machine(trainer.args.device), "precision": dtype, "data": data}
+            _write(config, trainer, cost.record() | made, others, whole)
     if trainer.is_world_process_zero():
         push(config, adapter)
+    trainer.accelerator.wait_for_everyone()  # what is returned is there for all
     return adapter
 
 
@@ -152,26 +160,27 @@ def _tell_rehearsed(config: RunConfig) -> None:
 
 
 def _write(
-    output: Path,
     config: RunConfig,
     trainer: SFTTrainer,
-    cost: Cost,
+    made: dict[str, Any],
     others: dict[str, Tensor],
-    autocast: torch.dtype | None,
+    whole: dict[str, Tensor] | None,
 ) -> None:
-    """``training.json`` and then ``adapter``, whose presence says that the run is done."""
+    """``training.json`` and then ``adapter``, whose presence says that the run is done.
+
+    Args:
+        config: the run.
+        trainer: what trained it.
+        made: what is known of how, for ``training.json``.
+        others: weights that go beside those of the adapter.
+        whole: the weights, where each process holds a part of them.
+    """
     trained = sum(p.numel() for p in trainer.model.parameters() if p.requires_grad)
-    dtype = next(name for name, known in DTYPES.items() if known == autocast)
-    record = cost.record() | {
-        "machine": machine(trainer.args.device),
-        "precision": dtype,
-        "steps": trainer.state.global_step,
-        "trainable": trained,
-    }
-    record["history"] = trainer.state.log_history
+    record = made | {"steps": trainer.state.global_step, "trainable": trained, "history": trainer.state.log_history}
+    output = config.output
     write_json(output / LOG_FILE, record)
     partial = output / ".partial" / ADAPTER
-    trainer.model.save_pretrained(partial)
+    trainer.model.save_pretrained(partial, state_dict=whole)
     if others:
         write_plain(partial, others)
     if config.projector == "full":

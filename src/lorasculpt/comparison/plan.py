@@ -18,7 +18,7 @@ from ..files import write_text
 from ..measure import manner, measure, measured, shape
 from ..provenance import versions
 from ..run.folder import DRIFT_FILE, RUN_FILE, check_output, diverged, same_run
-from ..run.records import general, held_out
+from ..run.records import fingerprint_of, general, held_out
 from ..train import train
 from . import edits, known, labels
 from .drift import drift_and_loss
@@ -188,11 +188,21 @@ class Comparison:
         wanted = {"label": run.label, "seed": run.config.seed, "settings": shape(run.config)}
         wanted |= {"edit": run.edit.made(run.config)} if run.edit else {}
         if run.trial:
-            return self._known.find("validation", **wanted, validation=self._validation)
+            found = self._known.find("validation", **wanted, validation=self._validation)
+            return found if found is not None and self._same_data(found) else None
         found, how = self._known.find("test", **wanted), manner(run.config)
-        if found is None or found.get("evaluate", how) != how:
+        if found is None or found.get("evaluate", how) != how or not self._same_data(found):
             return None
         return found if self._same_questions(found) else None
+
+    def _same_data(self, found: dict[str, Any]) -> bool:
+        """Whether an entry of the results file was trained on the rows of today, where it tells."""
+        return found.get("data") in (None, self._data)
+
+    @cached_property
+    def _data(self) -> Any:
+        """What an entry has under ``data``."""
+        return fingerprint_of(self.config)
 
     def _same_questions(self, found: dict[str, Any]) -> bool:
         """Whether a run of the results file was asked as many questions as are asked here, with these answers."""
@@ -400,6 +410,7 @@ class Comparison:
                 "settings": shape(run.config),
                 "scores": self._scores(result),
                 "versions": result["versions"],
+                **({"data": result["data"]} if "data" in result else {}),
             }
             for run, result in found
         ]

@@ -49,6 +49,7 @@ def entry(config: RunConfig) -> dict[str, Any] | None:
         "seed": found["seed"],
         "lr": config.training.lr,
         "settings": shape(config),
+        **({"data": [log["data"] for log in logs]} if all("data" in log for log in logs) else {}),
         "steps": [log["steps"] for log in logs],
         "machine": logs[-1].get("machine"),
         "precision": logs[-1].get("precision"),

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import shlex
+from functools import cached_property
 
 from ..provenance import versions
 from ..run.folder import check_output
-from ..sequence import grown, learn
+from ..run.records import fingerprint_of
+from ..sequence import grown, learn, stages_of
 from . import sequences
 from .plan import RATES, Comparison
 
@@ -57,6 +59,10 @@ class Sequences(Comparison):
             for stage in self.config.data.sequence
         ]
         return {"sequence": stages}, super()._asked(group)[1]
+
+    @cached_property
+    def _data(self):
+        return [fingerprint_of(stage) for stage in stages_of(self.config)]
 
     @property
     def _validation(self):

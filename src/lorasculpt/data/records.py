@@ -100,6 +100,20 @@ def read(
     return records
 
 
+def fingerprint(records: Sequence[Record], folder: str | Path) -> str:
+    """16 hexadecimal digits that are others where questions, answers, tasks, their order or the pictures' names are.
+
+    Args:
+        records: What was read.
+        folder: The folder of the pictures; their names in it are what counts, not where it lies.
+    """
+    folder, found = Path(folder).resolve(), hashlib.sha256()
+    for record in records:
+        images = [str(image.relative_to(folder)) for image in record.images]
+        found.update(json.dumps([record.prompt, record.answer, record.task, images]).encode())
+    return found.hexdigest()[:16]
+
+
 def set_aside(records: Sequence[Record], share: float, folder: str | Path) -> tuple[list[Record], list[Record]]:
     """``records`` to train on, and about ``share`` of them to validate with, always the same ones.
 

@@ -153,11 +153,12 @@ def _ended(tokens: Sequence[int], ends: Sequence[int]) -> tuple[int, ...]:
 
 def _write(prompts: Sequence[Prompt], tokenizer, path: Path) -> None:
     """One JSON object a line; pictures relative to the file."""
+    folder = path.parent.resolve()  # which a link may lead to
     with whole(path) as partial, partial.open("w", encoding="utf-8") as file:
         for prompt in prompts:
             row = {
                 "question": prompt.record.question,
-                "images": [os.path.relpath(image, path.parent) for image in prompt.record.images],
+                "images": [os.path.relpath(image, folder) for image in prompt.record.images],
                 "answer": tokenizer.decode(prompt.tokens, skip_special_tokens=True),
                 "tokens": prompt.tokens,
             }

@@ -85,7 +85,7 @@ def fisher(
     for name in layers:
         if name not in sums:
             raise UserError(f"no text says anything about {name}: give some with pictures, or adapt other linears.")
-    save_fisher(path, {name: sums[name] / tokens for name in layers}, texts=len(texts), tokens=tokens)
+    save_fisher(path, {name: sums[name].div_(tokens) for name in layers}, texts=len(texts), tokens=tokens)
 
 
 def spoken(processor, records: Sequence[Record]) -> list[Prompt]:

@@ -8,7 +8,7 @@ KINDS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_p
 
 
 def place(name: str) -> tuple[str, str, int | None]:
-    """(part, kind, block) of a module, as at :class:`Layer`."""
+    """(part, kind, block) of a module, as at `lorasculpt.inspect.lora.Layer`."""
     words = name.split(".")
     first = next((i for i, word in enumerate(words[:-1]) if word.isdigit()), None)
     # without its last word: the list the number counts in ("layers"), or the module itself

@@ -44,8 +44,8 @@ def read(folder: str | Path) -> Adapter:
     """A plain LoRA folder, of this library or of stock PEFT, that an edit can do justice to.
 
     Raises:
-        UserError: it cannot be read (see :func:`lorasculpt.inspect.read_adapter`), holds more than lora_A and lora_B,
-            or belongs to a base whose weights were moved when training began (PiSSA, OLoRA and their like).
+        UserError: it cannot be read (:func:`lorasculpt.adapters.plain.read_adapter`), holds more than lora_A and
+            lora_B, or belongs to a base whose weights were moved when training began (PiSSA, OLoRA and their like).
     """
     adapter = read_adapter(folder)
     more = [*adapter.other, *([PROJECTOR_FILE] if (adapter.folder / PROJECTOR_FILE).is_file() else [])]

@@ -61,7 +61,7 @@ TOTALS = {
 
 
 def inside(found: Sequence[Entry]) -> dict[str, Any]:
-    """``totals`` by label (numbers of plain LoRAs as `lorasculpt.inspect.Measures` has them), ``maps``, and ``notes``.
+    """``totals`` by label (of plain LoRAs, as `lorasculpt.inspect.lora.Measures` has them), ``maps``, and ``notes``.
 
     A map has a ``title``, its ``svg``, and ``even``: the labels of entries that are not drawn, being the same
     everywhere. Of several seeds the first is shown. What cannot be read is told in a note.

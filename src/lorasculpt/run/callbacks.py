@@ -100,6 +100,7 @@ class Keep(TrainerCallback):
 
     def on_save(self, args, state, control, model=None, **kwargs):
         self.check(model, state)
+        args.distributed_state.wait_for_everyone()  # each process writes a part of it
         if not state.is_world_process_zero:
             return
         made = Path(args.output_dir) / f"checkpoint-{state.global_step}"

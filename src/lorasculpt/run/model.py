@@ -231,7 +231,7 @@ def inform(
                 texts = self_prompts(model, processor, number, images=images, **options)
             words = "Fisher information" if progress else None
             fisher(model, processor, texts, path, precision=autocast, progress=words)
-        method.config.take_fisher(os.path.relpath(path))
+        method.config.take_fisher(str(path))
 
 
 def routed(model: PeftModel) -> list[str] | None:

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from ..config import RunConfig
-from ..data.records import Record, read, replayed, set_aside, shared
+from ..data.records import Record, fingerprint, read, replayed, set_aside, shared
 from ..errors import UserError
 from ..evaluation import Task, self_prompts, tasks
 from ..evaluation.drift import Prompt, question
@@ -27,6 +27,14 @@ def _split(config: RunConfig, **options: Any) -> tuple[list[Record], list[Record
     assert data.train is not None
     records = read(data.train, images=data.images, limit=data.limit, **options)
     return set_aside(records, data.validation, data.images or data.train.parent) if data.validation else (records, [])
+
+
+def fingerprint_of(config: RunConfig) -> str:
+    """`lorasculpt.data.records.fingerprint` of ``data.train``, of which a run may set aside a share."""
+    data = config.data
+    assert data.train is not None
+    records = read(data.train, images=data.images, limit=data.limit, check_images=False)
+    return fingerprint(records, data.images or data.train.parent)
 
 
 def trained_on(config: RunConfig) -> list[Record]:
@@ -73,7 +81,10 @@ def held_out(config: RunConfig, limit: int | None = None, *, each: int | None = 
     for files, instead in ((config.evaluate.source, []), (config.evaluate.target, aside)):
         records = instead or [record for file in files for record in read(file, images=config.evaluate.images)]
         grouped = tasks(records)
-        count = limit if each is None or not grouped else math.ceil(each / len(grouped))
+        count = limit
+        if each is not None and grouped:
+            share = math.ceil(each / len(grouped))
+            count = share if limit is None else min(share, limit)
         kept = [dataclasses.replace(task, records=task.records[:count]) for task in grouped]
         metrics = config.evaluate.metric
         found.append([dataclasses.replace(task, metric=metrics.get(task.name, task.metric)) for task in kept])
@@ -124,11 +135,10 @@ def drift_prompts(config: RunConfig, model: nn.Module, processor, autocast: torc
     """The texts that the drift of a run is measured on, kept in its folder; none where it is not to be or cannot be."""
     if not config.evaluate.drift or config.projector == "full" or moved(model):
         return []
-    source, target = held_out(config, config.evaluate.drift)
+    path = config.output / DRIFT_FILE
+    source, target = ([], []) if path.is_file() else held_out(config, config.evaluate.drift)
     shown = [record.images[0] for task in source or target for record in task.records if record.images]
     images = list(dict.fromkeys(shown))
     random.Random(0).shuffle(images)
     options: dict[str, Any] = {"batch": config.evaluate.batch, "precision": autocast}
-    return self_prompts(
-        model, processor, config.evaluate.drift, images=images, path=config.output / DRIFT_FILE, **options
-    )
+    return self_prompts(model, processor, config.evaluate.drift, images=images, path=path, **options)

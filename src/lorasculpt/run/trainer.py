@@ -70,6 +70,8 @@ def check_arguments(config: RunConfig) -> None:
             close = difflib.get_close_matches(key, free, n=1)
             mend = f"did you mean {close[0]}?" if close else "see its documentation."
             raise config.error(place, f"is no argument of TRL's SFTConfig; {mend}")
+        if key == "fsdp" and given[key] is True:
+            continue  # what transformers takes, and asks for, whatever it is annotated as
         if (taken := must_be(SFTConfig, key, given[key])) is not None:
             raise config.error(place, f"must be {taken}; got {given[key]!r:.80}.")
     if given.get("push_to_hub") and not given.get("hub_model_id"):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import json
 import logging
+import shutil
 
 import pytest
 import torch
@@ -44,6 +45,61 @@ def loaded(monkeypatch):
         monkeypatch.setattr(module, "load", spy)
         monkeypatch.setattr(module, "computing", lambda: HERE)
     return found
+
+
+CODE = """
+from transformers import LlamaConfig, LlamaForCausalLM
+
+class OwnConfig(LlamaConfig):
+    model_type = "own"
+
+class OwnForCausalLM(LlamaForCausalLM):
+    config_class = OwnConfig
+"""
+
+
+def test_a_base_with_code_of_its_own_is_run_where_that_is_asked_for_and_nowhere_else(run, tmp_path, pico_folder):
+    own = tmp_path / "own"
+    shutil.copytree(pico_folder("llama"), own)
+    (own / "code.py").write_text(CODE)
+    config = json.loads((own / "config.json").read_text())
+    places = {"AutoConfig": "code.OwnConfig", "AutoModelForCausalLM": "code.OwnForCausalLM"}
+    config |= {"model_type": "own", "architectures": ["OwnForCausalLM"], "auto_map": places}
+    (own / "config.json").write_text(json.dumps(config))
+    rows = [{"question": f"{n} and {n}?", "answer": str(2 * n)} for n in range(4)]
+    text = tmp_path / "text.jsonl"
+    text.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    told = (
+        "method.target_modules=[q_proj]",
+        f"base={own}",
+        "data.train=text.jsonl",
+        "evaluate.source=[text.jsonl]",
+        "evaluate.target=[text.jsonl]",
+    )
+    file, trusted = tmp_path / "run.yaml", "trust_remote_code=true"
+    run()
+    assert "comes with code of its own, which is not run unless asked" in refused("train", file, *told)
+    done("train", file, *told, trusted)
+    done("eval", file, *told, trusted)
+    adapter, out = tmp_path / "out" / ADAPTER, tmp_path / "merged"
+    commands = [
+        ("export", adapter, "--base", own, "--to", "merged", "--out", out),
+        (
+            "posthoc",
+            "tailor",
+            adapter,
+            "--base",
+            own,
+            "--data",
+            tmp_path / "text.jsonl",
+            "--out",
+            tmp_path / "tailored",
+        ),
+        ("posthoc", "dare", adapter, "--p", 0.5, "--base", own, "--out", tmp_path / "dare"),
+    ]
+    for command in commands:
+        assert "code of its own" in refused(*command)
+        done(*command, "--trust-remote-code")
 
 
 def test_all_that_asks_a_model_asks_it_on_the_accelerator(run, tmp_path, loaded):

@@ -21,6 +21,7 @@ from rich.console import Console
 from rich.table import Table
 from tqdm import tqdm
 
+from .cli_posthoc import Trust
 from .cli_posthoc import app as posthoc_app
 from .console import numbers
 from .errors import UserError
@@ -317,6 +318,7 @@ def export(
     ] = None,
     dtype: Annotated[str | None, typer.Option(help="float32, bfloat16 or float16.")] = None,
     force: Annotated[bool, typer.Option(help="Replace an earlier export.")] = False,
+    trust: Trust = False,
 ) -> None:
     """Write the adapter in a form that other programs load, and check that it answers as before."""
     from .export import config_of
@@ -324,14 +326,14 @@ def export(
 
     config = config_of(adapter) if task == "all" else None
     if config is None or config.merges != "task":
-        go(adapter, base, out, to.value, task=task, dtype=dtype, force=force)
+        go(adapter, base, out, to.value, task=task, dtype=dtype, force=force, trust_remote_code=trust)
         print(f"exported: {out}")
         return
     folders = [re.sub(r"[^\w-]+", "_", name) for name in config.tasks]
     if len(set(folders)) < len(folders):
         folders = [f"{number}-{folder}" for number, folder in enumerate(folders, start=1)]
     for name, folder in zip(config.tasks, folders, strict=True):
-        go(adapter, base, out / folder, to.value, task=name, dtype=dtype, force=force)
+        go(adapter, base, out / folder, to.value, task=name, dtype=dtype, force=force, trust_remote_code=trust)
         print(f"exported: {out / folder}")
 
 
@@ -351,6 +353,7 @@ def inspect_(
     layers: Annotated[bool, typer.Option(help="Every layer, not only each kind of layer.")] = False,
     to_json: Annotated[Path | None, typer.Option("--json", help="Write the numbers to this file.")] = None,
     plot: Annotated[Path | None, typer.Option(help="Draw them into this PNG or SVG.")] = None,
+    trust: Trust = False,
 ) -> None:
     """Show what an adapter does: where its update lies, how dense it is, which expert serves which task."""
     from .inspect import lora, update
@@ -359,7 +362,10 @@ def inspect_(
     if plain and data:
         raise UserError(f"the adapter in {adapter} routes nothing, so --data can show nothing: leave it out.")
     looking: Any = lora if plain else update
-    found: Any = lora.inspect(adapter, base) if plain else update.inspect(adapter, base, data, limit)
+    if plain:
+        found: Any = lora.inspect(adapter, base)
+    else:
+        found = update.inspect(adapter, base, data, limit, trust_remote_code=trust)
     looking.show(found, layers=layers)
     if to_json:
         looking.write_json(found, to_json)

@@ -52,6 +52,9 @@ Dtype = Annotated[
     str | None,
     typer.Option(help="With --to merged: float32, bfloat16 or float16. Default: the base's own.", show_default=False),
 ]
+Trust = Annotated[
+    bool, typer.Option("--trust-remote-code", help="Run the code that comes with the base. Only if you have read it.")
+]
 Weights = Annotated[str | None, typer.Option(help="A number for each adapter, such as 0.7,0.3.", show_default=False)]
 
 
@@ -93,6 +96,7 @@ def dare(
     base: Base = None,
     rank: Rank = None,
     dtype: Dtype = None,
+    trust: Trust = False,
 ) -> None:
     """DARE: drop a share P of the entries of the update BA and divide the rest by 1 - P.
 
@@ -107,7 +111,7 @@ def dare(
     _check_form(to, base, rank, dtype)
     edited = edit(read(adapter), p, seed=seed, by=by.value, rescale=rescale)
     made = _made("dare", [adapter], p=p, seed=seed, by=by.value, rescale=rescale)
-    _say(write(edited, out, base=base, rank=rank, dtype=dtype, made=made))
+    _say(write(edited, out, base=base, rank=rank, dtype=dtype, made=made, trust_remote_code=trust))
 
 
 @app.command()
@@ -125,6 +129,7 @@ def tailor(
     to: To = Form.merged,
     rank: Rank = None,
     dtype: Dtype = None,
+    trust: Trust = False,
 ) -> None:
     """Model Tailor: keep the weights that changed and matter most, return the others, and let the kept ones make up.
 
@@ -142,9 +147,10 @@ def tailor(
     check_keep(keep)  # calibrating takes its time, so that mistakes are told before
     check_out(out)
     found = read(adapter)
-    edited = model_tailor(found, *calibrate(found, base, data, limit, images=images), keep, released=released)
+    seen = calibrate(found, base, data, limit, images=images, trust_remote_code=trust)
+    edited = model_tailor(found, *seen, keep, released=released)
     made = _made("tailor", [adapter], data=str(data), limit=limit, keep=keep, released=released)
-    _say(write(edited, out, base=merge, rank=rank, dtype=dtype, made=made))
+    _say(write(edited, out, base=merge, rank=rank, dtype=dtype, made=made, trust_remote_code=trust))
 
 
 @app.command()
@@ -157,6 +163,7 @@ def ties(
     base: Base = None,
     rank: Rank = None,
     dtype: Dtype = None,
+    trust: Trust = False,
 ) -> None:
     """TIES: merge adapters of several tasks; trim each, elect a sign for each entry, average what agrees with it.
 
@@ -172,7 +179,7 @@ def ties(
     found, numbers = [read(adapter) for adapter in adapters], _numbers(weights)
     made = _made("ties", adapters, density=density, weights=numbers, **_interference(found))
     edited = edit(found, density, numbers)
-    _say(write(edited, out, base=base, rank=rank, dtype=dtype, made=made))
+    _say(write(edited, out, base=base, rank=rank, dtype=dtype, made=made, trust_remote_code=trust))
 
 
 @app.command()

@@ -121,6 +121,7 @@ def export(
     task: str | None = None,
     dtype: str | None = None,
     force: bool = False,
+    trust_remote_code: bool = False,
 ) -> Report:
     """Write an adapter as a plain LoRA or as a merged model, and check what was written against the adapter.
 
@@ -137,6 +138,7 @@ def export(
         task: for an adapter that is another matrix for each of its tasks: which one.
         dtype: ``"float32"``, ``"bfloat16"`` or ``"float16"``. None keeps a LoRA's own, and merges in the base's own.
         force: replace an earlier export in ``out``.
+        trust_remote_code: run the code that comes with the base.
 
     Raises:
         UserError: the adapter cannot be exported in this way or does not fit the base, ``out`` is taken, or what was
@@ -149,7 +151,8 @@ def export(
     _check_out(out, force, folder, Path(base))
     lora = _plain(folder) if config is None and to == "lora" else None
 
-    model, processor = load(str(base))
+    trusted: dict[str, Any] = {"trust_remote_code": trust_remote_code}
+    model, processor = load(str(base), **trusted)
     live = _attach(load_adapter, model, folder)
     inputs = _prompts(processor)
     expected = _logits(live, inputs, task)
@@ -168,22 +171,22 @@ def export(
             _write_lora(lora, written, str(base), dtype, task)
             del live, model
             gc.collect()  # one base in memory at a time, also where a method's hooks hold it in a ring
-            found = _logits(_attach(PeftModel.from_pretrained, load(str(base))[0], written), inputs)
+            found = _logits(_attach(PeftModel.from_pretrained, load(str(base), **trusted)[0], written), inputs)
         else:
-            dtype = dtype or known_dtype(AutoConfig.from_pretrained(str(base)).dtype)
+            dtype = dtype or known_dtype(AutoConfig.from_pretrained(str(base), **trusted).dtype)
             if lora:
                 plain = Path(temporary) / f"{out.name}-lora"
                 plain.mkdir()
                 _write_lora(lora, plain, str(base), "float32")
                 del live, model
                 gc.collect()
-                model = load(str(base))[0]
+                model = load(str(base), **trusted)[0]
                 load_projector(model, folder)
                 live = _attach(PeftModel.from_pretrained, model, plain)
             save_model(live.merge_and_unload(safe_merge=True), processor, written, dtype)
             del live, model
             gc.collect()
-            found = _merged_logits(written, inputs)
+            found = _merged_logits(written, inputs, **trusted)
         report = Report(
             out=str(out),
             to=to,
@@ -432,8 +435,8 @@ def _logits(model: nn.Module, inputs: Sequence[dict[str, Tensor]], task: str | N
     return torch.cat(found).float().cpu()
 
 
-def _merged_logits(folder: Path, inputs: Sequence[dict[str, Tensor]]) -> Tensor:
-    model, processor = load(str(folder))
+def _merged_logits(folder: Path, inputs: Sequence[dict[str, Tensor]], **trusted: Any) -> Tensor:
+    model, processor = load(str(folder), **trusted)
     again = _prompts(processor)
     if any(not torch.equal(a["input_ids"], b["input_ids"]) for a, b in zip(inputs, again, strict=True)):
         raise UserError(

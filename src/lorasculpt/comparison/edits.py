@@ -105,7 +105,8 @@ class Tailor(Dense):
 
     def __call__(self, adapter: Adapter, config: RunConfig) -> posthoc.Update:
         assert config.data.train is not None
-        seen = posthoc.calibrate(adapter, config.base, config.data.train, self.limit, images=config.data.images)
+        given: dict[str, Any] = {"images": config.data.images, "trust_remote_code": config.trust_remote_code}
+        seen = posthoc.calibrate(adapter, config.base, config.data.train, self.limit, **given)
         return posthoc.model_tailor(adapter, *seen, self.keep, released=self.released)
 
 

@@ -97,7 +97,12 @@ def config_of(adapter_folder: str | Path) -> type[UpdateConfig] | None:
 
 
 def inspect(
-    adapter_folder: str | Path, base: str | Path | None, data: str | Path | None = None, limit: int = 64
+    adapter_folder: str | Path,
+    base: str | Path | None,
+    data: str | Path | None = None,
+    limit: int = 64,
+    *,
+    trust_remote_code: bool = False,
 ) -> Inspection:
     """Measure the loads of the experts on ``data``, and the energies.
 
@@ -106,6 +111,7 @@ def inspect(
         base: the model it belongs to, a folder or a name on the Hub.
         data: a file of records.
         limit: how many records at most, as many of each task as there are.
+        trust_remote_code: run the code that comes with the base.
 
     Raises:
         UserError: there is no base, nothing to measure without data, no routing to measure with them, or a task that
@@ -126,7 +132,7 @@ def inspect(
     if kind.multitask and unknown is not None:
         where = groups[unknown][0].where
         raise UserError(f"{where}: there is no task {unknown!r}; the adapter knows {', '.join(known)}.")
-    model, processor = load(base, dtype="auto", device=computing())
+    model, processor = load(base, dtype="auto", device=computing(), trust_remote_code=trust_remote_code)
     model = load_adapter(model, adapter_folder)
     loads = _loads(model, processor, groups)
     if groups and not loads:

@@ -82,6 +82,11 @@ def load(
         )
     except (OSError, ValueError, ImportError, SafetensorError) as error:
         reason = str(error).strip().split("\n")[0]
+        if "custom code" in reason:
+            raise UserError(
+                f"{base} comes with code of its own, which is not run unless asked: read it, then say "
+                "trust_remote_code: true in the run's file, or --trust-remote-code"
+            ) from None
         raise UserError(f"{base} cannot be loaded as a model ({reason}); check the name or the folder") from error
     tokenizer = getattr(processor, "tokenizer", processor)
     if tokenizer.pad_token is None:

@@ -19,7 +19,13 @@ from .tailor import moments_of
 
 
 def calibrate(
-    adapter: Adapter, base: str | Path, data: str | Path, limit: int = 128, *, images: str | Path | None = None
+    adapter: Adapter,
+    base: str | Path,
+    data: str | Path,
+    limit: int = 128,
+    *,
+    images: str | Path | None = None,
+    trust_remote_code: bool = False,
 ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     """Run the tuned model over the first ``limit`` records of a file, one by one, in fp32.
 
@@ -29,6 +35,7 @@ def calibrate(
         data: a file of records; of the task that was learned, in the authors' code.
         limit: how many records at most.
         images: the folder of their pictures. Default: that of ``data``.
+        trust_remote_code: run the code that comes with the base.
 
     Returns:
         Of each layer of the adapter by its name: the base's weight, (out, in), and the second moment of the tuned
@@ -38,7 +45,7 @@ def calibrate(
         UserError: the records or the base cannot be read, or the adapter is not the base's.
     """
     records = read_records(data, images=images, limit=limit)
-    model, processor = load(str(base), device=computing())
+    model, processor = load(str(base), device=computing(), trust_remote_code=trust_remote_code)
     tuned = load_adapter(model, adapter.folder).eval()
     names = [pair.name for pair in adapter.pairs]
     moments = moments_of(tuned, names, _batches(model, processor, records))

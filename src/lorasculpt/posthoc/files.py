@@ -68,6 +68,7 @@ def write(
     rank: int | None = None,
     dtype: str | None = None,
     made: Mapping[str, Any] | None = None,
+    trust_remote_code: bool = False,
 ) -> Written:
     """Write what an edit returned. A folder appears under its name when it is complete, or not at all.
 
@@ -81,6 +82,7 @@ def write(
         rank: of the LoRA that is to come close to an update (see :func:`~lorasculpt.posthoc.truncate`).
         dtype: of a merged model: ``"float32"``, ``"bfloat16"`` or ``"float16"``. None is the base's own.
         made: what is to be written down about how it was made.
+        trust_remote_code: run the code that comes with ``base``.
 
     Raises:
         UserError: ``out`` is taken, not exactly one of ``base`` and ``rank`` is given for an update, one of them or
@@ -99,7 +101,7 @@ def write(
         folder = Path(temporary) / out.name
         folder.mkdir()
         if isinstance(edited, Update) and base is not None:
-            precision, loss = _write_merged(edited, str(base), folder, dtype)
+            precision, loss = _write_merged(edited, str(base), folder, dtype, trust_remote_code=trust_remote_code)
         else:
             adapter, loss = truncate(edited, rank or 1) if isinstance(edited, Update) else (edited, 0.0)
             rank, precision = _write_lora(adapter, folder)
@@ -139,10 +141,10 @@ def _write_lora(adapter: Adapter, out: Path) -> tuple[int, str]:
 
 
 @torch.no_grad()
-def _write_merged(update: Update, base: str, out: Path, dtype: str | None) -> tuple[str, float]:
+def _write_merged(update: Update, base: str, out: Path, dtype: str | None, **trusted: Any) -> tuple[str, float]:
     """The model with the update in its weights; returns its precision, and what rounding to it took from the update."""
-    model, processor = load(base)
-    dtype = dtype or known_dtype(AutoConfig.from_pretrained(base).dtype)
+    model, processor = load(base, **trusted)
+    dtype = dtype or known_dtype(AutoConfig.from_pretrained(base, **trusted).dtype)
     weights = {name: _weight(model, name, base) for name in update}
     lost, all_ = 0.0, 0.0
     for name, delta in update.items():

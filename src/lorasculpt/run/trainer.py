@@ -11,6 +11,7 @@ from torch import nn
 from trl import SFTConfig
 
 from ..config import RunConfig
+from ..errors import UserError
 from ..kinds import must_be
 from ..models.load import computing
 from ..models.parts import parts
@@ -131,10 +132,14 @@ def on_one_gpu(arguments: SFTConfig, progress: bool) -> SFTConfig:
 def optimizer(model: nn.Module, config: RunConfig) -> torch.optim.Optimizer | None:
     """AdamW with two learning rates: the projector's (adapted or full), and everybody else's.
 
-    None where the projector is frozen: the trainer's own AdamW does, and under FSDP a trainer takes no other.
+    None where the projector is frozen, or not known: the trainer's own AdamW does, and under FSDP a trainer takes no
+    other.
     """
     settings = config.training
-    names = tuple(f".{part.split('.')[-1]}." for part in parts(model).projector)
+    try:
+        names = tuple(f".{part.split('.')[-1]}." for part in parts(model).projector)
+    except UserError:  # a family whose parts are not known here, whose layers the method listed
+        names = ()
     projector: list[nn.Parameter] = []
     others: list[nn.Parameter] = []
     for name, parameter in model.named_parameters():

@@ -15,6 +15,7 @@ from commands import refused
 
 from lorasculpt import UserError
 from lorasculpt.config import RunConfig
+from lorasculpt.measure import measure
 from lorasculpt.play import _told
 from lorasculpt.train import train
 
@@ -118,16 +119,79 @@ def test_so_are_the_data_of_every_choice(fresh, key):
         ("  steps: 2", "  steps: two", 11, "training.steps must be an integer; got 'two'"),
         ("  density: 0.2", "  density: 1.5", 6, "method.density is refused: "),
         ("  prune_step: 1", "  prune_step: 3", 7, "method.prune_step is refused: "),
-        ("  prune_step: 1\n", "", 3, "method.prune_step is refused: prune_step=100 is not before the end"),
+        ("  prune_step: 1\n", "", 3, "method.prune_step has a default that does not do: prune_step=100 is not before"),
+        (
+            "  r: 4\n",
+            "  r: 4\n  modules_to_save: [foo]\n",
+            6,
+            "method.modules_to_save has 'foo', and no module of the base",
+        ),
+        (
+            "  r: 4\n",
+            "  r: 4\n  target_modules: [q_proj, fooo]\n",
+            6,
+            "method.target_modules has 'fooo', and no module",
+        ),
+        (
+            "  prune_step: 1\n",
+            "  prune_step: 1\n  target_modules: [q_proj]\nscope: all\n",
+            9,
+            "scope says nothing beside method.target_mo",
+        ),
+        (
+            "report_to: []",
+            "report_to: [tensorbord]",
+            14,
+            "training.report_to has 'tensorbord', which transformers does not ",
+        ),
+        (
+            "report_to: []",
+            "report_to: [neptune]",
+            14,
+            "training.report_to has neptune, which is not installed; install ",
+        ),
     ],
-    ids=["key", "key-of-a-section", "type", "type-of-a-section", "density", "prune-step", "default"],
+    ids=[
+        *(
+            "key",
+            "key-of-a-section",
+            "type",
+            "type-of-a-section",
+            "density",
+            "prune-step",
+            "default",
+            "module",
+            "target",
+        ),
+        *("scope", "tracker", "tracker-not-there"),
+    ],
 )
-def test_a_setting_is_told_with_its_line(fresh, old, new, line, said):
+def test_a_setting_is_told_with_its_line(fresh, old, new, line, said, monkeypatch):
     edit(fresh / "run.yaml", old, new)
     before = contents(fresh)
+    if "prune" not in said and "no module" not in said:  # what needs no base is told before it is loaded
+        monkeypatch.setattr("lorasculpt.run.model.load", lambda *_, **__: pytest.fail("the base was loaded"))
     words = refused("train", fresh / "run.yaml")
     assert words.startswith(f"lorasculpt: {fresh / 'run.yaml'}:{line}: {said}")
     assert contents(fresh) == before
+
+
+@pytest.mark.parametrize("command", ["train", "report", "export"])
+def test_a_place_where_nothing_can_be_is_named(trained, command):
+    there = {
+        "train": (trained / "run.yaml", "output=/proc/x"),
+        "report": (trained / "out" / "results.json", "--out", "/proc/x"),
+        "export": (
+            trained / "out" / "adapter",
+            "--base",
+            RunConfig.load(trained / "run.yaml").base,
+            "--out",
+            "/proc/x",
+        ),
+    }
+    if command == "report":
+        measure(RunConfig.load(trained / "run.yaml"), progress=False)
+    assert "/proc/" in refused(command, *there[command])
 
 
 @pytest.mark.parametrize(

@@ -58,10 +58,14 @@ def test_without_source_by_drift(run, tmp_path):
     with pytest.raises(UserError, match="exists; name a folder"):
         dial(config, write=tmp_path / "half", progress=False)
     strict = run("evaluate.retain=1")  # nothing that changes anything keeps all
-    with pytest.raises(UserError, match=r"no strength keeps 1 .* was not written"):
-        dial(strict, write=tmp_path / "none", progress=False)
+    dial(strict, write=tmp_path / "none", progress=False)
     assert not (tmp_path / "none").exists()
     assert json.loads(path.read_text())["budget"]["strength"] is None
+    code, out, err = call("dial", tmp_path / "run.yaml", "evaluate.retain=1", "--write", tmp_path / "none")
+    assert code == 2
+    assert "none was not written, because no strength keeps enough" in err
+    assert "No strength of this adapter keeps 100 %" in out  # after all that was measured
+    assert not (tmp_path / "none").exists()
 
 
 def test_with_source_on_the_command_line(run, tmp_path):
@@ -69,7 +73,8 @@ def test_with_source_on_the_command_line(run, tmp_path):
     config = run(f"evaluate.source=[{data}]", "evaluate.retain=0.9")
     train(config, progress=False)
     said = done("dial", tmp_path / "run.yaml", f"evaluate.source=[{data}]", "--retain", "0.9")
-    assert "keeps 90 % of the source" in said  # a base that knows nothing has nothing to keep
+    assert "The base answers no question of the source right" in said
+    assert "nan" not in said
     found = json.loads((config.output / "dial.json").read_text())
     assert all("source" in point for point in found["points"])
     results = measure(config, progress=False)

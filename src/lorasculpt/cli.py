@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import errno
 import json
+import math
 import os
 import re
 import sys
@@ -46,6 +47,7 @@ REFUSED = {
     errno.EACCES: "this user may not read or write there; change its permissions, or name another place.",
     errno.EPERM: "the system does not permit that; change its permissions, or name another place.",
     errno.EROFS: "the disk can only be read; name another place.",
+    errno.ENOENT: "there is no such place, and none can be made there; correct it.",
     errno.ENOTDIR: "a part of this path is a file, not a folder; correct it.",
     errno.EISDIR: "this is a folder, and a file is wanted; correct it.",
     errno.EEXIST: "there is a file where a folder is to be made; remove it, or name another place.",
@@ -178,12 +180,15 @@ def dial(
     for point, share in zip(found["points"], left, strict=True):
         cells = [f"{point['strength']:g}", *([f"{point['density']:g}"] if several else [])]
         cells += [f"{100 * point[side]:.1f} %" if side in point else "-" for side in ("target", "source")]
-        table.add_row(*cells, f"{point['drift']:.3f}", f"{100 * share:.1f} %")
+        table.add_row(*cells, f"{point['drift']:.3f}", "-" if math.isnan(share) else f"{100 * share:.1f} %")
     Console().print(table)
     print(told(found["budget"]))
     if plot:
         draw(found, plot)
-    print(f"dial: {path}" + (f"\nadapter: {write}" if write else "") + (f"\nplot: {plot}" if plot else ""))
+    wrote = write is not None and found["budget"]["strength"] is not None
+    print(f"dial: {path}" + (f"\nadapter: {write}" if wrote else "") + (f"\nplot: {plot}" if plot else ""))
+    if write is not None and not wrote:
+        raise UserError(f"{write} was not written, because no strength keeps enough; give a smaller --retain.")
 
 
 @app.command()
@@ -358,6 +363,8 @@ def inspect_(
     """Show what an adapter does: where its update lies, how dense it is, which expert serves which task."""
     from .inspect import lora, update
 
+    if plot and plot.suffix not in (".png", ".svg"):
+        raise UserError(f"--plot is {plot}; its name must end in .png or .svg.")
     plain = update.config_of(adapter) is None
     if plain and data:
         raise UserError(f"the adapter in {adapter} routes nothing, so --data can show nothing: leave it out.")
@@ -373,6 +380,8 @@ def inspect_(
         from .inspect import plots  # slow to import, and not needed for the tables
 
         (plots.of_lora if plain else plots.of_update)(found, plot)
+    for written in filter(None, (to_json, plot)):
+        print(f"written: {written}")
 
 
 @app.command()

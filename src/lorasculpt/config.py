@@ -299,7 +299,8 @@ class RunConfig(_Section):
         seed: Of data order and initial adapter.
         method: ``name`` of the method (`lorasculpt.kinds`), and its settings.
         methods: Settings of each method that ``lorasculpt compare`` is to compare; a single run leaves them aside.
-        scope: Which part of the model gets the adapter. Default: the layers that the method names, or else language.
+        scope: Which part of the model gets the adapter. Default: the layers that the method names, or else language;
+            ``target_modules`` of a method are taken wherever they are, in the vision tower too, as PEFT does.
         projector: Whether the projector is left alone, gets an adapter too, or is trained whole.
         data: What is trained on.
         training: How.

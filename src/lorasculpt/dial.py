@@ -60,8 +60,8 @@ def dial(
 
     Raises:
         UserError: there is no trained adapter or that of another run, or no target, the adapter has no strength, it is
-            to be pruned or written but is no plain LoRA, its folder is taken, a density is out of its range or keeps no
-            entry of some factor, or no setting keeps enough for writing one.
+            to be pruned or written but is no plain LoRA, its folder is taken, or a density is out of its range or keeps
+            no entry of some factor. Where no setting keeps enough none is written, and the budget says so.
     """
     retain = (config.evaluate.retain or RETAIN) if retain is None else retain
     if not 0 < retain <= 1:
@@ -110,10 +110,8 @@ def dial(
     chosen = within(points, retain)
     content: dict[str, Any] = {"schema": 1, "versions": versions(), "points": points, "budget": chosen}
     path = write_json(config.output / DIAL_FILE, content)
-    if write is not None:
+    if write is not None and chosen["strength"] is not None:
         density, by = chosen["density"], chosen["strength"]
-        if by is None:
-            raise UserError(f"no strength keeps {retain:g} of the base, so {write} was not written; retain less.")
         edit = {"edit": "scale"} if density == 1 else {"edit": "prune and scale", "density": density}
         made = edit | {"adapters": [str(folder)], "by": by, "retain": retain, "kept": chosen["kept"]}
         posthoc.write(posthoc.scale(pruned[density], by), write, made=made)

@@ -229,7 +229,7 @@ def _check_out(out: Path, force: bool, *sources: Path) -> None:
         if not (out / "export.json").is_file():
             raise UserError(f"{out} is not empty and holds no export; name another folder.")
         if not force:
-            raise UserError(f"{out} holds an earlier export; force the new one to replace it.")
+            raise UserError(f"{out} holds an earlier export; replace it with force (--force), or name another folder.")
 
 
 def config_of(adapter_folder: str | Path) -> UpdateConfig | None:

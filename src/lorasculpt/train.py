@@ -50,6 +50,7 @@ from .run.model import (
     DTYPES,
     attach,
     blamed,
+    check_method,
     inform,
     loaded,
     precision,
@@ -83,6 +84,7 @@ def train(
     if config.data.train is None:
         raise config.error("data.sequence", "is no single run; lorasculpt.sequence.learn takes it.")
     check_arguments(config)
+    check_method(config)
     check_output(output, config)
     adapter = output / ADAPTER
     if (adapter / "adapter_config.json").is_file():
@@ -137,7 +139,8 @@ def train(
             shutil.rmtree(output)  # nothing has run: leave the folder free for the mended file
             if key is None:
                 raise
-            raise config.error(key, f"is refused: {error}") from error
+            words = "is refused" if key.removeprefix("method.") in config.method else "has a default that does not do"
+            raise config.error(key, f"{words}: {error}") from error
         whole = trainer.accelerator.get_state_dict(trainer.model) if trainer.is_fsdp_enabled else None
         if trainer.is_world_process_zero():
             dtype = next(name for name, known in DTYPES.items() if known == autocast)

@@ -142,6 +142,7 @@ def test_each_picture_is_checked_once_and_only_if_asked(folder: Path, monkeypatc
 QA = {"question": "q", "answer": "a"}
 BAD = {
     "not JSON": ('{"question": "q", answer}', r"not valid JSON \(.* at column 19\)"),
+    "one key twice": ('{"question": "q", "question": "r", "answer": "a"}', "has the key 'question' twice; remove one"),
     "no object": ([1], "must be a JSON object, got list"),
     "no layout": ({"image": "a.png"}, "no question and answer; give"),
     "no question": ({"answer": "a"}, "'question' is missing; add it"),
@@ -206,6 +207,7 @@ FILES = {
     "d.jsonl": ("\n", r"d\.jsonl: no rows"),
     "empty.json": ("[]", r"no rows"),
     "object.json": ('{"question": "q"}', r"object\.json:1: a \.json data file holds a list"),
+    "twice.json": ('[\n{"answer": "b", "question": "q", "answer": "a"}]', r"twice\.json:2: has the key 'answer' twice"),
     "cut.json": ('[\n{"question": "q", "answer": "a"},\n{"question"', r"cut\.json:3: not valid JSON"),
     "comma.json": ('[\n{"question": "q", "answer": "a"}\n{"question": "q"}]', r"comma\.json:3: not valid JSON \(','"),
 }

@@ -74,6 +74,10 @@ def test_over_densities():
     none = within(found[:3], 1.1)
     assert (none["strength"], none["density"]) == (None, None)
     assert told(none).startswith("No strength of this adapter keeps")
+    ignorant = within([{"strength": s, "target": s, "source": 0.0} for s in (0.0, 1.0)], 0.5)
+    assert ignorant["nothing"]
+    assert ignorant["strength"] is None
+    assert told(ignorant).startswith("The base answers no question of the source right")
 
 
 def test_on_what_it_was_chosen_and_that_there_was_no_choice():

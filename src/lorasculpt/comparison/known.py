@@ -56,7 +56,7 @@ def read(path: Path, rows: str) -> Known:
     Raises:
         UserError: it is no file of a comparison, or of one of the other kind.
     """
-    if not path.exists():
+    if not path.is_file() and not path.is_dir():  # a device, such as /dev/stdout, is written and not read
         return Known()
     try:
         found = json.loads(path.read_text(encoding="utf-8"))

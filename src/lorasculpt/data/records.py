@@ -208,19 +208,30 @@ def _rows(path: Path) -> Iterator[tuple[int, Any]]:
     yield from _listed_rows(path, text) if path.suffix == ".json" else _line_rows(path, text)
 
 
+def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """A JSON object; one of a key's two values would be lost without a word."""
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        twice = next(key for key, count in Counter(key for key, _ in pairs).items() if count > 1)
+        raise UserError(f"has the key {twice!r} twice; remove one")
+    return found
+
+
 def _line_rows(path: Path, text: str) -> Iterator[tuple[int, Any]]:
     for number, line in enumerate(text.split("\n"), start=1):
         if line.strip():
             try:
-                yield number, json.loads(line)
+                yield number, json.loads(line, object_pairs_hook=_once)
             except json.JSONDecodeError as error:
                 message = f"not valid JSON ({error.msg} at column {error.colno}); put one whole object on the line"
                 raise UserError(f"{path}:{number}: {message}") from None
+            except UserError as error:
+                raise UserError(f"{path}:{number}: {error}") from None
 
 
 def _listed_rows(path: Path, text: str) -> Iterator[tuple[int, Any]]:
     """The items of a JSON list one by one, because ``json.loads`` forgets on which line an item began."""
-    decoder, position, line, counted = json.JSONDecoder(), 0, 1, 0
+    decoder, position, line, counted = json.JSONDecoder(object_pairs_hook=_once), 0, 1, 0
 
     def skip(position: int) -> int:
         while position < len(text) and text[position].isspace():
@@ -238,6 +249,8 @@ def _listed_rows(path: Path, text: str) -> Iterator[tuple[int, Any]]:
         except json.JSONDecodeError as error:
             message = f"not valid JSON ({error.msg} at column {error.colno}); correct the syntax"
             raise UserError(f"{path}:{error.lineno}: {message}") from None
+        except UserError as error:
+            raise UserError(f"{path}:{line}: {error}") from None
         yield line, row
         position = skip(position)
         if text[position : position + 1] == ",":

@@ -37,7 +37,7 @@ def within(points: Sequence[dict[str, Any]], retain: float) -> dict[str, Any]:
 
     Returns:
         ``retain``, ``by``, and of the point ``strength``, ``density`` where points carry one, ``kept`` and ``target``,
-        which are None if none keeps enough.
+        which are None if none keeps enough; ``nothing`` where the base knows nothing of the source.
     """
     by, shares = kept(points)
     settings = ("strength", "density") if "density" in points[0] else ("strength",)
@@ -47,7 +47,8 @@ def within(points: Sequence[dict[str, Any]], retain: float) -> dict[str, Any]:
         if point["strength"] > 0 and share >= retain
     ]
     best = max(enough, key=lambda point: (point["target"], *(-point[key] for key in settings)), default={})
-    return {"retain": retain, "by": by} | {key: best.get(key) for key in (*settings, "kept", "target")}
+    found = {"retain": retain, "by": by} | {key: best.get(key) for key in (*settings, "kept", "target")}
+    return found | ({"nothing": True} if all(map(math.isnan, shares)) else {})
 
 
 def told(budget: dict[str, Any]) -> str:
@@ -59,6 +60,8 @@ def told(budget: dict[str, Any]) -> str:
     on = f" on evaluate.{budget['on']}" if "on" in budget else ""
     only = f" It has no other strength than 1: {budget['fixed']}." if "fixed" in budget else ""
     what = "the source" if budget["by"] == "source" else "the base's probability of its own texts"
+    if budget.get("nothing"):
+        return f"The base answers no question of the source right{on}, so that nothing can be kept: ask what it knows."
     if budget["strength"] is None:
         return f"No strength of this adapter keeps {100 * budget['retain']:g} % of {what}{on}.{only}"
     pruned = f" at density {budget['density']:g}" if budget.get("density", 1) != 1 else ""

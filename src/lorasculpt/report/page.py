@@ -401,6 +401,7 @@ def report(results: str | Path | Sequence[str | Path], out_dir: str | Path, rema
         UserError: a file cannot be read, or files are about different tasks.
     """
     paths = [Path(results)] if isinstance(results, str | Path) else [Path(path) for path in results]
+    paths = list({path.resolve(): path for path in paths}.values())  # one that is named twice is one run, not two
     runs, matrices = sequences.split(paths)
     parts = [_runs(runs, remark)] if runs or not matrices else []
     parts += [_in_turn(matrices)] if matrices else []

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 
 from .results import OURS, REFERENCE, Entry, Number, compared, ends, front, way
 
@@ -166,7 +167,9 @@ def one_by_one(entries: list[Entry]) -> list[str]:
 
 def by_heart(run: dict) -> str:
     """Which questions of a run it was trained on, where there are any and the run says so."""
-    asked = {task: entry["n"] for side in ("source", "target") for task, entry in run[side].items()}
+    asked: Counter[str] = Counter()
+    for side in ("source", "target"):
+        asked.update({task: entry["n"] for task, entry in run[side].items()})
     told = [f"{count} of {asked[task]} questions of {task}" for task, count in (run.get("trained_on") or {}).items()]
     return f"Asked what was trained on, and so perhaps known by heart: {listed(told)}." if told else ""
 

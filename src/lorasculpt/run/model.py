@@ -127,6 +127,7 @@ def attach(model: nn.Module, config: RunConfig) -> PeftModel:
         UserError: for an unknown method, or a setting that it does not take, with the line in the file.
     """
     made = adapter_config(model, config)
+    _check_names(model, config)
     with refusing(config):
         adapted = get_peft_model(model, made)
     thaw_projector(adapted, config)
@@ -146,6 +147,34 @@ def adapter_config(model: nn.Module, config: RunConfig) -> PeftConfig:
         settings["target_modules"] = "|".join(target_regex(model, scope) for scope in scopes)
     with refusing(config):
         return built(config.method, **settings)
+
+
+def check_method(config: RunConfig) -> None:
+    """See what can be told of ``config.method`` without the base, which may take long to load.
+
+    Raises:
+        UserError: as of :func:`attach`.
+    """
+    kind = kind_of(config)
+    listed = config.method.get("target_modules")
+    if listed is not None and config.scope is not None:
+        raise config.error(
+            "scope", "says nothing beside method.target_modules, which names layers wherever they are; remove one."
+        )
+    with refusing(config):
+        any_layers = {"target_modules": ["q_proj"]} if listed is None and not _own_targets(kind, config) else {}
+        built(config.method, **any_layers)
+
+
+def _check_names(model: nn.Module, config: RunConfig) -> None:
+    """See that each module that the method names is one: PEFT sees that one of them is."""
+    names = [name for name, _ in model.named_modules()]
+    for key in ("target_modules", "modules_to_save"):
+        listed = config.method.get(key)
+        for wanted in listed if isinstance(listed, list) else []:
+            if not any(f".{name}".endswith(f".{wanted}") for name in names):
+                words = f"has {wanted!r}, and no module of the base is called so; correct it."
+                raise config.error(f"method.{key}", words)
 
 
 def kind_of(config: RunConfig) -> type[PeftConfig]:

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from transformers.integrations import INTEGRATION_TO_CALLBACK, get_available_reporting_integrations
 from trl import SFTConfig
 
 from ..config import RunConfig
@@ -58,6 +59,7 @@ def check_arguments(config: RunConfig) -> None:
     Raises:
         UserError: for the first that is not, with its line in the file.
     """
+    _check_trackers(config)
     given = config.training.arguments
     known = [field.name for field in dataclasses.fields(SFTConfig) if field.init]
     free = [name for name in known if name not in OWN_ARGUMENTS and name not in FIXED]
@@ -77,6 +79,19 @@ def check_arguments(config: RunConfig) -> None:
             raise config.error(place, f"must be {taken}; got {given[key]!r:.80}.")
     if given.get("push_to_hub") and not given.get("hub_model_id"):
         raise config.error("training.arguments.push_to_hub", "needs a hub_model_id, such as name/invoices; add it.")
+
+
+def _check_trackers(config: RunConfig) -> None:
+    wanted, there = config.training.report_to, get_available_reporting_integrations()
+    for name in wanted:
+        if name not in (*INTEGRATION_TO_CALLBACK, "all", "none"):
+            close = difflib.get_close_matches(name, INTEGRATION_TO_CALLBACK, n=1)
+            mend = f"did you mean {close[0]}?" if close else f"use some of {', '.join(INTEGRATION_TO_CALLBACK)}, or []."
+            raise config.error("training.report_to", f"has {name!r}, which transformers does not know; {mend}")
+        if name in INTEGRATION_TO_CALLBACK and name not in there:
+            raise config.error(
+                "training.report_to", f"has {name}, which is not installed; install it, or remove it here."
+            )
 
 
 def arguments(config: RunConfig, progress: bool, autocast: torch.dtype | None) -> SFTConfig:

@@ -99,6 +99,17 @@ def test_data_are_read_before_training_begins(fresh, side, spoil, said, monkeypa
     assert contents(fresh) == before
 
 
+def test_a_row_that_the_base_cannot_read_at_once_is_told_before_training(fresh):
+    file = fresh / "train" / "train.jsonl"
+    rows = [json.loads(line) for line in file.read_text().splitlines()]
+    rows[2]["question"] = "what is this? " * 3000
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    words = refused("train", fresh / "run.yaml")
+    assert words.startswith(f"lorasculpt: {file}:3: has ")
+    assert words.endswith(" at once; shorten or remove it.")
+    assert not (fresh / "out").exists()
+
+
 @pytest.mark.parametrize("key", ["validation", "validation_source", "target"])
 def test_so_are_the_data_of_every_choice(fresh, key):
     pico.write_data(fresh / "more", n=4)

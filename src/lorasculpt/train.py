@@ -59,7 +59,7 @@ from .run.model import (
     save_projector,
     with_tasks,
 )
-from .run.records import check_measured, fingerprint_of, rehearsed, trained_on
+from .run.records import check_lengths, check_measured, fingerprint_of, rehearsed, trained_on
 from .run.trainer import arguments, check_arguments, on_one_gpu, optimizer
 
 
@@ -97,6 +97,7 @@ def train(
         _tell_rehearsed(config)
     named = with_tasks(config, records)
     model, processor = loaded(config)
+    check_lengths(records, model, processor)
     if start is None:
         prepare(model, processor, named, records)
     model = (start or attach)(model, named)

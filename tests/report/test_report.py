@@ -193,6 +193,13 @@ def test_honest_when_nothing_is_known():
     assert "What A gained on digits is within the noise." in one_by_one(made(run("A", (0.8, 0.6), 0.11)))
 
 
+def test_what_was_not_learned_is_not_said_to_be():
+    nothing = run("A", (0.8, 0.6), 0.05)
+    words = " ".join(headline(made(nothing, run("B", (0.8, 0.6), 0.6)))).replace("\u00a0", " ")
+    assert words.startswith("A learned nothing of digits (5 %) and kept ")
+    assert "; B learned 60 % and kept " in words
+
+
 def test_nothing_to_keep(tmp_path):
     one = run("A", (0.3, 0.2), 0.6)
     one["summary"] |= {"retention": None, "retention_interval": None}

@@ -272,7 +272,9 @@ def training(entries: list[Entry]) -> str | None:
             small = style | {"marker": marker(i), "markersize": 4}
             steps, values = _series(run, "loss")
             if steps:
-                panels["training loss"].plot(*_means(steps, values), **small, markevery=0.25)
+                # a mark now and then; the one of a single point would not be drawn
+                sparse = {"markevery": 0.25} if len(steps) > 1 else {}
+                panels["training loss"].plot(*_means(steps, values), **small, **sparse)
             for side, dashes in sides.items():
                 steps, values = _series(run, side)
                 panels["average (%)"].plot(steps, [100 * value for value in values], **small, linestyle=dashes)

@@ -72,10 +72,16 @@ def listed(names: list[str]) -> str:
     return " and ".join([", ".join(names[:-1]), names[-1]]) if len(names) > 1 else names[0]
 
 
-def _learned(entry: Entry, task: str) -> str:
+def _learned(entry: Entry, task: str = "") -> str:
+    """What an entry learned of ``task``, which goes without saying where it is not given, and kept."""
+    reached = f"{percent(entry.numbers['target_after'].value, 0)}{SPACE}%"
+    if entry.numbers["gain"].value <= 0:
+        said = f"learned nothing{' of ' * bool(task)}{task} ({reached})"
+    else:
+        said = f"learned {task}{' to ' * bool(task)}{reached}"
     share = entry.numbers["retention"].value
     kept = "the base model knew none of the source" if math.isnan(share) else f"kept {percent(share, 0)}{SPACE}%"
-    return f"{entry.label} learned{task} {percent(entry.numbers['target_after'].value, 0)}{SPACE}% and {kept}"
+    return f"{entry.label} {said} and {kept}"
 
 
 def _tested(a: Entry, b: Entry, name: str) -> str:
@@ -145,8 +151,8 @@ def headline(entries: list[Entry]) -> list[str]:
         before = f"Highest of {len(entries)} in the harmonic mean of source and target: "
         ahead = "; ".join(front(ends(entries)))
         after = [f"On the Pareto front, where no other equals or beats them on both counts: {ahead}."]
-    said = [_learned(told[0], f" {task} to") + " of what the model knew" * (first.numbers["retention"].value >= 0)]
-    said += [_learned(entry, "") for entry in told[1:]]
+    said = [_learned(told[0], task) + " of what the model knew" * (first.numbers["retention"].value >= 0)]
+    said += [_learned(entry) for entry in told[1:]]
     ours = next((entry for entry in entries if entry.label.casefold() == OURS), None)
     for entry in entries:
         if ours is not None and entry.runs[0].get("chosen_by") == "h_mean" and entry.runs[0]["method"] == REFERENCE:

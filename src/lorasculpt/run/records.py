@@ -16,6 +16,7 @@ from ..data.records import Record, fingerprint, read, replayed, set_aside, share
 from ..errors import UserError
 from ..evaluation import Task, self_prompts, tasks
 from ..evaluation.drift import Prompt, question
+from ..evaluation.prompts import tokenizer_of
 from ..evaluation.strength import moved
 from ..evaluation.tasks import asked_as
 from .folder import DRIFT_FILE
@@ -102,6 +103,25 @@ def check_measured(config: RunConfig) -> None:
     instead = asked.target if config.data.validation else []
     for file in (*instead, *asked.validation, *asked.validation_source):
         read(file, images=asked.images)
+
+
+def check_lengths(records: Iterable[Record], model: nn.Module, processor) -> None:
+    """See that the words of each row alone, without what its pictures take, are no more than the base reads at once.
+
+    Raises:
+        UserError: for the first, with its file and line.
+    """
+    longest = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    tokenizer = tokenizer_of(processor)
+    for record in records:
+        texts = [*(message["content"] for message in record.prompt), record.answer]
+        if longest is None or sum(len(text.encode()) for text in texts) <= longest:
+            continue  # a token is a byte at least
+        tokens = sum(len(tokenizer(text, add_special_tokens=False)["input_ids"]) for text in texts)
+        if tokens > longest:
+            raise UserError(
+                f"{record.where}: has {tokens} tokens, and the base reads {longest} at once; shorten or remove it."
+            )
 
 
 def rehearsed(config: RunConfig) -> list[tuple[Record, Record]] | None:

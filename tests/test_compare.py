@@ -180,7 +180,7 @@ def test_the_results_file_alone_is_enough_to_go_on_from(labelled, tmp_path, caps
     assert "all.json has 2 runs of another comparison or of other settings, kept in " in capsys.readouterr().out
     assert json.loads((tmp_path / "all.before.json").read_text()) == record
     assert [made["steps"] for made in json.loads(path.read_text())["runs"]] == [1]
-    compare.compare(labelled(text, "training.steps=2"), ["lora"], seeds=1, rates=[0.01], out=path)
+    compare.compare(labelled(text, "output=again", "training.steps=2"), ["lora"], seeds=1, rates=[0.01], out=path)
     assert json.loads((tmp_path / "all.before.json").read_text()) == record  # it is not lost to the next one
     assert [made["steps"] for made in json.loads((tmp_path / "all.before-2.json").read_text())["runs"]] == [1]
 

@@ -8,6 +8,7 @@ from pathlib import Path
 import pico
 import pytest
 import torch
+from commands import done
 from contract import adapt
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
@@ -60,6 +61,16 @@ def test_a_plain_lora_holds_two_factors_a_module_and_nothing_else(tmp_path, pico
     card = (tmp_path / "out" / "README.md").read_text()
     assert "PeftModel.from_pretrained" in card
     assert "--max-lora-rank 8" in card
+
+
+def test_another_base_than_the_adapter_names_is_told(tmp_path, pico_folder):
+    source, base, moved = adapter("llama", tmp_path / "a"), pico_folder("llama"), tmp_path / "moved"
+    shutil.copytree(base, moved)
+    path = source / "adapter_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"base_model_name_or_path": str(base)}))
+    said = f"The adapter was trained on {base}; whether {moved} is that model is not checked."
+    assert said not in done("export", source, "--base", base, "--out", tmp_path / "one")
+    assert said in done("export", source, "--base", moved, "--out", tmp_path / "two")
 
 
 def test_a_merged_model_comes_with_all_that_loading_needs(tmp_path, pico_folder):

@@ -68,7 +68,7 @@ def run(a_run):
 def live(monkeypatch):
     """The logits of what was trained, as it was at the end of training."""
     found = []
-    monkeypatch.setattr("lorasculpt.train._write", lambda *args: (found.append(logits(args[2].model)), _write(*args)))
+    monkeypatch.setattr("lorasculpt.train._write", lambda *args: (found.append(logits(args[1].model)), _write(*args)))
     return found
 
 

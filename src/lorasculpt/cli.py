@@ -326,20 +326,21 @@ def export(
     trust: Trust = False,
 ) -> None:
     """Write the adapter in a form that other programs load, and check that it answers as before."""
-    from .export import config_of
+    from .export import another_base, config_of
     from .export import export as go
 
     config = config_of(adapter) if task == "all" else None
-    if config is None or config.merges != "task":
-        go(adapter, base, out, to.value, task=task, dtype=dtype, force=force, trust_remote_code=trust)
-        print(f"exported: {out}")
-        return
-    folders = [re.sub(r"[^\w-]+", "_", name) for name in config.tasks]
-    if len(set(folders)) < len(folders):
-        folders = [f"{number}-{folder}" for number, folder in enumerate(folders, start=1)]
-    for name, folder in zip(config.tasks, folders, strict=True):
-        go(adapter, base, out / folder, to.value, task=name, dtype=dtype, force=force, trust_remote_code=trust)
-        print(f"exported: {out / folder}")
+    wanted: list[tuple[str | None, Path]] = [(task, out)]
+    if config is not None and config.merges == "task":
+        folders = [re.sub(r"[^\w-]+", "_", name) for name in config.tasks]
+        if len(set(folders)) < len(folders):
+            folders = [f"{number}-{folder}" for number, folder in enumerate(folders, start=1)]
+        wanted = [(name, out / folder) for name, folder in zip(config.tasks, folders, strict=True)]
+    for name, folder in wanted:
+        go(adapter, base, folder, to.value, task=name, dtype=dtype, force=force, trust_remote_code=trust)
+        print(f"exported: {folder}")
+    if (other := another_base(adapter, base)) is not None:
+        print(f"The adapter was trained on {other}; whether {base} is that model is not checked.")
 
 
 @app.command("inspect")

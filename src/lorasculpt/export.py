@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from peft import LoraConfig, PeftModel
+from peft import LoraConfig, PeftConfig, PeftModel
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
 from peft.utils import SAFETENSORS_WEIGHTS_NAME
 from PIL import Image, ImageDraw
@@ -389,6 +389,13 @@ def save_model(model: nn.Module, processor: Any, out: Path, dtype: str) -> None:
         generation.temperature = generation.top_p = generation.top_k = None
     model.save_pretrained(out)
     processor.save_pretrained(out)
+
+
+def another_base(adapter_folder: str | Path, base: str | Path) -> str | None:
+    """The base that an adapter says it was trained on, where that is not called ``base``; None also if it says none."""
+    said = PeftConfig.from_pretrained(str(adapter_folder)).base_model_name_or_path
+    same = not said or said == str(base) or Path(said).resolve() == Path(base).resolve()
+    return None if same else said
 
 
 # --- the parity check -----------------------------------------------------------------------------------------------

@@ -84,7 +84,6 @@ def train(
     if config.data.train is None:
         raise config.error("data.sequence", "is no single run; lorasculpt.sequence.learn takes it.")
     check_arguments(config)
-    check_method(config)
     check_output(output, config)
     adapter = output / ADAPTER
     if (adapter / "adapter_config.json").is_file():
@@ -96,6 +95,7 @@ def train(
     if progress and os.environ.get("RANK", "0") == "0":
         _tell_rehearsed(config)
     named = with_tasks(config, records)
+    check_method(named)
     model, processor = loaded(config)
     check_lengths(records, model, processor)
     if start is None:

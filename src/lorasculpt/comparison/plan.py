@@ -18,7 +18,6 @@ from ..files import write_text
 from ..measure import manner, measure, measured, shape
 from ..provenance import versions
 from ..run.folder import DRIFT_FILE, RUN_FILE, check_output, diverged, same_run
-from ..run.model import check_method
 from ..run.records import fingerprint_of, general, held_out
 from ..train import train
 from . import edits, known, labels
@@ -110,8 +109,6 @@ class Comparison:
             raise UserError("--seeds must be at least 1.")
         self.config = config
         self.labels = labels.read(config, methods, seeds, rates)
-        for label, what in self.labels.items():
-            check_method(config.single(label, what.method))
         if config.data.train and any(what.replay for what in self.labels.values()):
             general(config)  # a row that is measured is told now, not after the trials
         self._known = known.read(results, self.rows) if results else Known()

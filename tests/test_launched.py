@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 
 import pico
@@ -67,5 +68,14 @@ def test_under_fsdp_they_leave_the_whole_adapter(tmp_path, settings):
     settings["training"]["arguments"] = {"fsdp": True, "fsdp_config": wrapped}
     path = tmp_path / "run.yaml"
     path.write_text(yaml.safe_dump(settings))
-    launch(str(Path(__file__).with_name("fsdp_train.py")), str(path))
+    command = str(Path(__file__).with_name("fsdp_train.py")), str(path)
+    launch(*command)
     same_as_of_one(path)
+
+    # killed after a step it goes on as if it had never stopped
+    whole = load_file(tmp_path / "out" / "adapter" / "adapter_model.safetensors")
+    for folder in ("adapter", "checkpoint-2"):
+        shutil.rmtree(tmp_path / "out" / folder)
+    launch(*command)
+    resumed = load_file(tmp_path / "out" / "adapter" / "adapter_model.safetensors")
+    assert all(torch.equal(resumed[name], value) for name, value in whole.items())

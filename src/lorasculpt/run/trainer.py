@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+from copy import deepcopy
 from typing import Any
 
 import torch
@@ -99,6 +100,7 @@ def arguments(config: RunConfig, progress: bool, autocast: torch.dtype | None) -
     length = {"max_steps": settings.steps} if settings.steps else {"num_train_epochs": settings.epochs}
     on_cpu = computing().type == "cpu"
     further = {key: value for key, value in settings.arguments.items() if key not in PUSHING}
+    further = deepcopy(further)  # transformers writes into what it is given, and these are what the run is known by
     own: dict[str, Any] = dict(
         # checkpoints are made here and moved out when they are whole
         output_dir=str(config.output / ".partial"),

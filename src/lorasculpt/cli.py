@@ -171,8 +171,7 @@ def dial(
         shares = [float(share) for share in densities.split(",")]
     except ValueError:
         raise UserError(f"--densities is {densities!r}; it must be numbers, such as 1,0.5,0.2.") from None
-    if plot and plot.suffix not in (".png", ".svg"):
-        raise UserError(f"--plot is {plot}; its name must end in .png or .svg.")
+    _check_plot(plot)
     path, found = go(RunConfig.load(run, overrides or []), retain=retain, densities=shares, write=write)
     several = len({point["density"] for point in found["points"]}) > 1
     by, left = kept(found["points"])
@@ -364,8 +363,7 @@ def inspect_(
     """Show what an adapter does: where its update lies, how dense it is, which expert serves which task."""
     from .inspect import lora, update
 
-    if plot and plot.suffix not in (".png", ".svg"):
-        raise UserError(f"--plot is {plot}; its name must end in .png or .svg.")
+    _check_plot(plot)
     plain = update.config_of(adapter) is None
     if plain and data:
         raise UserError(f"the adapter in {adapter} routes nothing, so --data can show nothing: leave it out.")
@@ -603,6 +601,11 @@ def main() -> None:
         else:
             raise
         _refuse(told)
+
+
+def _check_plot(plot: Path | None) -> None:
+    if plot and plot.suffix not in (".png", ".svg"):
+        raise UserError(f"--plot is {plot}; its name must end in .png or .svg.")
 
 
 def _refuse(told: str) -> NoReturn:

@@ -18,7 +18,6 @@ not done again: a comparison that was stopped goes on, and runs may be made else
 
 from __future__ import annotations
 
-import os
 import shutil
 import time
 from collections.abc import Iterator, Sequence
@@ -33,6 +32,7 @@ from .comparison.turns import Sequences
 from .config import RunConfig
 from .errors import UserError
 from .files import write_json
+from .run.model import several_processes
 
 COMPARISON_FILE = "compare.json"
 
@@ -81,7 +81,7 @@ def compare(
         UserError: for anything in the config, the data or the folders that the user can mend, and under a launcher of
             several processes.
     """
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+    if several_processes():
         raise UserError(
             "a comparison is made by one process; start lorasculpt compare without a launcher, or launch the runs that "
             "its --commands prints."

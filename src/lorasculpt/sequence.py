@@ -21,7 +21,6 @@ than. O-LoRA has a LoRA for each task, and ``adapter`` is the sum of those so fa
 from __future__ import annotations
 
 import json
-import os
 import random
 import re
 import shutil
@@ -47,7 +46,7 @@ from .evaluation.summary import task_average
 from .files import write_json, write_text
 from .provenance import versions
 from .run.folder import ADAPTER, RUN_FILE, came_to_nothing, check_output, diverged, leave_diverged
-from .run.model import attach, kind_of, loaded, precision, thaw_projector
+from .run.model import attach, kind_of, loaded, precision, several_processes, thaw_projector
 from .run.records import held_out
 from .switch import add_task
 from .train import train
@@ -76,7 +75,7 @@ def learn(config: RunConfig, *, progress: bool = True) -> tuple[Path, Path]:
             several processes.
     """
     grows = grown(config)
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+    if several_processes():
         raise config.error("data.sequence", "is learned by one process; start lorasculpt train without a launcher.")
     check_output(config.output, config)
     measured = _Matrix(config, progress)

@@ -37,13 +37,17 @@ from .records import general
 DTYPES = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}  # of autocast
 
 
+def several_processes() -> bool:
+    """Whether a launcher has begun this process beside others."""
+    return int(os.environ.get("WORLD_SIZE", "1")) > 1
+
+
 def loaded(config: RunConfig) -> tuple[PreTrainedModel, ProcessorMixin | PreTrainedTokenizerBase]:
     """The base of a run and its processor, where models compute.
 
     Several processes share the base as the trainer places it: none begins with all of it on its GPU.
     """
-    alone = int(os.environ.get("WORLD_SIZE", "1")) == 1
-    return load(config.base, **config.loading, device=computing() if alone else "cpu")
+    return load(config.base, **config.loading, device="cpu" if several_processes() else computing())
 
 
 def precision(config: RunConfig) -> torch.dtype | None:
@@ -141,7 +145,7 @@ def adapter_config(model: nn.Module, config: RunConfig) -> PeftConfig:
         UserError: as of :func:`attach`.
     """
     kind, settings = kind_of(config), {}
-    if "target_modules" not in config.method and not _own_targets(kind, config):
+    if _open(kind, config):
         scope = config.scope or "language"
         scopes = [scope] + (["projector"] if config.projector == "lora" and scope != "all" else [])
         settings["target_modules"] = "|".join(target_regex(model, scope) for scope in scopes)
@@ -156,14 +160,12 @@ def check_method(config: RunConfig) -> None:
         UserError: as of :func:`attach`.
     """
     kind = kind_of(config)
-    listed = config.method.get("target_modules")
-    if listed is not None and config.scope is not None:
+    if config.method.get("target_modules") is not None and config.scope is not None:
         raise config.error(
             "scope", "says nothing beside method.target_modules, which names layers wherever they are; remove one."
         )
     with refusing(config):
-        any_layers = {"target_modules": ["q_proj"]} if listed is None and not _own_targets(kind, config) else {}
-        built(config.method, **any_layers)
+        built(config.method, **({"target_modules": ["q_proj"]} if _open(kind, config) else {}))
 
 
 def _check_names(model: nn.Module, config: RunConfig) -> None:
@@ -198,6 +200,11 @@ def kind_of(config: RunConfig) -> type[PeftConfig]:
         if key != "name" and (taken := must_be(KINDS[name], key, config.method[key])) is not None:
             raise config.error(f"method.{key}", f"must be {taken}; got {config.method[key]!r:.80}.")
     return KINDS[name]
+
+
+def _open(kind: type[PeftConfig], config: RunConfig) -> bool:
+    """Whether it is left to the scope which layers are adapted."""
+    return "target_modules" not in config.method and not _own_targets(kind, config)
 
 
 def _own_targets(kind: type[PeftConfig], config: RunConfig) -> bool:

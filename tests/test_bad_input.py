@@ -99,6 +99,26 @@ def test_data_are_read_before_training_begins(fresh, side, spoil, said, monkeypa
     assert contents(fresh) == before
 
 
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        (
+            "evaluate.metric={color: contains, colour: choice}",
+            "evaluate.metric.colour is of a task that no question has; ",
+        ),
+        ("evaluate.target=[test/train.jsonl, test/../test/train.jsonl]", "/test/../test/train.jsonl twice, whose"),
+        (
+            "method.prune_step=2",
+            "method.prune_step is refused: prune_step=2 is not before the end of training (2 steps)",
+        ),
+    ],
+)
+def test_what_the_base_is_not_needed_for_is_told_before_it_is_loaded(fresh, given, said, monkeypatch):
+    monkeypatch.setattr("lorasculpt.run.model.load", lambda *_, **__: pytest.fail("the base was loaded"))
+    assert said in refused("train", fresh / "run.yaml", given)
+    assert not (fresh / "out").exists()
+
+
 def test_a_row_that_the_base_cannot_read_at_once_is_told_before_training(fresh):
     file = fresh / "train" / "train.jsonl"
     rows = [json.loads(line) for line in file.read_text().splitlines()]

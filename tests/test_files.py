@@ -153,12 +153,26 @@ def test_a_disk_that_runs_full_costs_no_checkpoint(run, monkeypatch):
     assert not (out / "results.json").exists()
 
 
+def test_a_run_that_is_stopped_by_hand_says_where_it_will_go_on(run, monkeypatch, capsys):
+    begin = ClockCallback.on_step_begin
+
+    def stop(self, args, state, control, **kwargs):
+        if state.global_step == 3:
+            raise KeyboardInterrupt
+        return begin(self, args, state, control, **kwargs)
+
+    monkeypatch.setattr(ClockCallback, "on_step_begin", stop)
+    with pytest.raises(KeyboardInterrupt):
+        train(RunConfig.load(run), progress=False)
+    assert "lorasculpt: stopped; run it again, and it goes on from checkpoint-3." in capsys.readouterr().err
+
+
 def test_how_a_run_is_watched_may_change_while_it_stands(run):
     """Where it is saved and told changes nothing in it; what it learns does, and is refused."""
     adapter = train(RunConfig.load(run), progress=False)
     assert sorted(path.name for path in adapter.parent.glob("checkpoint-*")) == ["checkpoint-4"]
     assert train(RunConfig.load(run, ["training.save_every=3", "training.log_every=2"]), progress=False) == adapter
-    with pytest.raises(UserError, match="holds another run"):
+    with pytest.raises(UserError, match=r"holds another run \(training\.lr is another in .*run\.yaml\)"):
         train(RunConfig.load(run, ["training.lr=1e-3"]), progress=False)
 
 

@@ -17,6 +17,7 @@ from lorasculpt import METHODS, UserError, cli
 from lorasculpt.adapters.load import load as load_adapter
 from lorasculpt.config import RunConfig
 from lorasculpt.data.batches import Collator
+from lorasculpt.data.records import Record
 from lorasculpt.export import export
 from lorasculpt.measure import measure
 from lorasculpt.memory import Peak
@@ -24,8 +25,12 @@ from lorasculpt.models.load import load
 from lorasculpt.overview import meanings
 from lorasculpt.provenance import machine
 from lorasculpt.run.callbacks import Cost
-from lorasculpt.run.records import trained_on
+from lorasculpt.run.records import one_pass, training_rows
 from lorasculpt.train import train
+
+
+def trained_on(config: RunConfig) -> list[Record]:
+    return one_pass(config, training_rows(config).trained)
 
 
 @pytest.fixture

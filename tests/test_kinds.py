@@ -17,7 +17,9 @@ from safetensors.torch import load_file
 
 from lorasculpt import corda
 from lorasculpt.adapters.load import load as load_adapter
+from lorasculpt.config import RunConfig
 from lorasculpt.data.batches import Collator, rows
+from lorasculpt.data.records import Record
 from lorasculpt.errors import UserError
 from lorasculpt.evaluation.strength import fixed, strength
 from lorasculpt.export import export
@@ -25,7 +27,7 @@ from lorasculpt.kinds import KINDS, OF_PEFT, must_be, settings_of, started, take
 from lorasculpt.measure import measure
 from lorasculpt.models.load import load
 from lorasculpt.run.model import adapter_config, prepare
-from lorasculpt.run.records import trained_on
+from lorasculpt.run.records import one_pass, training_rows
 from lorasculpt.train import _write, train
 
 SMALL = {
@@ -46,6 +48,10 @@ INPUTS = {"input_ids": torch.arange(4, 20)[None]}
 @torch.no_grad()
 def logits(model) -> torch.Tensor:
     return model.eval()(**INPUTS).logits
+
+
+def trained_on(config: RunConfig) -> list[Record]:
+    return one_pass(config, training_rows(config).trained)
 
 
 @pytest.fixture

@@ -128,7 +128,7 @@ def test_it_is_chosen_on_validation_where_there_is_one(run, tmp_path, monkeypatc
     monkeypatch.setattr("lorasculpt.measure.evaluate", known)
     monkeypatch.setattr("lorasculpt.evaluation.run.evaluate", known)
     monkeypatch.setattr("lorasculpt.measure.gallery", lambda *_: [])
-    monkeypatch.setattr("lorasculpt.measure.rehearsed", lambda _: [])
+    monkeypatch.setattr("lorasculpt.measure.rehearsed", lambda *_: [])
     found = entry(config)
     assert [set(images) for images in asked] == [{"data"}] * 3 + [{"others"}] * 3
     assert all("drift" in point for point in [*found["curve"], *found["budget"]["points"]])

@@ -102,8 +102,10 @@ def train(run: Run, overrides: Overrides = None) -> None:
     accuracy on each after each goes to matrix.json.
     """
     from .config import RunConfig
+    from .run.records import check_metrics
 
     config = RunConfig.load(run, overrides or [])
+    check_metrics(config)
     if config.data.sequence:
         from .sequence import learn
 
@@ -275,7 +277,8 @@ def report(
 ) -> None:
     """Make one self-contained page (report.html), and the same numbers as Markdown and JSON.
 
-    Where a run's folder has its adapter the page shows what it is made of; which expert serves what it shows after
+    Where a run's folder has its adapter, the page shows what that is made of, and after this command also which expert
+    serves what:
 
         lorasculpt inspect RUN/adapter --base BASE --data FILE --json RUN/inspect.json
     """
@@ -298,6 +301,8 @@ def play(
     max_new_tokens: Annotated[int, typer.Option(help="Longest answer.", min=1)] = 64,
 ) -> None:
     """Ask the base and its adapters the same question about the same picture, side by side, on a local page.
+
+    The adapters of runs, or others beside the base that they are of:
 
         lorasculpt play runs/a.yaml runs/b.yaml
         lorasculpt play runs/a/adapter --base path/to/base

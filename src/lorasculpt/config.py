@@ -25,6 +25,7 @@ from typing import Annotated, Any, Literal, get_args
 
 import yaml
 from pydantic import (
+    AfterValidator,
     BaseModel,
     BeforeValidator,
     ConfigDict,
@@ -60,8 +61,16 @@ def _listed(value: Any) -> Any:
     return [value] if isinstance(value, str) else value
 
 
+def _once(paths: list[Path]) -> list[Path]:
+    if twice := next(
+        (path for i, path in enumerate(paths) if path.resolve() in {p.resolve() for p in paths[:i]}), None
+    ):
+        raise ValueError(f"names {twice} twice, whose questions would count twice; remove one")
+    return paths
+
+
 RelativePath = Annotated[Path, BeforeValidator(_resolve), PlainSerializer(str)]
-Paths = Annotated[list[RelativePath], BeforeValidator(_listed)]
+Paths = Annotated[list[RelativePath], BeforeValidator(_listed), AfterValidator(_once)]
 Positive = Annotated[int, Field(ge=1)]
 
 

@@ -28,7 +28,7 @@ from .posthoc.files import RECORD
 from .provenance import versions
 from .run.folder import ADAPTER, LOG_FILE, check_trained
 from .run.model import loaded, precision
-from .run.records import check_tasks, drift_prompts, held_out, rehearsed
+from .run.records import check_metrics, check_tasks, drift_prompts, held_out, rehearsed, training_rows
 from .run.trainer import PUSHING
 
 RESULTS_FILE, RETAINED = "results.json", "adapter-retained"
@@ -70,6 +70,7 @@ def measure(
     if not (folder / "adapter_config.json").is_file():
         raise UserError(f"{config.output} holds no trained adapter yet; run lorasculpt train first.")
     check_trained(config)
+    check_metrics(config)
     how = manner(config)
     source, target = held_out(config)
     if not target or not (source or config.evaluate.drift or config.evaluate.retain):
@@ -126,7 +127,7 @@ def measure(
             budget = within(again, share) | {"on": "validation", "points": again}
         else:
             budget = within(points, share)
-    training, known = json.loads((config.output / LOG_FILE).read_text()), rehearsed(config)
+    training, known = json.loads((config.output / LOG_FILE).read_text()), _rehearsed(config)
     run = {
         "method": name,
         "seed": config.seed,
@@ -137,7 +138,7 @@ def measure(
         **({"data": training["data"]} if "data" in training else {}),
         "evaluate": how,
         **comparison(before, after),
-        **({} if known is None else {"trained_on": dict(Counter(record.task for record, _ in known))}),
+        **({} if known is None else {"trained_on": known}),
         **({"drift": drifted} if drifted else {}),
         "seconds": training["seconds"],
         "memory_bytes": training.get("memory_bytes"),
@@ -156,6 +157,15 @@ def measure(
     path = write_json(config.output / RESULTS_FILE, content)
     card.measured(config, folder, training, content)
     return path
+
+
+def _rehearsed(config: RunConfig) -> dict[str, int] | None:
+    """How many questions of each task were trained on; None where the training data are no longer there to be read."""
+    try:
+        trained = training_rows(config, check_images=False).trained
+    except (UserError, OSError):
+        return None
+    return dict(Counter(question.task for question, _ in rehearsed(config, trained)))
 
 
 def shape(config: RunConfig) -> dict[str, Any]:

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
@@ -31,6 +31,7 @@ from .adapters.load import load_projector
 from .adapters.residual import taken, write_plain
 from .config import RunConfig
 from .data.batches import Collator, rows
+from .data.records import Record
 from .errors import UserError
 from .files import write_json, write_text
 from .hub import push
@@ -55,11 +56,12 @@ from .run.model import (
     loaded,
     precision,
     prepare,
+    refusal,
     routed,
     save_projector,
     with_tasks,
 )
-from .run.records import check_lengths, check_measured, fingerprint_of, rehearsed, trained_on
+from .run.records import check_lengths, check_measured, one_pass, rehearsed, training_rows
 from .run.trainer import arguments, check_arguments, on_one_gpu, optimizer
 
 
@@ -90,10 +92,11 @@ def train(
         push(config, adapter)
         return adapter
     set_seed(config.seed)
-    records, data = trained_on(config), fingerprint_of(config)
+    given = training_rows(config)
+    records = one_pass(config, given.trained)
     check_measured(config)
     if progress and os.environ.get("RANK", "0") == "0":
-        _tell_rehearsed(config)
+        _tell_rehearsed(config, given.trained)
     named = with_tasks(config, records)
     check_method(named)
     model, processor = loaded(config)
@@ -140,12 +143,11 @@ def train(
             shutil.rmtree(output)  # nothing has run: leave the folder free for the mended file
             if key is None:
                 raise
-            words = "is refused" if key.removeprefix("method.") in config.method else "has a default that does not do"
-            raise config.error(key, f"{words}: {error}") from error
+            raise refusal(config, error, key) from error
         whole = trainer.accelerator.get_state_dict(trainer.model) if trainer.is_fsdp_enabled else None
         if trainer.is_world_process_zero():
             dtype = next(name for name, known in DTYPES.items() if known == autocast)
-            made = {"machine": machine(trainer.args.device), "precision": dtype, "data": data}
+            made = {"machine": machine(trainer.args.device), "precision": dtype, "data": given.data}
             _write(config, trainer, cost.record() | made, others, whole)
     if trainer.is_world_process_zero():
         push(config, adapter)
@@ -153,9 +155,9 @@ def train(
     return adapter
 
 
-def _tell_rehearsed(config: RunConfig) -> None:
-    """Say it now, and not after hours, where questions are trained on that are to be measured."""
-    if found := rehearsed(config):
+def _tell_rehearsed(config: RunConfig, trained: Sequence[Record]) -> None:
+    """Say it now, and not after hours, where questions are ``trained`` on that are to be measured."""
+    if found := rehearsed(config, trained):
         question, row = found[0]
         print(
             f"{len(found)} of the questions that are measured are trained on as well, such as {question.where} "

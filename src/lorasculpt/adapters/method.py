@@ -166,6 +166,13 @@ class MethodConfig(LoraConfig):
         tasks before, in the folders ``earlier``, stay beside it, frozen; None where it does not."""
         return None
 
+    def check_steps(self, total_steps: int) -> None:
+        """See that the settings suit a training of ``total_steps`` optimizer steps.
+
+        Raises:
+            ValueError: for the first that does not.
+        """
+
     def wants_fisher(self) -> int | None:
         """Of how many texts a run is to make the Fisher information of the base; None if none is needed, or given."""
         return None

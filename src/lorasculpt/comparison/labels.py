@@ -28,7 +28,7 @@ from ..adapters.update import UpdateConfig
 from ..config import RunConfig
 from ..errors import UserError
 from ..kinds import KINDS, started, taken_over
-from ..run.model import kind_of
+from ..run.model import check_method
 from .edits import EDITS, Edit, edit_of
 
 SAID = ("lr", "rates", "by", "seeds", "replay")  # what a label may say beside the settings of its method
@@ -93,7 +93,7 @@ def _label(
         return _edited(config, label, said, names, found)
     settings = {key: value for key, value in said.items() if key not in SAID}
     method = _method(config, label, settings)
-    kind_of(config.single(label, method))
+    check_method(config.single(label, method))
     own, like = _rates(config, label, said, names, rates)
     by = said.get("by")
     if by is not None and (by not in CHOICES or len(own) == 1):

@@ -18,7 +18,7 @@ from ..files import write_text
 from ..measure import manner, measure, measured, shape
 from ..provenance import versions
 from ..run.folder import DRIFT_FILE, RUN_FILE, check_output, diverged, same_run
-from ..run.records import fingerprint_of, general, held_out
+from ..run.records import check_metrics, general, held_out, training_rows
 from ..train import train
 from . import edits, known, labels
 from .drift import drift_and_loss
@@ -97,6 +97,7 @@ class Comparison:
         results: Path | None = None,
     ):
         self._check(config)
+        check_metrics(config)
         if (config.output / RUN_FILE).is_file():
             raise config.error("output", f"is {config.output}, which holds a single run; add output=FOLDER for this.")
         methods = list(config.methods) if methods is None else methods
@@ -202,7 +203,7 @@ class Comparison:
     @cached_property
     def _data(self) -> Any:
         """What an entry has under ``data``."""
-        return fingerprint_of(self.config)
+        return training_rows(self.config, check_images=False).data
 
     def _same_questions(self, found: dict[str, Any]) -> bool:
         """Whether a run of the results file was asked as many questions as are asked here, with these answers."""

@@ -7,7 +7,7 @@ from functools import cached_property
 
 from ..provenance import versions
 from ..run.folder import check_output
-from ..run.records import fingerprint_of
+from ..run.records import training_rows
 from ..sequence import grown, learn, stages_of
 from . import sequences
 from .plan import RATES, Comparison
@@ -62,7 +62,7 @@ class Sequences(Comparison):
 
     @cached_property
     def _data(self):
-        return [fingerprint_of(stage) for stage in stages_of(self.config)]
+        return [training_rows(stage, check_images=False).data for stage in stages_of(self.config)]
 
     @property
     def _validation(self):

@@ -92,16 +92,14 @@ class Sculpt(Method):
             yield site.b, density_b
 
     def begin(self, total_steps):
-        share = self.config.prune_step
         if self.prune_step is None:
             if total_steps is None:
-                raise ValueError(f"prune_step={share} is a share of training: give the clock total_steps.")
-            self.prune_step = max(1, round(share * total_steps))
-        if total_steps is not None and self.prune_step >= total_steps and not self.pruned:
-            raise ValueError(
-                f"prune_step={self.prune_step} is not before the end of training ({total_steps} steps): nothing would "
-                "be pruned in time to recover. Lower prune_step (a share such as 0.05 works too) or train longer."
-            )
+                raise ValueError(
+                    f"prune_step={self.config.prune_step} is a share of training: give the clock total_steps."
+                )
+            self.prune_step = self.config.pruned_after(total_steps)
+        if total_steps is not None and not self.pruned:
+            self.config.check_steps(total_steps)
 
     def after_step(self, step):
         super().after_step(step)
@@ -330,6 +328,19 @@ class LoRASculptConfig(MethodConfig):
             raise ValueError(f"omega is above 0; got {self.omega}.")
         if self.cmr_memory not in ("recompute", "cache"):
             raise ValueError(f"cmr_memory is 'recompute' or 'cache'; got {self.cmr_memory!r}.")
+
+    def pruned_after(self, total_steps: int) -> int:
+        """T_0 of a training of ``total_steps`` optimizer steps: at least 1."""
+        share = self.prune_step
+        return max(1, round(share * total_steps)) if isinstance(share, float) else share
+
+    def check_steps(self, total_steps: int) -> None:
+        after = self.pruned_after(total_steps)
+        if after >= total_steps:
+            raise ValueError(
+                f"prune_step={after} is not before the end of training ({total_steps} steps): nothing would be pruned "
+                "in time to recover. Lower prune_step (a share such as 0.05 works too) or train longer."
+            )
 
     def densities(self, r: int) -> tuple[float, float]:
         """(s_A, s_B) of a module of rank ``r``."""

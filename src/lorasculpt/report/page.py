@@ -6,7 +6,8 @@ import base64
 import io
 import json
 import math
-from collections.abc import Callable, Sequence
+from collections import defaultdict
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -78,28 +79,6 @@ def _cell(found: Number, bold: bool = False, test: dict | None = None) -> dict:
     return _plain_cell(percent(found.value), value) | marks
 
 
-def _costs(found: list[Entry]) -> dict[str, list[dict]]:
-    """The columns behind the six numbers, by their heads, a cell for each entry; what nobody knows has none."""
-    known = reference(found)
-
-    def of(key: str, words: Callable[[float | None], str]) -> list[dict]:
-        cells = [_plain_cell(words(getattr(entry, key)), getattr(entry, key)) for entry in found]
-        alike = key != "memory_bytes" or len({run.get("memory_of") for entry in found for run in entry.runs}) == 1
-        for entry, cell in zip(found, cells, strict=True):
-            same = known is not None and len({made_on(run) for run in (*entry.runs, *known.runs)}) == 1
-            if entry is not known and same and alike and key != "adapter_bytes":
-                cell["test"] = times(getattr(entry, key), getattr(known, key))
-        return cells
-
-    columns = {}
-    if any(entry.drift is not None for entry in found):
-        columns["Drift (nats)"] = [_drift_cell(entry.drift) for entry in found]
-    columns["Training time"] = of("seconds", duration)
-    if any(entry.memory_bytes is not None for entry in found):
-        columns["Peak memory"] = of("memory_bytes", size)
-    return columns | {"Adapter": of("adapter_bytes", size)}
-
-
 def _drift_cell(drift: Number | None) -> dict:
     if drift is None:
         return _plain_cell(NONE, None)
@@ -109,22 +88,43 @@ def _drift_cell(drift: Number | None) -> dict:
 
 
 def summary_table(found: list[Entry]) -> dict:
-    """One row for the base and one for each entry: the six numbers, drift, time, memory and size where known.
+    """One row for the base and one for each entry: the six numbers, and drift where it is known.
 
     The best of each column is bold if there is a best; numbers that are tested against the reference say how.
     """
-    costs = _costs(found)
+    drift = [_drift_cell(entry.drift) for entry in found] if any(entry.drift is not None for entry in found) else []
     base = [_cell(found[0].numbers[name]) for name in ("source_before", "target_before")]
-    rows = [{"name": "base model", "cells": base + [_plain_cell(NONE, None)] * (len(COLUMNS) - 2 + len(costs))}]
+    rows = [{"name": "base model", "cells": base + [_plain_cell(NONE, None)] * (len(COLUMNS) - 2 + bool(drift))}]
     winners = {name: best([entry.numbers[name] for entry in found]) for name in COLUMNS}
     tests = against(found)
     for i, entry in enumerate(found):
         own = tests.get(entry.label, {})
         cells = [_cell(entry.numbers[name], winners[name] == i, own.get(name)) for name in COLUMNS]
-        cells += [column[i] for column in costs.values()]
         name = entry.label if len(entry.runs) == 1 else f"{entry.label} ({len(entry.runs)} seeds)"
-        rows.append({"name": name, "cells": cells})
-    return {"head": ["Method", *COLUMNS.values(), *costs], "rows": rows}
+        rows.append({"name": name, "cells": cells + drift[i : i + 1]})
+    return {"head": ["Method", *COLUMNS.values(), *["Drift (nats)"] * bool(drift)], "rows": rows}
+
+
+def cost_table(found: list[Entry]) -> dict:
+    """What each entry took: time, memory, weights and bytes; what nobody knows has no column."""
+    known = reference(found)
+    columns = {
+        "seconds": ("Training time", duration),
+        "memory_bytes": ("Peak memory", size),
+        "trainable": ("Weights trained", lambda count: NONE if count is None else f"{count:,}"),
+        "adapter_bytes": ("Adapter", size),
+    }
+    columns = {k: v for k, v in columns.items() if any(getattr(entry, k) is not None for entry in found)}
+    measured_alike = len({run.get("memory_of") for entry in found for run in entry.runs}) == 1
+    rows = []
+    for entry in found:
+        cells = {k: _plain_cell(words(getattr(entry, k)), getattr(entry, k)) for k, (_, words) in columns.items()}
+        if known not in (None, entry) and len({made_on(run) for run in (*entry.runs, *known.runs)}) == 1:
+            for key in ("seconds", *["memory_bytes"] * measured_alike):
+                if key in cells:
+                    cells[key]["test"] = times(getattr(entry, key), getattr(known, key))
+        rows.append({"name": entry.label, "cells": list(cells.values())})
+    return {"head": ["Method", *(head for head, _ in columns.values())], "rows": rows}
 
 
 def task_table(found: list[Entry]) -> dict:
@@ -292,6 +292,7 @@ def as_json(found: list[Entry], sentences: list[str]) -> dict:
             ],
             "against": tests.get(entry.label, {}),
             "seconds": entry.seconds,
+            "trainable": entry.trainable,
             "adapter_bytes": entry.adapter_bytes,
             "memory_bytes": entry.memory_bytes,
             "drift": None if entry.drift is None else _plain(entry.drift),
@@ -358,27 +359,39 @@ def _of_file(run: dict) -> dict[str, Any]:
 
 def _notes(found: list[Entry]) -> list[str]:
     """What a reader has to know before comparing the entries."""
-    first, notes = found[0], []
-    for entry in found[1:]:
-        for side in ("source_before", "target_before"):
-            own, other = (each.numbers[side].value for each in (entry, first))
-            if abs(own - other) <= 1e-9:
-                continue
-            before = f"{side.split('_')[0]} {percent(own)}{SPACE}% before training"
-            ran, with_ = (sorted({run.get("precision") or "another" for run in each.runs}) for each in (entry, first))
-            if ran == with_:
-                notes.append(f"{entry.label} starts from another base ({before}): compare with care.")
-            else:
-                notes.append(
-                    f"{entry.label} ran in {listed(ran)} precision, {first.label} in {listed(with_)}: the base answers "
-                    f"a little differently there ({before}, not {percent(other)}{SPACE}%)."
-                )
+    notes = [note for side in ("source_before", "target_before") for note in _bases(found, side)]
     runs = [run for entry in found for run in entry.runs]
     notes += dict.fromkeys(filter(None, map(by_heart, runs)))
     if not all(run["complete"] for run in runs):
         notes.append("Some runs are still missing: these numbers may change.")
     if any(run["compared"] for run in runs) and not found[0].runs[0].get("gallery"):
         notes.append("No pictures are shown: the folders of the runs are not beside the file of the comparison.")
+    return notes
+
+
+def _bases(found: list[Entry], side: str) -> list[str]:
+    """Whose base scored otherwise than the first's on a ``side``, and whether the precision tells why."""
+
+    def started(entry: Entry) -> str:
+        return f"{percent(entry.numbers[side].value)}{SPACE}%"
+
+    def precisions(entry: Entry) -> str:
+        return listed(sorted({run.get("precision") or "another" for run in entry.runs}))
+
+    first, alike = found[0], defaultdict(list)
+    for entry in found[1:]:
+        if abs(entry.numbers[side].value - first.numbers[side].value) > 1e-9:
+            alike[precisions(entry), started(entry)].append(entry.label)
+    name, notes = side.removesuffix("_before"), []
+    for (precision, before), labels in alike.items():
+        if precision == precisions(first):
+            starts = "start from another base" if len(labels) > 1 else "starts from another base"
+            notes.append(f"{listed(labels)} {starts} ({name} {before} before training): compare with care.")
+        else:
+            notes.append(
+                f"{listed(labels)} ran in {precision} precision, {first.label} in {precisions(first)}: the base "
+                f"answers a little differently there ({name} {before} before training, not {started(first)})."
+            )
     return notes
 
 
@@ -452,11 +465,10 @@ def _runs(paths: list[Path], remark: str | None) -> _Part:
     if against(found):
         note += " " + about_tests(REFERENCE)
     content = as_json(found, sentences)
-    tables, pictures, equal, made_of = (
-        [summary_table(found), task_table(found)],
+    tables, pictures, equal = (
+        [summary_table(found), task_table(found), cost_table(found)],
         gallery(found),
         equal_table(found),
-        None,
     )
     within = inside(found)
     on_the_way = plots.on_the_way([found[i] for i in plots.drawn(found)])
@@ -482,6 +494,7 @@ def _runs(paths: list[Path], remark: str | None) -> _Part:
         "gallery": pictures,
         "filters": filters(pictures),
         "several": len(found) > 1,
+        "reference": REFERENCE,
         "settings": _settings(found),
     }
     content |= {"equal_target": found[0].runs[0].get("equal_target"), "adapters": within["totals"]}

@@ -65,6 +65,7 @@ class Entry:
     adapter_bytes: float | None
     drift: Number | None = None
     memory_bytes: int | None = None
+    trainable: int | None = None
 
     @property
     def seeds(self) -> list[int]:
@@ -232,6 +233,7 @@ def _entry(label: str, runs: list[dict]) -> Entry:
         **mean_of,
         drift=over_seeds(drifts, 0.0, math.inf) if len(drifts) == len(runs) else None,
         memory_bytes=min(peaks) if len(peaks) == len(runs) else None,
+        trainable=runs[0].get("trainable"),
     )
 
 

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import json
 import shutil
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+
+from tqdm import tqdm
 
 from ..config import WATCHING, RunConfig
 from ..errors import UserError
@@ -27,7 +30,11 @@ def check_output(output: Path, config: RunConfig) -> None:
     path = output / RUN_FILE
     if path.is_file():
         if not same_run(output, config) and not came_to_nothing(output):
-            raise config.error("output", f"is {output}, which holds another run (see {path}); choose another folder.")
+            raise config.error(
+                "output",
+                f"is {output}, which holds another run ({_differing(path, config)} is another in {path}); choose "
+                "another folder.",
+            )
     elif output.is_dir() and any(output.iterdir()):
         raise config.error("output", f"is {output}, which holds something else; choose an empty folder.")
     shutil.rmtree(output / ".partial", ignore_errors=True)
@@ -35,11 +42,17 @@ def check_output(output: Path, config: RunConfig) -> None:
 
 def same_run(output: Path, config: RunConfig) -> bool:
     """Whether the run in ``output`` is this one in all but how it is watched, and what is measured afterwards."""
-    before, asked = RunConfig.load(output / RUN_FILE), config
+    return not _differing(output / RUN_FILE, config)
+
+
+def _differing(path: Path, asked: RunConfig) -> str:
+    """The first setting by which the run of the file ``path`` is not ``asked``; none where it is."""
+    before = RunConfig.load(path)
     left_out: Any = {"training": WATCHING}
-    if not (config.data.sequence or before.evaluate.every or asked.evaluate.every):  # these measure while they train
+    if not (asked.data.sequence or before.evaluate.every or asked.evaluate.every):  # these measure while they train
         left_out["evaluate"] = True
-    return before.model_dump(exclude=left_out) == asked.model_dump(exclude=left_out)
+    own, other = (_flat(each.model_dump(mode="json", exclude=left_out)) for each in (asked, before))
+    return next((key for key in own | other if own.get(key) != other.get(key)), "")
 
 
 def check_trained(config: RunConfig) -> None:
@@ -65,11 +78,17 @@ def check_trained(config: RunConfig) -> None:
 
 def _trained_with(config: RunConfig) -> dict[str, Any]:
     """The settings that shape an adapter, by their dotted keys."""
-    settings: dict[str, Any] = {}
     left_out: Any = {"output": True, "methods": True, "evaluate": True, "training": WATCHING}
-    for section, value in config.model_dump(mode="json", exclude=left_out).items():
-        inner = {f"{section}.{key}": one for key, one in value.items()} if isinstance(value, dict) else {section: value}
-        settings |= inner
+    return _flat(config.model_dump(mode="json", exclude=left_out))
+
+
+def _flat(sections: dict[str, Any]) -> dict[str, Any]:
+    """``{"method": {"r": 8}}`` -> ``{"method.r": 8}``."""
+    settings: dict[str, Any] = {}
+    for section, value in sections.items():
+        settings |= (
+            {f"{section}.{key}": one for key, one in value.items()} if isinstance(value, dict) else {section: value}
+        )
     return settings
 
 
@@ -105,13 +124,19 @@ def last_checkpoint(output: Path) -> Path | None:
 
 @contextmanager
 def telling_where_it_goes_on(output: Path) -> Iterator[None]:
-    """Remove what is half written where there was no room for the rest, and say where the run will go on."""
+    """Say where the run will go on that is stopped here, or has no room left; what is half written there goes."""
+
+    def where() -> str:
+        last = last_checkpoint(output)
+        return f"goes on from {last.name}" if last else "begins again, because it had made no checkpoint"
+
     try:
         yield
+    except KeyboardInterrupt:
+        tqdm.write(f"\nlorasculpt: stopped; run it again, and it {where()}.", file=sys.stderr)
+        raise
     except Exception as error:
         if not disk_full(error):
             raise
         shutil.rmtree(output / ".partial", ignore_errors=True)
-        last = last_checkpoint(output)
-        where = f"goes on from {last.name}" if last else "begins again, because it had made no checkpoint"
-        raise UserError(f"the disk of {output} has no room left; make some and run it again: it {where}.") from error
+        raise UserError(f"the disk of {output} has no room left; make some and run it again: it {where()}.") from error

@@ -20,7 +20,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixi
 
 from .. import corda
 from ..adapters.load import PROJECTOR_FILE
-from ..adapters.method import methods_of
+from ..adapters.method import MethodConfig, methods_of
 from ..adapters.update import UpdateConfig
 from ..config import RunConfig
 from ..data.records import Record
@@ -154,7 +154,7 @@ def adapter_config(model: nn.Module, config: RunConfig) -> PeftConfig:
 
 
 def check_method(config: RunConfig) -> None:
-    """See what can be told of ``config.method`` without the base, which may take long to load.
+    """See what can be told of ``config.method`` without the base, which may take long to load, or the training data.
 
     Raises:
         UserError: as of :func:`attach`.
@@ -164,8 +164,13 @@ def check_method(config: RunConfig) -> None:
         raise config.error(
             "scope", "says nothing beside method.target_modules, which names layers wherever they are; remove one."
         )
+    unknown: dict[str, Any] = {"target_modules": ["q_proj"]} if _open(kind, config) else {}
+    if issubclass(kind, UpdateConfig) and kind.multitask and not config.method.get("tasks"):
+        unknown["tasks"] = ["one"]
     with refusing(config):
-        built(config.method, **({"target_modules": ["q_proj"]} if _open(kind, config) else {}))
+        made = built(config.method | unknown)
+        if config.training.steps is not None and isinstance(made, MethodConfig):
+            made.check_steps(config.training.steps)
 
 
 def _check_names(model: nn.Module, config: RunConfig) -> None:
@@ -227,7 +232,15 @@ def refusing(config: RunConfig) -> Iterator[None]:
     try:
         yield
     except (TypeError, ValueError) as error:
-        raise config.error(blamed(config, error) or "method", f"is refused: {error}") from error
+        raise refusal(config, error, blamed(config, error) or "method") from error
+
+
+def refusal(config: RunConfig, error: Exception, key: str) -> UserError:
+    """What to raise for an ``error`` that speaks of the setting ``key``, be it written or a default."""
+    own = key.partition(".")[2]
+    return config.error(
+        key, f"{'has a default that does not do' if own and own not in config.method else 'is refused'}: {error}"
+    )
 
 
 def blamed(config: RunConfig, error: Exception) -> str | None:

@@ -6,6 +6,7 @@ import dataclasses
 import math
 import random
 from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -22,31 +23,37 @@ from ..evaluation.tasks import asked_as
 from .folder import DRIFT_FILE
 
 
-def _split(config: RunConfig, **options: Any) -> tuple[list[Record], list[Record]]:
-    """What is trained on, and what of the training data is set aside. ``options`` go to `read`."""
+@dataclass(frozen=True)
+class Rows:
+    """The rows of ``data.train``: what is trained on, and what is set aside. ``data`` tells other data from these."""
+
+    trained: list[Record]
+    aside: list[Record]
+    data: str
+
+
+def training_rows(config: RunConfig, *, check_images: bool = True) -> Rows:
+    """Read ``data.train``.
+
+    Raises:
+        UserError: for the first row or picture that is no good, with its file and line.
+    """
     data = config.data
     assert data.train is not None
-    records = read(data.train, images=data.images, limit=data.limit, **options)
-    return set_aside(records, data.validation, data.images or data.train.parent) if data.validation else (records, [])
+    records, folder = read(data.train, images=data.images, limit=data.limit, check_images=check_images), data.images
+    folder = folder or data.train.parent
+    told = fingerprint(records, folder)
+    return Rows(*(set_aside(records, data.validation, folder) if data.validation else (records, [])), told)
 
 
-def fingerprint_of(config: RunConfig) -> str:
-    """`lorasculpt.data.records.fingerprint` of ``data.train``, of which a run may set aside a share."""
-    data = config.data
-    assert data.train is not None
-    records = read(data.train, images=data.images, limit=data.limit, check_images=False)
-    return fingerprint(records, data.images or data.train.parent)
-
-
-def trained_on(config: RunConfig) -> list[Record]:
-    """The rows of one pass: those of ``data.train`` that are not set aside, and what is replayed of ``data.general``.
+def one_pass(config: RunConfig, trained: list[Record]) -> list[Record]:
+    """What is learned from in one pass: the rows ``trained`` on, and what is replayed of ``data.general``.
 
     Raises:
         UserError: as of :func:`general`.
     """
-    records, _ = _split(config)
     share = config.data.replay
-    return records if share is None else records + replayed(general(config), len(records), share, config.seed)
+    return trained if share is None else trained + replayed(general(config), len(trained), share, config.seed)
 
 
 def general(config: RunConfig) -> list[Record]:
@@ -61,7 +68,7 @@ def general(config: RunConfig) -> list[Record]:
     files = [*asked.source, *asked.target, *asked.validation, *asked.validation_source]
     measured = [record for file in files for record in read(file, images=asked.images)]
     if config.data.validation:
-        measured += _split(config)[1]
+        measured += training_rows(config).aside
     for record, other in shared(records, measured):
         raise UserError(
             f"{record.where}: asks what {other.where} asks, which is measured and may not be trained on; remove the "
@@ -78,7 +85,7 @@ def held_out(config: RunConfig, limit: int | None = None, *, each: int | None = 
     """
     found = []
     limit = config.evaluate.limit if limit is None else limit
-    aside = _split(config)[1] if config.data.validation else []
+    aside = training_rows(config).aside if config.data.validation else []
     for files, instead in ((config.evaluate.source, []), (config.evaluate.target, aside)):
         records = instead or [record for file in files for record in read(file, images=config.evaluate.images)]
         grouped = tasks(records)
@@ -105,6 +112,26 @@ def check_measured(config: RunConfig) -> None:
         read(file, images=asked.images)
 
 
+def check_metrics(config: RunConfig) -> None:
+    """See that each task of ``evaluate.metric`` is asked: by a row, or as a task of a sequence.
+
+    Raises:
+        UserError: for the first that is not, with its line in the file.
+    """
+    asked = config.evaluate
+    if not asked.metric:
+        return
+    known = {stage.name for stage in config.data.sequence}
+    files = [*asked.source, *asked.target, *asked.validation, *asked.validation_source]
+    known |= {record.task for file in files for record in read(file, images=asked.images, check_images=False)}
+    if config.data.validation:
+        known |= {record.task for record in training_rows(config, check_images=False).aside}
+    for name in asked.metric:
+        if name not in known:
+            told = f"is of a task that no question has; they are of {', '.join(sorted(known))}."
+            raise config.error(f"evaluate.metric.{name}", told)
+
+
 def check_lengths(records: Iterable[Record], model: nn.Module, processor) -> None:
     """See that the words of each row alone, without what its pictures take, are no more than the base reads at once.
 
@@ -124,16 +151,9 @@ def check_lengths(records: Iterable[Record], model: nn.Module, processor) -> Non
             )
 
 
-def rehearsed(config: RunConfig) -> list[tuple[Record, Record]] | None:
-    """The questions of ``config.evaluate`` that the run trains on, each with the row of ``data.train`` that asks it.
-
-    None where the training data cannot be read, which may be gone once the run is done.
-    """
-    asked = [record for side in held_out(config) for task in side for record in task.records]
-    try:
-        return shared(asked, _split(config, check_images=False)[0])
-    except (UserError, OSError):
-        return None
+def rehearsed(config: RunConfig, trained: Sequence[Record]) -> list[tuple[Record, Record]]:
+    """The questions of ``config.evaluate`` that are ``trained`` on, each with the row that asks it."""
+    return shared([record for side in held_out(config) for task in side for record in task.records], trained)
 
 
 def check_tasks(config: RunConfig, known: Sequence[str], tasks: Iterable[Task]) -> None:

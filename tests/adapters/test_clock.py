@@ -5,13 +5,15 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
+import pico
 import pytest
 import torch
 from contract import close, equal, loss, masks, plain, records, sgd, start, texts, train, trained, weights
+from datasets import Dataset
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
-from lorasculpt import Clock, ClockCallback, UserError, method_logs
+from lorasculpt import Clock, ClockCallback, LoRASculptConfig, UserError, method_logs
 from lorasculpt.adapters.layers import sites
 from lorasculpt.adapters.method import methods_of
 from lorasculpt.adapters.update import context_of, updates
@@ -118,6 +120,104 @@ def test_a_fused_optimizer_under_a_loss_scaler_is_no_other(clip):
         found.append((weights(model), methods_of(model)["default"].sums))
     close(found[1][0], found[0][0], rtol=1e-3, atol=1e-5)
     close(found[1][1], found[0][1], rtol=1e-3, atol=1e-5)
+
+
+def test_a_clock_that_is_told_of_no_step_says_so():
+    """As where the optimizer was made anew, or the window is opened for each micro-batch."""
+    model = llama(cmr_weight=0.1)
+    clock = Clock(model, sgd(model))
+    other = sgd(model)
+    clock.begin_step()
+    loss(model, texts()[0]).backward()
+    with pytest.raises(RuntimeError, match=r"clock\.begin_step\(\) was called again in the same optimizer step"):
+        clock.begin_step()
+    other.step()
+    with pytest.warns(UserWarning, match="without a step of the optimizer that the clock was given"):
+        clock.end_step()
+    assert clock.step == 0
+
+
+def test_an_optimizer_of_something_else_is_refused():
+    model = llama()
+    with pytest.raises(ValueError, match="the optimizer has no parameter of adapter 'default'"):
+        Clock(model, torch.optim.SGD([torch.nn.Parameter(torch.ones(2))], lr=0.1))
+
+
+def test_a_model_has_one_clock():
+    """A second one takes over, as of an epoch of its own: the penalty counts once."""
+    found = []
+    for clocks in (1, 2):
+        model = llama(cmr_weight=0.1, omega=2.0)
+        optimizer = sgd(model)
+        for _ in range(clocks):
+            clock = Clock(model, optimizer)
+        clock.begin_step()
+        loss(model, texts()[0]).backward()
+        found.append([p.grad.clone() for p in trained(model)])
+        optimizer.step()
+        clock.end_step()
+        assert clock.step == 1
+    assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
+
+
+def test_what_begins_to_train_later_needs_another_clock():
+    model = llama()
+    model.add_adapter("other", model.peft_config["default"])
+    model.set_adapter("default")
+    clock = Clock(model, sgd(model))
+    model.set_adapter("other")
+    with pytest.raises(RuntimeError, match="other parameters are trained than when this clock was made"):
+        clock.begin_step()
+
+
+def test_a_state_of_something_else_is_refused_in_a_sentence():
+    model = llama(prune_step=1)
+    clock = Clock(model, sgd(model), 3)
+    train(model, [texts()] * 2)
+    state = clock.state_dict()
+    state["methods"]["other"] = state["methods"].pop("default")
+    with pytest.raises(ValueError, match="the state is of the adapters 'other', and this clock drives 'default'"):
+        clock.load_state_dict(state)
+    smaller = llama(prune_step=1, r=2)
+    train(smaller, [texts()] * 2)
+    with pytest.raises(ValueError, match="adapter 'default' is of another method or of other shapes"):
+        Clock(smaller, sgd(smaller), 3).load_state_dict(Clock(model, sgd(model), 3).state_dict())
+
+
+def test_an_adapter_that_the_model_itself_added_has_no_method():
+    base = pico.build("llama")[0]
+    base.add_adapter(LoRASculptConfig(r=4, target_modules=["q_proj"]))
+    with pytest.raises(UserError, match=r"added by the model itself \(add_adapter\), which leaves its method out"):
+        Clock(base, sgd(base))
+
+
+def test_streamed_data_are_trained_on_under_accumulation(tmp_path):
+    rows = Dataset.from_list([{key: value[0].tolist() for key, value in batch.items()} for batch in texts(number=8)])
+    model = llama(prune_step=2)
+    arguments = TrainingArguments(
+        str(tmp_path),
+        max_steps=4,
+        per_device_train_batch_size=1,
+        gradient_accumulation_steps=2,
+        report_to=[],
+        use_cpu=True,
+    )
+    Trainer(model, arguments, train_dataset=rows.to_iterable_dataset(), callbacks=[ClockCallback()]).train()
+    assert methods_of(model)["default"].pruned
+    assert methods_of(model)["default"].step == 4
+
+
+def test_training_that_ends_before_it_pruned_says_so(tmp_path):
+    class Stop(TrainerCallback):
+        def on_step_end(self, args, state, control, **kwargs):
+            control.should_training_stop = True
+
+    model = llama(prune_step=2)
+    arguments = TrainingArguments(str(tmp_path), max_steps=4, report_to=[], use_cpu=True)
+    rows = [{key: value[0] for key, value in batch.items()} for batch in texts(number=8)]
+    trainer = Trainer(model, arguments, train_dataset=rows, callbacks=[ClockCallback(), Stop()])
+    with pytest.warns(UserWarning, match="training ended after step 1, before prune_step=2: nothing was pruned"):
+        trainer.train()
 
 
 def test_a_closed_clock_does_nothing():

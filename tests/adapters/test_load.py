@@ -9,7 +9,7 @@ import torch
 import transformers as hf
 from contract import adapt, equal, logits, masks, sgd, start, texts, train, trained, weights
 from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from transformers import Trainer, TrainingArguments
 
 import lorasculpt
@@ -53,6 +53,56 @@ def test_for_training_method_masks_and_settings_come_back(sculpted):
     for each in (model, loaded):
         train(each, [texts()] * 2)
     assert equal(weights(loaded), weights(model))
+
+
+def test_masks_whose_file_is_gone_are_read_off_the_zeros(sculpted):
+    model, folder = sculpted
+    (folder / "lorasculpt_state.safetensors").unlink()
+    loaded = lorasculpt.load(llama(), folder, trainable=True).eval()
+    assert equal(masks(loaded), masks(model))
+    for each in (model, loaded):
+        train(each, [texts()] * 2)
+    assert equal(weights(loaded), weights(model))
+
+
+def test_what_the_weights_do_not_tell_is_missed(sculpted, tmp_path):
+    model, folder = sculpted
+    (folder / "lorasculpt_state.safetensors").unlink()
+    saved = load_file(folder / "adapter_model.safetensors")
+    name = next(name for name in saved if "lora_A" in name)
+    saved[name].view(-1)[saved[name].view(-1).nonzero()[0]] = 0  # a kept entry that has become 0
+    save_file(saved, folder / "adapter_model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(UserError, match=r"adapter lacks lorasculpt_state\.safetensors, which was saved with"):
+        lorasculpt.load(llama(), folder, trainable=True)
+    model, _ = start("llama", "spider")
+    train(model, [texts()] * 2)
+    model.save_pretrained(tmp_path / "spider")
+    (tmp_path / "spider" / "lorasculpt_state.safetensors").unlink()
+    with pytest.raises(UserError, match=r"spider lacks lorasculpt_state\.safetensors"):
+        lorasculpt.load(llama(), tmp_path / "spider", trainable=True)
+
+
+@pytest.mark.parametrize("trainable", [False, True])
+def test_a_second_adapter_comes_beside_the_first(sculpted, tmp_path, trainable):
+    model, folder = sculpted
+    other, _ = start("llama", prune_step=1, density=0.3)
+    train(other, [texts()] * 2)
+    other.save_pretrained(tmp_path / "other")
+    both = lorasculpt.load(llama(), folder, trainable)
+    assert lorasculpt.load(both, tmp_path / "other", trainable, adapter="other") is both
+    for name, alone in (("default", model), ("other", other), ("default", model)):
+        both.set_adapter(name)
+        assert torch.equal(logits(both.eval(), texts()[0]), logits(alone.eval(), texts()[0]))
+    if trainable:
+        assert equal(masks(both, "other"), masks(other))
+        both.set_adapter("other")
+        train(both, [texts()] * 2)
+        train(other, [texts()] * 2)
+        assert equal(weights(both, "other"), weights(other))
+    with pytest.raises(UserError, match="has an adapter 'other' already"):
+        lorasculpt.load(both, folder, trainable, adapter="other")
+    with pytest.raises(UserError, match=r"does not put them side by side; load both with trainable=True\.$"):
+        lorasculpt.load(both, folder, not trainable, adapter="third")
 
 
 @pytest.mark.parametrize("steps", [0, 1, 2, 3])

@@ -64,6 +64,28 @@ OTHER = {
 }
 
 
+# --- what is saved --------------------------------------------------------------------------------------------------
+
+
+def test_weights_of_before_pruning_are_saved_and_merged_as_they_act(tmp_path):
+    """As of a loop that keeps the best weights in memory and puts them back."""
+    model, _ = start("llama", prune_step=2)
+    best = copy.deepcopy(model.state_dict())
+    train(model, [texts()] * 3)
+    model.load_state_dict(best)
+    with torch.no_grad():
+        for site in sites(model).values():
+            site.b.weight.add_(0.1)
+    acts = logits(model.eval(), texts()[0])
+    model.save_pretrained(tmp_path)
+    saved = load_file(tmp_path / "adapter_model.safetensors")
+    density = sum((value != 0).sum() for value in saved.values()) / sum(value.numel() for value in saved.values())
+    assert density < 0.5
+    plain = PeftModel.from_pretrained(pico.build("llama")[0], tmp_path).eval()
+    assert torch.equal(logits(plain, texts()[0]), acts)
+    assert torch.allclose(logits(model.merge_and_unload(), texts()[0]), acts, atol=1e-5)
+
+
 # --- what LoraConfig may be told ------------------------------------------------------------------------------------
 
 

@@ -16,18 +16,24 @@ or not, knows nothing of it.
 from __future__ import annotations
 
 import os
+import warnings
 from pathlib import Path
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from peft.utils import SAFETENSORS_WEIGHTS_NAME
 from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import TrainerCallback
+from transformers.trainer_utils import has_length
 
 from ..errors import UserError
-from .layers import full, sharded_like
-from .method import Method, looks_sculpted, method_logs, methods_of, read_record, read_state
+from .layers import MaskedLinear, full, sharded_like
+from .method import Method, bring_back, looks_sculpted, method_logs, methods_of, read_record
+from .update import UpdateLayer
+
+_DRIVING: WeakKeyDictionary[Method, Clock] = WeakKeyDictionary()  # the clock that drives a method, where one does
 
 
 class Clock:
@@ -35,14 +41,17 @@ class Clock:
 
     Args:
         model: a PEFT model, wrapped (DDP, compiled) or not.
-        optimizer: the optimizer that trains it. A step that a loss scaler skips is no step.
+        optimizer: the optimizer that trains it, be it accelerate's. A step that a loss scaler skips is no step.
         total_steps: optimizer steps of the whole training; needed where a setting is a share of training.
         accumulation: micro-batches in a full window. The last window of an epoch may be shorter.
-        scaler: the ``torch.amp.GradScaler`` in use, if any.
+        scaler: the ``torch.amp.GradScaler`` in use, if any. Default: that of accelerate's optimizer.
+
+    A model has one clock: where an earlier one drives a method of it, that one is closed.
 
     Raises:
-        UserError: if ``model`` holds a pruned adapter that was loaded as plain LoRA, which training would fill again.
-        ValueError: if a method cannot run for ``total_steps``.
+        UserError: if ``model`` holds a pruned adapter that was loaded as plain LoRA, which training would fill again,
+            or one that is no adapter of a PEFT model, whose method nobody knows.
+        ValueError: if a method cannot run for ``total_steps``, or ``optimizer`` has none of its parameters.
     """
 
     def __init__(
@@ -53,21 +62,28 @@ class Clock:
         accumulation: int = 1,
         scaler: Any = None,
     ):
-        self.methods = {name: method for name, method in methods_of(model).items() if _trains(method)}
-        if not self.methods and looks_sculpted(model):
-            raise UserError(
-                "this adapter was pruned and then loaded as plain LoRA, so training would fill its zeros again; "
-                "load it with lorasculpt.load(base, folder, trainable=True)."
-            )
+        self._model = model
+        self.methods = self._at_work()
+        if not self.methods:
+            _check_none(model)
+        scaler = getattr(optimizer, "scaler", None) if scaler is None else scaler
         self.total_steps, self.accumulation, self.scaler = total_steps, accumulation, scaler
         self.step = max((method.step for method in self.methods.values()), default=0)
         self._open = False
         self._due: dict[nn.Parameter, Tensor] = {}
         self._added: dict[nn.Parameter, Tensor] = {}
         self._task: dict[nn.Parameter, Tensor] = {}
-        for method in self.methods.values():
-            method.begin(total_steps)
         optimizer = getattr(optimizer, "optimizer", optimizer)  # accelerate wraps it
+        self._trained = self._parameters()
+        for name, method in self.methods.items():
+            if not {id(p) for p in method.parameters()} & {id(p) for p in _stepped(optimizer)}:
+                raise ValueError(
+                    f"the optimizer has no parameter of adapter {name!r}: make it of the adapter's, and then the clock."
+                )
+            if (earlier := _DRIVING.get(method)) is not None:
+                earlier.close()
+            _DRIVING[method] = self
+            method.begin(total_steps)
         self._handles: list[Any] = [
             optimizer.register_step_pre_hook(self._before_step),
             optimizer.register_step_post_hook(self._after_step),
@@ -82,8 +98,21 @@ class Clock:
 
         ``micro_batches``: how many there are in this window, if not ``accumulation``. The losses of a method (balance
         of experts) are averaged over them.
+
+        Raises:
+            RuntimeError: if the window is open already and holds gradients, or if other parameters are trained than
+                when the clock was made.
         """
-        self._open = True
+        if any(parameter.grad is not None for parameter in self._added):
+            raise RuntimeError(
+                "clock.begin_step() was called again in the same optimizer step; call it before the first of its "
+                "micro-batches alone, and clock.end_step() once the gradients are set to None."
+            )
+        if self._parameters() != self._trained:
+            raise RuntimeError(
+                "other parameters are trained than when this clock was made; make optimizer and clock anew."
+            )
+        self._open, self._stepped = True, False
         self._due = {}
         scale = self.scaler.get_scale() if self.scaler is not None and self.scaler.is_enabled() else 1.0
         for method in self.methods.values():
@@ -93,10 +122,28 @@ class Clock:
 
     def end_step(self) -> None:
         """Close the window, after the optimizer step."""
+        if self._open and self._added and not self._stepped and self.scaler is None:
+            warnings.warn(
+                "clock.end_step() came without a step of the optimizer that the clock was given: the method has not "
+                "counted it. If the optimizer was made anew, make the clock anew as well.",
+                stacklevel=2,
+            )
+        self._close_window()
+
+    def _close_window(self) -> None:
         self._open = False
-        self._due = {}
+        self._due, self._added = {}, {}
         for method in self.methods.values():
             method.close()
+
+    def _at_work(self) -> dict[str, Method]:
+        return {name: method for name, method in methods_of(self._model).items() if _trains(method)}
+
+    def _parameters(self) -> set[int]:
+        """What the methods of the model train now, by identity."""
+        if not self.methods:
+            return set()
+        return {id(p) for method in self._at_work().values() for p in method.parameters() if p.requires_grad}
 
     def _accumulated(self, parameter: nn.Parameter) -> None:
         """A gradient has just been accumulated in ``parameter.grad``: add what is due, once, and take both norms."""
@@ -129,6 +176,7 @@ class Clock:
             if self.methods and any(p.grad is not None and p.grad.any() for p in _stepped(optimizer)):
                 raise RuntimeError("call clock.begin_step() before the first backward pass of every optimizer step.")
             return
+        self._stepped = True
         if _skipped(optimizer):
             return
         self.step += 1
@@ -144,14 +192,26 @@ class Clock:
         return {"step": self.step, "methods": {name: method.state() for name, method in self.methods.items()}}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on from :meth:`state_dict`."""
-        self.step = state["step"]
+        """Go on from :meth:`state_dict`.
+
+        Raises:
+            ValueError: it is of other adapters, of another method or of other shapes.
+        """
+        if state["methods"].keys() != self.methods.keys():
+            told = [", ".join(map(repr, names)) or "none" for names in (state["methods"], self.methods)]
+            raise ValueError(f"the state is of the adapters {told[0]}, and this clock drives {told[1]}.")
         for name, (values, tensors) in state["methods"].items():
-            self.methods[name].restore(values, tensors)
+            try:
+                self.methods[name].restore(values, tensors)
+            except (KeyError, ValueError) as error:
+                raise ValueError(
+                    f"the state of adapter {name!r} is of another method or of other shapes than the model's ({error})."
+                ) from error
+        self.step = state["step"]
 
     def close(self) -> None:
         """Let go of the optimizer, the parameters and the model."""
-        self.end_step()
+        self._close_window()
         for handle in self._handles:
             handle.remove()
         self._handles = []
@@ -192,8 +252,7 @@ class ClockCallback(TrainerCallback):
             _resume(model, state.global_step, folder)
         if self.clock is not None:  # of a training that was interrupted
             self.clock.close()
-        scaler = getattr(optimizer, "scaler", None)
-        self.clock = Clock(model, optimizer, state.max_steps, args.gradient_accumulation_steps, scaler)
+        self.clock = Clock(model, optimizer, state.max_steps, args.gradient_accumulation_steps)
 
     def on_step_begin(self, args, state, control, train_dataloader=None, **kwargs):
         if self.clock is not None:
@@ -228,6 +287,9 @@ class ClockCallback(TrainerCallback):
 
     def on_train_end(self, args, state, control, **kwargs):
         if self.clock is not None:
+            for name, method in self.clock.methods.items():
+                if (told := method.unfinished()) is not None:
+                    warnings.warn(f"adapter {name!r}: {told}.", stacklevel=2)
             self.clock.close()
         if self._board is not None:
             self._board.close()
@@ -236,6 +298,25 @@ class ClockCallback(TrainerCallback):
 
 def _stepped(optimizer: torch.optim.Optimizer) -> list[nn.Parameter]:
     return [parameter for group in optimizer.param_groups for parameter in group["params"]]
+
+
+def _check_none(model: nn.Module) -> None:
+    """See that a model without a method at work has none to miss.
+
+    Raises:
+        UserError: for a pruned adapter that was loaded as plain LoRA, and for layers of a method outside a PEFT model.
+    """
+    if looks_sculpted(model):
+        raise UserError(
+            "this adapter was pruned and is a plain LoRA here, so training would fill its zeros again; load it with "
+            "lorasculpt.load(base, folder, trainable=True), from the folder that was trained: what was exported or "
+            "edited holds no method any more."
+        )
+    if not methods_of(model) and any(isinstance(module, MaskedLinear | UpdateLayer) for module in model.modules()):
+        raise UserError(
+            "the adapter of this model was added by the model itself (add_adapter), which leaves its method out; use "
+            "PEFT's get_peft_model(model, config)."
+        )
 
 
 def _trains(method: Method) -> bool:
@@ -249,8 +330,11 @@ def _skipped(optimizer: torch.optim.Optimizer) -> bool:
 
 
 def _window(loader: Any, step: int, accumulation: int) -> int:
-    """Micro-batches in the window of the optimizer step after ``step``: the last one of an epoch may be shorter."""
-    if accumulation == 1 or not hasattr(loader, "__len__"):
+    """Micro-batches in the window of the optimizer step after ``step``: the last one of an epoch may be shorter.
+
+    Where data are streamed, nobody knows which is the last, and it counts as a full one.
+    """
+    if accumulation == 1 or not has_length(loader):
         return accumulation
     batches = len(loader)
     windows = -(-batches // accumulation)
@@ -269,7 +353,7 @@ def _resume(model: nn.Module, step: int, checkpoint: Path) -> None:
         record = read_record(folder)
         if record is not None and _holds_weights(folder, method):
             _load_frozen(folder, method)
-            method.restore(*read_state(folder))
+            bring_back(method, folder)
         elif method.uncertain:
             raise UserError(
                 f"the state of adapter '{name}' cannot be read off its weights: give ClockCallback(resume=...) the "

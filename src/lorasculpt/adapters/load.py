@@ -21,7 +21,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_
 
 from ..errors import UserError
 from .layers import sites
-from .method import methods_of, read_record, read_state
+from .method import bring_back, methods_of, read_record
 from .update import updates
 
 PROJECTOR_FILE = "projector.safetensors"
@@ -32,7 +32,8 @@ def load(base: nn.Module, folder: str | Path, trainable: bool = False, adapter: 
 
     Args:
         base: the model that the adapter was trained on, freshly loaded. A fully trained projector that was saved with
-            the adapter replaces the projector in it.
+            the adapter replaces the projector in it. Or a model that has adapters of the same type already: this one
+            comes beside them, and ``set_adapter`` switches to it.
         folder: a folder written by ``save_pretrained``, by this library or by stock PEFT.
         trainable: whether training is to go on. The method, its masks and its settings then come back with the
             weights. Without it the adapter is a plain LoRA for inference.
@@ -53,13 +54,22 @@ def load(base: nn.Module, folder: str | Path, trainable: bool = False, adapter: 
     else:
         config = PeftConfig.from_pretrained(str(folder))
     config.inference_mode = not trainable
-    kinds = [kind.__name__ for kind in type(base).__mro__]
-    check_family(folder, getattr(getattr(base, "config", None), "model_type", None), kinds)
-    load_projector(base, folder)
+    within = base.get_base_model() if isinstance(base, PeftModel) else base
+    kinds = [kind.__name__ for kind in type(within).__mro__]
+    check_family(folder, getattr(getattr(within, "config", None), "model_type", None), kinds)
+    if within is base:
+        load_projector(base, folder)
+    elif (folder / PROJECTOR_FILE).is_file():
+        raise UserError(
+            f"{folder} comes with a projector, which all adapters of a model share; give it a base of its own."
+        )
     try:
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", "Found missing adapter keys")  # an error below
-            model = PeftModel.from_pretrained(base, str(folder), adapter, is_trainable=trainable, config=config)
+            if isinstance(base, PeftModel):
+                model = _added(base, folder, adapter, config, trainable)
+            else:
+                model = PeftModel.from_pretrained(base, str(folder), adapter, is_trainable=trainable, config=config)
     except (RuntimeError, ValueError) as error:
         if "size mismatch" in str(error) or "Target modules" in str(error):
             raise _misfit(f"the adapter in {folder}", error) from error
@@ -68,7 +78,25 @@ def load(base: nn.Module, folder: str | Path, trainable: bool = False, adapter: 
         raise
     _check_whole(model, folder, adapter)
     if record is not None and trainable:
-        methods_of(model)[adapter].restore(*read_state(folder))
+        bring_back(methods_of(model)[adapter], folder)
+    return model
+
+
+def _added(model: PeftModel, folder: Path, adapter: str, config: PeftConfig, trainable: bool) -> PeftModel:
+    """``model`` with one adapter more."""
+    if adapter in model.peft_config:
+        raise UserError(f"the model has an adapter {adapter!r} already; give this one another name: adapter=...")
+    known = next(iter(model.peft_config.values())).peft_type
+    if config.peft_type != known:
+        mend = "load both with trainable=True" if read_record(folder) else "give each a base of its own"
+        raise UserError(
+            f"the model has an adapter of the type {known.value}, and the one in {folder} would be of "
+            f"{config.peft_type.value}: PEFT does not put them side by side; {mend}."
+        )
+    model.add_adapter(adapter, config)
+    if trainable:
+        model.set_requires_grad(adapter)
+    model.load_adapter(str(folder), adapter, is_trainable=trainable)
     return model
 
 

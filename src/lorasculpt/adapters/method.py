@@ -124,8 +124,19 @@ class Method:
         """What a restart needs: plain values and tensors."""
         return {}, {}
 
+    def has_tensors(self, values: dict[str, Any]) -> bool:
+        """Whether :meth:`state` gave tensors beside these plain ``values``."""
+        return False
+
     def restore(self, values: dict[str, Any], tensors: dict[str, Tensor]) -> None:
-        """Take back what :meth:`state` gave."""
+        """Take back what :meth:`state` gave; tensors that it gave may be missing where ``loaded`` was certain."""
+
+    def settle(self) -> None:
+        """Make the weights what the forward pass makes of them, before they are saved or merged."""
+
+    def unfinished(self) -> str | None:
+        """What the method has not done that training was to do, in a sentence; None if all is done."""
+        return None
 
 
 @dataclasses.dataclass
@@ -240,6 +251,21 @@ def read_state(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
     return record["state"], tensors
 
 
+def bring_back(method: Method, folder: Path) -> None:
+    """Give ``method``, whose weights were loaded from ``folder``, the state that was saved with them.
+
+    Raises:
+        UserError: if a part of it is no longer there, and the weights do not tell it.
+    """
+    values, tensors = read_state(folder)
+    if not tensors and method.has_tensors(values) and method.uncertain:
+        raise UserError(
+            f"{folder} lacks {STATE_FILE}, which was saved with this adapter and holds what its weights do not tell; "
+            "put it back."
+        )
+    method.restore(values, tensors)
+
+
 class Methods(BaseTuner):
     """What the PEFT tuners of all methods share: a :class:`Method` per adapter, its state saved and loaded with it."""
 
@@ -258,12 +284,12 @@ class Methods(BaseTuner):
 
     @classmethod
     def _get_adapter_state_dict(cls, model, config, adapter_name, state_dict, unwanted_adapter_names):
-        found = super()._get_adapter_state_dict(model, config, adapter_name, state_dict, unwanted_adapter_names)
         tuner = getattr(model, "base_model", None)
         if isinstance(tuner, Methods):
             # PeftModel.save_pretrained asks for the tensors first and for the config file next
+            tuner.methods[adapter_name].settle()
             config._state = tuner.methods[adapter_name].state()
-        return found
+        return super()._get_adapter_state_dict(model, config, adapter_name, state_dict, unwanted_adapter_names)
 
     @classmethod
     def _remap_adapter_state_dict_for_load(cls, model, config, adapter_name, state_dict):
@@ -289,6 +315,18 @@ class MethodModel(Methods, LoraModel):
                     "cannot adapt: target linear layers only."
                 )
             leaves[adapter_name] = MaskedLinear.of(leaves[adapter_name])
+
+    def merge_adapter(self, *args, **kwargs):
+        self._settle()
+        super().merge_adapter(*args, **kwargs)
+
+    def _unload_and_optionally_merge(self, *args, **kwargs):
+        self._settle()
+        return super()._unload_and_optionally_merge(*args, **kwargs)
+
+    def _settle(self) -> None:
+        for method in self.methods.values():
+            method.settle()
 
 
 def register(config: type[MethodConfig], tuner: type[Methods] = MethodModel) -> type[MethodConfig]:

@@ -105,9 +105,7 @@ class Sculpt(Method):
         super().after_step(step)
         if not self.pruned and step >= self.prune_step:
             self.prune()
-        if self.pruned:
-            for leaf, _ in self._leaves():
-                leaf.project()
+        self.settle()
 
     @torch.no_grad()
     def prune(self) -> None:
@@ -232,14 +230,29 @@ class Sculpt(Method):
                 tensors[f"{site.name}.lora_B.mask"] = pack(site.b.mask)
         return values, tensors
 
+    def has_tensors(self, values):
+        return values["pruned"]
+
     def restore(self, values, tensors):
         self.step, self.pruned, self.prune_step = values["step"], values["pruned"], values["prune_step"]
         self.removed, self.uncertain = values["removed"], False
+        if self.pruned and not tensors:
+            return  # the masks stay those that `loaded` read off the zeros
         for site in self.sites.values():
             for factor, leaf in (("lora_A", site.a), ("lora_B", site.b)):
                 packed = tensors.get(f"{site.name}.{factor}.mask")
                 mask = torch.ones_like(leaf.mask) if packed is None else unpack(packed, leaf.weight.shape)
                 leaf.mask.copy_(mask)
+
+    def settle(self):
+        if self.pruned:
+            for leaf, _ in self._leaves():
+                leaf.project()
+
+    def unfinished(self):
+        if self.pruned or not self.step:
+            return None
+        return f"training ended after step {self.step}, before prune_step={self.prune_step}: nothing was pruned"
 
 
 def _in_connector(name: str) -> bool:

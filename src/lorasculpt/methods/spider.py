@@ -114,6 +114,9 @@ class Spider(UpdateMethod):
     def state(self):
         return super().state()[0], {name: G.to("cpu", copy=True) for name, G in self.sums.items()}
 
+    def has_tensors(self, values):
+        return values["step"] > 0
+
     def restore(self, values, tensors):
         super().restore(values, tensors)
         self.sums = {name: G.to(self.updates[name].D.device, copy=True) for name, G in tensors.items()}

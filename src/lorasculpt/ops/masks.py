@@ -34,7 +34,13 @@ def pack(mask: Tensor) -> Tensor:
 
 
 def unpack(packed: Tensor, shape: torch.Size) -> Tensor:
-    """The inverse of :func:`pack` for a mask of ``shape``."""
+    """The inverse of :func:`pack` for a mask of ``shape``.
+
+    Raises:
+        ValueError: if it is of another number of entries.
+    """
+    if packed.numel() != -(-shape.numel() // 8):
+        raise ValueError(f"{8 * packed.numel()} entries are no mask of {tuple(shape)}")
     places = torch.tensor([1, 2, 4, 8, 16, 32, 64, 128], dtype=torch.uint8, device=packed.device)
     bits = (packed[:, None] & places) != 0
     return bits.flatten()[: shape.numel()].view(shape)

@@ -167,6 +167,8 @@ def check_method(config: RunConfig) -> None:
     unknown: dict[str, Any] = {"target_modules": ["q_proj"]} if _open(kind, config) else {}
     if issubclass(kind, UpdateConfig) and kind.multitask and not config.method.get("tasks"):
         unknown["tasks"] = ["one"]
+    if config.data.sequence and issubclass(kind, MethodConfig):
+        unknown |= kind.apart(config.method, ["before"]) or {}
     with refusing(config):
         made = built(config.method | unknown)
         if config.training.steps is not None and isinstance(made, MethodConfig):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar
@@ -133,6 +134,11 @@ class Method:
 
     def settle(self) -> None:
         """Make the weights what the forward pass makes of them, before they are saved or merged."""
+
+    def moved(self) -> bool:
+        """Whether the adapter is no longer what a fresh one is, which adds nothing to its base."""
+        fresh = self.config.init_lora_weights is False  # B is then random from the start
+        return not fresh and any(bool(site.b.weight.detach().any()) for site in self.sites.values())
 
     def unfinished(self) -> str | None:
         """What the method has not done that training was to do, in a sentence; None if all is done."""
@@ -287,8 +293,15 @@ class Methods(BaseTuner):
         tuner = getattr(model, "base_model", None)
         if isinstance(tuner, Methods):
             # PeftModel.save_pretrained asks for the tensors first and for the config file next
-            tuner.methods[adapter_name].settle()
-            config._state = tuner.methods[adapter_name].state()
+            method = tuner.methods[adapter_name]
+            if config.clock and not method.step and method.moved():
+                warnings.warn(
+                    f"adapter {adapter_name!r} was trained without a clock, so not as {config.method}: give a trainer "
+                    "callbacks=[lorasculpt.ClockCallback()], or drive a lorasculpt.Clock in your own loop.",
+                    stacklevel=2,
+                )
+            method.settle()
+            config._state = method.state()
         return super()._get_adapter_state_dict(model, config, adapter_name, state_dict, unwanted_adapter_names)
 
     @classmethod

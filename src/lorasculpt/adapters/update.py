@@ -167,6 +167,9 @@ class UpdateMethod(Method):
     def parameters(self):
         return [parameter for update in self.updates.values() for parameter in update.parameters()]
 
+    def moved(self):
+        return False  # what a fresh one is differs from method to method
+
     def open(self, weight):
         self.context.weight.fill_(weight)
         for update in self.updates.values():

@@ -17,9 +17,9 @@ import yaml
 
 from ..compare import compare
 from ..config import RunConfig
+from ..models.tower import remembering
 from . import world
 from .run import METHODS, settings, write_data
-from .tower import remembering
 
 RATES = (2e-4, 5e-4, 1.5e-3)
 SEEDS = 3

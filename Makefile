@@ -3,7 +3,7 @@
 #     make demo          a small model learns something new: what it learned and what it forgot (FULL=1: the whole run)
 #     make test          all tests (ARGS='-k pico' picks some)
 #     make check         format, lint, types, tests, every example in the docs: what a change must pass
-#     make results   measures everything in results/ again: hours, goes on where it was stopped, readable at any time
+#     make results       measures everything in results/ again: hours, goes on where it was stopped, readable at any time
 #     make clean         removes .venv and everything that is generated
 
 .DEFAULT_GOAL := help
@@ -42,8 +42,8 @@ check: .venv/.installed-dev
 results: .venv/.installed-dev
 	$(BIN)/lorasculpt demo knows
 	$(BIN)/lorasculpt demo results
-	$(BIN)/lorasculpt demo results --target flags --out results/flags.json
-	$(BIN)/lorasculpt demo results --others --out results/others.json
+	$(BIN)/lorasculpt demo results --target flags
+	$(BIN)/lorasculpt demo results --others
 	$(BIN)/lorasculpt demo tasks
 	$(BIN)/lorasculpt demo study
 	$(BIN)/python scripts/results

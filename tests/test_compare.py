@@ -21,7 +21,6 @@ from safetensors.torch import load_file
 from lorasculpt import UserError, compare, posthoc, sequence
 from lorasculpt.compare import commands, planned
 from lorasculpt.comparison import edits, plan, sequences
-from lorasculpt.comparison.drift import drift_and_loss, rank_correlation, spearman
 from lorasculpt.comparison.forecast import ahead, cost
 from lorasculpt.comparison.launch import launch
 from lorasculpt.comparison.plan import Comparison
@@ -1110,63 +1109,6 @@ def test_what_a_method_costs_is_told_seed_by_seed_in_units_of_loras():
     _, second = table([run | {"memory_of": "process"} for run in (*lora, *slow[:2])])
     assert (second["memory"], second["memory_bytes"]) == ({"mean": 2, "low": None, "high": None}, 200)
     assert second["time"]["high"] > second["time"]["mean"]
-
-
-def slow_spearman(x, y) -> float:
-    """Pearson's correlation of ranks, each counted by looking at all others."""
-
-    def ranks(values):
-        return [1 + sum(b < a for b in values) + (sum(b == a for b in values) - 1) / 2 for a in values]
-
-    a, b = ranks(x), ranks(y)
-    n, centre = len(a), (len(a) + 1) / 2
-    cov = sum((a[i] - centre) * (b[i] - centre) for i in range(n))
-    return cov / (sum((v - centre) ** 2 for v in a) * sum((v - centre) ** 2 for v in b)) ** 0.5
-
-
-def test_a_rank_correlation_is_that_of_ranks_counted_one_by_one():
-    rng = np.random.default_rng(0)
-    for n in (2, 5, 12):
-        x, y = rng.normal(size=n), rng.normal(size=n)
-        assert spearman(x, y) == pytest.approx(slow_spearman(x, y))
-        assert spearman(x, np.exp(3 * x)) == pytest.approx(1)
-        tied = rng.integers(3, size=12), rng.integers(4, size=12)
-        assert spearman(*tied) == pytest.approx(slow_spearman(*tied))
-    assert spearman(np.array([1, 2, 3, 4, 5]), np.array([5, 6, 7, 8, 7])) == pytest.approx(0.8207826817)  # textbooks'
-    assert np.isnan(spearman(np.ones(3), np.arange(3)))
-
-
-def test_the_drift_is_compared_with_the_source_lost_over_runs_and_points_of_curves():
-    def run(label, drift, lost, points=()):
-        curve = [{"strength": s, "drift": d, "source": 0.8 - gone, "target": 0} for s, d, gone in points]
-        return entry(label, 0.8 - lost, 0.5, curve=curve, drift={"value": drift})
-
-    plain = entry("dora", 0.1, 0.5)  # without drift
-    points = [(0.1, 0.0), (0.2, 0.05), (0.3, 0.2), (0.4, 0.1), (0.5, 0.5)]
-    found = drift_and_loss([plain, *(run("lora", *point) for point in points)])
-    assert found["curve"] is None
-    assert found["runs"]["rho"] == pytest.approx(0.9)
-    assert found["runs"]["n"] == 5
-    assert -1 <= found["runs"]["low"] < 0.9 <= found["runs"]["high"] <= 1
-    assert drift_and_loss([plain]) is None
-
-    # strength 0 has neither and proves nothing; whole runs are drawn, so that two of them have no interval
-    falling = [(0, 0.0, 0.0), (0.5, 0.1, 0.3), (1, 0.2, 0.2)], [(0, 0.0, 0.0), (0.5, 0.3, 0.1), (1, 0.4, 0.0)]
-    found = drift_and_loss([run("lora", 0.2, 0.2, falling[0]), run("lora", 0.4, 0.0, falling[1])])
-    assert found["curve"] == {"rho": pytest.approx(-1), "low": None, "high": None, "n": 4}
-    assert found["runs"] == {"rho": pytest.approx(-1), "low": None, "high": None, "n": 2}
-    assert drift_and_loss([run("lora", 0.2, 0.2)])["runs"] == {"rho": None, "low": None, "high": None, "n": 1}
-
-
-def test_whole_groups_are_drawn_for_the_interval():
-    """Ten equal points of each of three runs are three facts, not thirty."""
-    groups = [[(x, y)] * 10 for x, y in ((0, 0), (1, 2), (2, 1))]
-    found = rank_correlation(groups)
-    assert found["n"] == 30
-    assert (found["low"], found["high"]) == (-1, 1)
-    apart = rank_correlation([[point] for group in groups for point in group])
-    assert apart["rho"] == pytest.approx(found["rho"])
-    assert -0.5 < apart["low"] < apart["rho"] < apart["high"] < 1
 
 
 def test_without_lora_or_with_one_seed_nothing_is_tested():

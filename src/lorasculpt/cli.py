@@ -242,7 +242,8 @@ def compare(
 
     Learning rates are chosen on evaluate.validation (default: a tenth of the training rows), never on the test.
     PEFT's own (dora, pissa, osf, ...: see lorasculpt methods) are methods too. Where data is a sequence, tasks are
-    learned in turn, at the rate that does best on the validation file of each, or at one where they name none.
+    learned in turn, at the rate that does best on the validation file of each; where one has none, at training.lr or
+    the one rate of --rates.
     """
     from . import compare as comparing
     from .comparison import sequences, table
@@ -325,7 +326,13 @@ def export(
     task: Annotated[
         str | None, typer.Option(help="Of an adapter that knows tasks: which one, or all, each into a folder in OUT.")
     ] = None,
-    dtype: Annotated[str | None, typer.Option(help="float32, bfloat16 or float16.")] = None,
+    dtype: Annotated[
+        str | None,
+        typer.Option(
+            help="float32, bfloat16 or float16. Default: what a LoRA has; of a merged model what the base has.",
+            show_default=False,
+        ),
+    ] = None,
     force: Annotated[bool, typer.Option(help="Replace an earlier export.")] = False,
     trust: Trust = False,
 ) -> None:
@@ -452,13 +459,20 @@ def build(
 @demo_app.command()
 def results(
     work: Annotated[Path, typer.Option(help="Where the runs go; what is done there is not done again.")] = Path("runs"),
-    out: Annotated[Path, typer.Option(help="The file to write.")] = Path("results/demo.json"),
+    out: Annotated[
+        Path | None,
+        typer.Option(
+            help="The file to write. Default: results/demo.json, with --target flags results/flags.json, with --others "
+            "results/others.json.",
+            show_default=False,
+        ),
+    ] = None,
     target: Annotated[str, typer.Option(help="What is learned: digits, or flags (harder).")] = "digits",
     others: Annotated[bool, typer.Option("--others", help="More baselines, beside LoRA and LoRASculpt.")] = False,
 ) -> None:
-    """Make the project's own evidence: every method, rates chosen on validation, several seeds (many hours).
+    """Make the project's own evidence: LoRA, LoRASculpt and what it is compared with, several seeds (many hours).
 
-    It goes on where it was stopped; what is done can be read at any time.
+    Rates are chosen on validation sets. It goes on where it was stopped; what is done can be read at any time.
     """
     from .demo.results import results as go
 
@@ -492,7 +506,7 @@ def tasks(
     work: Annotated[Path, typer.Option(help="Where the runs go; what is done there is not done again.")] = Path("runs"),
     out: Annotated[Path, typer.Option(help="The file to write.")] = Path("results/tasks.json"),
 ) -> None:
-    """Teach three tasks at once with each multi-task method, and one after the other with AM-LoRA (about an hour)."""
+    """Teach three tasks at once with each multi-task method, and in turn with AM-LoRA and with LoRA (about an hour)."""
     from .demo.study import tasks as go
 
     print(f"results: {go(work, out)}")

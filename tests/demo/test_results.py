@@ -10,6 +10,7 @@ from pathlib import Path
 from types import ModuleType
 
 import pytest
+from commands import done
 
 from lorasculpt.comparison.plan import Comparison
 from lorasculpt.comparison.table import table
@@ -57,6 +58,25 @@ def test_the_comparison_can_be_made_as_it_is_planned(target, others, tmp_path, m
     assert first is not None
     assert (first.label, first.rate) == ("lora", min(results.RATES))
     assert [path.name for path in first.config.evaluate.source] == ["source_validation.jsonl"]
+
+
+@pytest.mark.parametrize(
+    ("options", "file"),
+    [
+        ((), "demo"),
+        (("--target", "flags"), "flags"),
+        (("--others",), "others"),
+        (("--target", "flags", "--others"), "flags-others"),
+    ],
+)
+def test_each_comparison_has_a_file_of_its_own(options, file, monkeypatch):
+    asked = []
+    monkeypatch.setattr(results, "plan", lambda *_, **__: None)
+    monkeypatch.setattr(results.RunConfig, "load", lambda _: None)
+    monkeypatch.setattr(results, "compare", lambda _, **settings: asked.append(settings["out"]))
+    assert f"results: results/{file}.json" in done("demo", "results", *options)
+    assert "results: mine.json" in done("demo", "results", "--out", "mine.json", *options)
+    assert asked == [Path("results") / f"{file}.json", Path("mine.json")]
 
 
 @pytest.fixture
@@ -113,6 +133,11 @@ def test_a_claim_about_forgetting_counts_only_where_lora_learned_and_forgot(page
     forgetting = {told[claim] for claim, _, _, name in page.CLAIMS if name != "target_after" and claim in told}
     assert forgetting == {"holds" if fit else "does not count"}
     assert told["It learns as much as LoRA there, or more"] == "holds"  # says nothing of forgetting
+
+
+def test_one_run_is_told_as_one(page):
+    runs = [{"precision": "bf16"}, {"precision": "fp32"}, {"precision": "fp32"}, {}]
+    assert page.precisions(runs) == ", 1 run in bf16 and 2 runs in fp32"
 
 
 def test_the_pages_quote_the_results_as_they_are():

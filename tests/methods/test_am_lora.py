@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 from differences import check_gradients
+from equations import all_real, drawn, normal, tensors, unscaled
 from torch import nn
 
 from lorasculpt import AMLoRAConfig
@@ -27,18 +28,11 @@ def make(kind: type[AMLoRAUpdate] = AMLoRAUpdate, *, tasks=3, padded=True, **set
     context = Context()
     context.padding = REAL if padded else None
     update = kind(AMLoRAConfig(**given | settings), HERE, context, nn.Linear(IN, OUT)).double()
-    generator = torch.Generator().manual_seed(5)
-    for tensor in update.state_dict().values():
-        tensor.copy_(torch.randn(tensor.shape, generator=generator))
-    return update
+    return drawn(update)
 
 
 def inputs() -> torch.Tensor:
-    return torch.randn(ROWS, LENGTH, IN, generator=torch.Generator().manual_seed(6), dtype=torch.float64)
-
-
-def tensors(update: AMLoRAUpdate) -> dict[str, np.ndarray]:
-    return {key: value.detach().numpy().copy() for key, value in update.state_dict().items()}
+    return normal(ROWS, LENGTH, IN)
 
 
 # --- the reference --------------------------------------------------------------------------------------------------
@@ -160,14 +154,6 @@ class Uniform(AMLoRAUpdate):
 class Normed(AMLoRAUpdate):
     def sparsity(self, score, x):
         return super().sparsity(score.softmax(-1), x)
-
-
-def unscaled(update):
-    update.scaling = 1.0
-
-
-def all_real(update):
-    update.context.padding = None
 
 
 def forgetful(update):

@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-import threading
-
 import numpy as np
 import pytest
 import torch
 from contract import start, texts
 from differences import check_gradients, detach_gate
+from equations import all_real, drawn, normal, swapped, tensors, two_processes, unpaired, unscaled
 from torch import nn
 
 from lorasculpt import LoRAMoEConfig, UserError
-from lorasculpt.adapters import carrier
 from lorasculpt.adapters.context import Context
 from lorasculpt.adapters.update import Place
 from lorasculpt.methods import loramoe
@@ -33,18 +31,11 @@ def make(kind: type[LoRAMoEUpdate] = LoRAMoEUpdate, *, padded=True, **settings) 
     context.weight.fill_(WEIGHT)
     context.tasks, context.padding = torch.tensor(IDS), REAL if padded else None
     update = kind(LoRAMoEConfig(**given | settings), Place("here", IN, OUT), context, nn.Linear(IN, OUT)).double()
-    generator = torch.Generator().manual_seed(5)
-    for tensor in update.state_dict().values():
-        tensor.copy_(torch.randn(tensor.shape, generator=generator))
-    return update
+    return drawn(update)
 
 
 def batch() -> torch.Tensor:
-    return torch.randn(ROWS, LENGTH, IN, generator=torch.Generator().manual_seed(6), dtype=torch.float64)
-
-
-def tensors(update) -> dict[str, np.ndarray]:
-    return {key: value.detach().numpy().copy() for key, value in update.state_dict().items()}
+    return normal(ROWS, LENGTH, IN)
 
 
 def constraint(update, x) -> float:
@@ -151,22 +142,6 @@ class OtherOrder(LoRAMoEUpdate):
         return super()._kinds(x, q).flip(0)
 
 
-def swapped(update):
-    update.router.data = update.router.data.flip(0)
-
-
-def unpaired(update):
-    update.B.data = update.B.data.flip(0)
-
-
-def unscaled(update):
-    update.scaling = 1.0
-
-
-def all_real(update):
-    update.context.padding = None
-
-
 @pytest.mark.parametrize("fault", [Biased, Averaged, OtherHalf, OneKind, OtherOrder])
 def test_a_faulty_constraint_does_not_pass(fault):
     with pytest.raises(AssertionError):
@@ -263,29 +238,15 @@ def test_it_does_not_lose_digits_far_from_zero():
 def test_two_processes_have_the_constraint_of_the_whole_batch(monkeypatch, balance):
     whole = make(balance=balance, **KINDS)
     (whole(batch()) * 0).sum().backward()
-    given, meet = {}, threading.Barrier(2, timeout=20)
-
-    def all_reduce(tensor):
-        given[threading.get_ident()] = tensor.clone()
-        meet.wait()
-        total = sum(given[key] for key in sorted(given))
-        meet.wait()
-        tensor.copy_(total)
-
-    monkeypatch.setattr(carrier, "world", lambda: 2)
-    monkeypatch.setattr(carrier.dist, "all_reduce", all_reduce)
     parts = [slice(0, 3), slice(3, 4)]  # of different sizes
     updates = [make(balance=balance, **KINDS) for _ in parts]
 
-    def work(update, part):
+    def work(rank):
+        update, part = updates[rank], parts[rank]
         update.context.tasks, update.context.padding = torch.tensor(IDS)[part], REAL[part]
         (update(batch()[part]) * 0).sum().backward()
 
-    threads = [threading.Thread(target=work, args=pair) for pair in zip(updates, parts, strict=True)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join(20)
+    two_processes(monkeypatch, work)
     assert float(updates[0].noted["loss"]) == pytest.approx(float(whole.noted["loss"]), rel=1e-6)
     average = (updates[0].router.grad + updates[1].router.grad) / 2  # what DDP makes of them
     torch.testing.assert_close(average, whole.router.grad)

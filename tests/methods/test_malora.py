@@ -7,6 +7,7 @@ import pytest
 import torch
 from contract import close, start, texts, train, weights
 from differences import check_gradients, detach_gate
+from equations import all_chosen, all_real, drawn, normal, run, swapped, tensors, unscaled
 from torch import nn
 from torch.nn import functional as F
 
@@ -35,33 +36,17 @@ def make(kind: type[MALoRAUpdate] = MALoRAUpdate, *, padded=True, **settings) ->
     update = fresh(kind, **settings).double()
     update.context.weight.fill_(WEIGHT)
     update.context.padding = REAL if padded else None
-    generator = torch.Generator().manual_seed(5)
-    for tensor in update.state_dict().values():
-        tensor.copy_(torch.randn(tensor.shape, generator=generator))
-    return update
+    return drawn(update)
 
 
 def batch() -> torch.Tensor:
-    return torch.randn(ROWS, LENGTH, IN, generator=torch.Generator().manual_seed(6), dtype=torch.float64)
+    return normal(ROWS, LENGTH, IN)
 
 
 def noise(update) -> np.ndarray:
     """The noise as the generator draws it."""
     torch.manual_seed(SEED)
     return torch.randn(ROWS, LENGTH, len(update.B), dtype=torch.float64).numpy()
-
-
-def tensors(update) -> dict[str, np.ndarray]:
-    return {key: value.detach().numpy().copy() for key, value in update.state_dict().items()}
-
-
-def run(update, x) -> tuple[torch.Tensor, float]:
-    """What ``update`` adds, and the loss that its backward pass notes."""
-    update.noted = {}
-    torch.manual_seed(SEED)
-    output = update(x)
-    output.sum().backward()
-    return output.detach(), float(update.noted["loss"])
 
 
 # --- the reference --------------------------------------------------------------------------------------------------
@@ -93,7 +78,7 @@ def compare(update: MALoRAUpdate, padded=True, **settings) -> None:
     """Fails unless ``update`` gives what the equations give under the config of ``make(**settings)``."""
     right = make(**settings)
     expected, loss = reference(tensors(right), batch().numpy(), right.config, padded, noise(right))
-    output, found = run(update, batch())
+    output, found = run(update, batch(), SEED)
     np.testing.assert_allclose(output.numpy(), expected, rtol=1e-5, atol=1e-8)
     np.testing.assert_allclose(found, loss, rtol=1e-5)
 
@@ -171,22 +156,6 @@ class OneNoise(MALoRAUpdate):
 
 def of_other_experts(update):
     update.P.data = update.P.data.flip(0)
-
-
-def swapped(update):
-    update.router.data = update.router.data.flip(0)
-
-
-def unscaled(update):
-    update.scaling = 1.0
-
-
-def all_real(update):
-    update.context.padding = None
-
-
-def all_chosen(update):
-    update.config.top_k = 4
 
 
 def unshared(update):

@@ -7,6 +7,7 @@ import pytest
 import torch
 from contract import start
 from differences import check_gradients
+from equations import all_real, drawn, normal, unscaled
 from torch import nn
 
 from lorasculpt import MixLoRAConfig, UserError
@@ -26,14 +27,11 @@ def make(kind: type[MixLoRAUpdate] = MixLoRAUpdate, *, padded=True, **settings) 
     context = Context()
     context.padding = REAL if padded else None
     update = kind(MixLoRAConfig(**given | settings), Place("here", IN, OUT), context, nn.Linear(IN, OUT)).double()
-    generator = torch.Generator().manual_seed(5)
-    for tensor in update.state_dict().values():
-        tensor.copy_(torch.randn(tensor.shape, generator=generator))
-    return update
+    return drawn(update)
 
 
 def inputs() -> torch.Tensor:
-    return torch.randn(ROWS, LENGTH, IN, generator=torch.Generator().manual_seed(6), dtype=torch.float64)
+    return normal(ROWS, LENGTH, IN)
 
 
 # --- the reference --------------------------------------------------------------------------------------------------
@@ -157,14 +155,6 @@ class Raw(MixLoRAUpdate):
 class OneForAll(MixLoRAUpdate):
     def pooled(self, x):
         return super().pooled(x).mean(0, keepdim=True).expand(len(x), -1)
-
-
-def unscaled(update):
-    update.scaling = 1.0
-
-
-def all_real(update):
-    update.context.padding = None
 
 
 def reversed_slots(update):

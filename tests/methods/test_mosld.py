@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-import threading
-
 import numpy as np
 import pytest
 import torch
 from contract import close, start, texts, train, weights
 from differences import check_gradients, detach_gate
+from equations import all_chosen, all_real, drawn, normal, run, tensors, two_processes, unpaired, unscaled
 from torch import nn
 from torch.nn import functional as F
 
 from lorasculpt import MoSLDConfig
-from lorasculpt.adapters import carrier
 from lorasculpt.adapters import update as shared
 from lorasculpt.adapters.context import Context
 from lorasculpt.adapters.update import Place, updates
@@ -33,27 +31,11 @@ def make(kind: type[MoSLDUpdate] = MoSLDUpdate, *, padded=True, **settings) -> M
     context.weight.fill_(WEIGHT)
     context.padding = REAL if padded else None
     update = kind(MoSLDConfig(**given | settings), Place("here", IN, OUT), context, nn.Linear(IN, OUT)).double()
-    generator = torch.Generator().manual_seed(5)
-    for tensor in update.state_dict().values():
-        tensor.copy_(torch.randn(tensor.shape, generator=generator))
-    return update
+    return drawn(update)
 
 
 def batch() -> torch.Tensor:
-    return torch.randn(ROWS, LENGTH, IN, generator=torch.Generator().manual_seed(6), dtype=torch.float64)
-
-
-def tensors(update) -> dict[str, np.ndarray]:
-    return {key: value.detach().numpy().copy() for key, value in update.state_dict().items()}
-
-
-def run(update, x) -> tuple[torch.Tensor, float]:
-    """What ``update`` adds, and the loss that its backward pass notes."""
-    update.noted = {}
-    torch.manual_seed(SEED)
-    output = update(x)
-    output.sum().backward()
-    return output.detach(), float(update.noted["loss"])
+    return normal(ROWS, LENGTH, IN)
 
 
 # --- the reference --------------------------------------------------------------------------------------------------
@@ -91,7 +73,7 @@ def compare(update: MoSLDUpdate, padded=True, **settings) -> None:
     """Fails unless ``update`` gives what the equations give under the config of ``make(**settings)``."""
     right = make(**settings)
     expected, loss = reference(tensors(right), batch().numpy(), right.config, padded, kept(right.config))
-    output, found = run(update, batch())
+    output, found = run(update, batch(), SEED)
     np.testing.assert_allclose(output.numpy(), expected, rtol=1e-5, atol=1e-8)
     np.testing.assert_allclose(found, loss, rtol=1e-5)
 
@@ -155,28 +137,12 @@ class WithoutN(MoSLDUpdate):
         return super().balance_loss(gate, probability, weight) / gate.shape[-1]
 
 
-def unpaired(update):
-    update.B.data = update.B.data.flip(0)
-
-
-def unscaled(update):
-    update.scaling = 1.0
-
-
-def all_real(update):
-    update.context.padding = None
-
-
 def unmasked(update):
     update.config.weight_dropout = 0.0
 
 
 def of_x(update):
     update.config.weight_dropout, update.dropout = 0.0, nn.Dropout(0.4)
-
-
-def all_chosen(update):
-    update.config.top_k = 4
 
 
 def heavier(update):
@@ -286,35 +252,21 @@ def test_a_model_has_them_and_they_come_back(tmp_path):
 def test_where_experts_serve_alike_it_is_its_weight():
     update = make(top_k=4)
     nn.init.zeros_(update.router)
-    assert run(update, batch())[1] == pytest.approx(0.5)
+    assert run(update, batch(), SEED)[1] == pytest.approx(0.5)
 
 
 def test_two_processes_have_the_loss_of_the_whole_batch(monkeypatch):
     whole = make()
     (whole(batch()) * 0).sum().backward()
-    given, meet = {}, threading.Barrier(2, timeout=20)
-
-    def all_reduce(tensor):
-        given[threading.get_ident()] = tensor.clone()
-        meet.wait()
-        total = sum(given[key] for key in sorted(given))
-        meet.wait()
-        tensor.copy_(total)
-
-    monkeypatch.setattr(carrier, "world", lambda: 2)
-    monkeypatch.setattr(carrier.dist, "all_reduce", all_reduce)
     parts = [slice(0, 2), slice(2, 3)]  # of different sizes
     halves = [make() for _ in parts]
 
-    def work(update, part):
+    def work(rank):
+        update, part = halves[rank], parts[rank]
         update.context.padding = REAL[part]
         (update(batch()[part]) * 0).sum().backward()
 
-    threads = [threading.Thread(target=work, args=pair) for pair in zip(halves, parts, strict=True)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join(20)
+    two_processes(monkeypatch, work)
     assert float(halves[0].noted["loss"]) == pytest.approx(float(whole.noted["loss"]), rel=1e-6)
     average = (halves[0].router.grad + halves[1].router.grad) / 2  # what DDP makes of them
     torch.testing.assert_close(average, whole.router.grad)
@@ -353,7 +305,7 @@ def test_tokens_that_are_not_in_rows_are_weighed_alike():
 
 def test_choices_are_noted_without_padding():
     update = make()
-    run(update, batch())
+    run(update, batch(), SEED)
     assert update.noted["tokens"] == REAL.sum()
     assert update.noted["chosen"].sum() == 2 * REAL.sum()
 

@@ -7,6 +7,7 @@ import pytest
 import torch
 from contract import TASKS, adapt, start, texts, train
 from differences import check_gradients
+from equations import drawn, normal, tensors
 from torch import nn
 
 from lorasculpt import MTLLoRAConfig, UserError
@@ -31,14 +32,11 @@ def make(kind: type[MTLLoRAUpdate] = MTLLoRAUpdate, *, padded=False, **settings)
     context = Context()
     context.tasks, context.padding = torch.tensor(IDS), REAL if padded else None
     update = kind(MTLLoRAConfig(**given | settings), Place("here", IN, OUT), context, nn.Linear(IN, OUT)).double()
-    generator = torch.Generator().manual_seed(5)
-    for tensor in update.state_dict().values():
-        tensor.copy_(torch.randn(tensor.shape, generator=generator))
-    return update
+    return drawn(update)
 
 
 def batch() -> torch.Tensor:
-    return torch.randn(ROWS, LENGTH, IN, generator=torch.Generator().manual_seed(6), dtype=torch.float64)
+    return normal(ROWS, LENGTH, IN)
 
 
 # --- the reference --------------------------------------------------------------------------------------------------
@@ -61,10 +59,6 @@ def reference(t, x, config):
         for i in range(x.shape[1]):
             h[row, i] = delta(t, config, IDS[row]) @ x[row, i]
     return h
-
-
-def tensors(update) -> dict[str, np.ndarray]:
-    return {key: value.detach().numpy().copy() for key, value in update.state_dict().items()}
 
 
 def compare(update: MTLLoRAUpdate, **settings) -> None:

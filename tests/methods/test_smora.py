@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import threading
-
 import numpy as np
 import pytest
 import torch
 from contract import adapt, equal, start, texts, train, weights
 from differences import check_gradients
+from equations import normal, tensors, two_processes
 from peft import LoraConfig, get_peft_model
 from pico import build
 from torch import nn
@@ -37,11 +36,7 @@ def make(kind: type[SMoRAUpdate] = SMoRAUpdate, *, padded=True, **settings) -> S
 
 
 def batch() -> torch.Tensor:
-    return torch.randn(ROWS, LENGTH, IN, generator=torch.Generator().manual_seed(6), dtype=torch.float64)
-
-
-def tensors(update) -> dict[str, np.ndarray]:
-    return {key: value.detach().numpy().copy() for key, value in update.state_dict().items()}
+    return normal(ROWS, LENGTH, IN)
 
 
 # --- the reference --------------------------------------------------------------------------------------------------
@@ -354,17 +349,6 @@ def test_two_processes_have_one_bias(monkeypatch):
     data = texts(size=5, number=3)
     whole, _ = start("llama", "smora")
     train(whole, [data[:1]])
-    given, meet = {}, threading.Barrier(2, timeout=60)
-
-    def all_reduce(tensor):
-        given[threading.get_ident()] = tensor.clone()
-        meet.wait()
-        total = sum(given.values())
-        meet.wait()
-        tensor.copy_(total)
-
-    monkeypatch.setattr(carrier, "world", lambda: 2)
-    monkeypatch.setattr(carrier.dist, "all_reduce", all_reduce)
     models = [start("llama", "smora")[0] for _ in range(2)]
     parts = [slice(0, 3), slice(3, 5)]  # of different sizes
     first = [{}, {}]
@@ -375,11 +359,7 @@ def test_two_processes_have_one_bias(monkeypatch):
         first[rank] = biases(models[rank])
         train(models[rank], [halves[1:]])  # on weights that have drifted apart: no gradient was averaged
 
-    threads = [threading.Thread(target=work, args=(rank,)) for rank in range(2)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join(60)
+    two_processes(monkeypatch, work, timeout=60)
     assert equal(first[0], biases(whole))
     assert equal(first[0], first[1])
     assert not equal(counts(models[0]), counts(models[1]))

@@ -10,9 +10,9 @@ import pytest
 import torch
 import transformers as hf
 
-from lorasculpt.demo import tower
 from lorasculpt.errors import UserError
 from lorasculpt.models import load as loading
+from lorasculpt.models import tower
 from lorasculpt.models.load import autocast_dtype, computing, load
 
 

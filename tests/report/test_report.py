@@ -12,10 +12,10 @@ import numpy as np
 import pytest
 from made_up import details, run, seeds, two, write
 
-from lorasculpt.comparison.drift import drift_and_loss
 from lorasculpt.comparison.plan import Comparison
 from lorasculpt.config import RunConfig
 from lorasculpt.errors import UserError
+from lorasculpt.evaluation.correlation import drift_and_loss
 from lorasculpt.report import report
 from lorasculpt.report.plots import drawn, legend, tradeoff
 from lorasculpt.report.results import Number, against, best, entries, front, over_seeds, read

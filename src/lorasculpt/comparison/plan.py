@@ -12,6 +12,7 @@ from typing import Any
 
 from ..config import RunConfig
 from ..errors import Diverged, UserError
+from ..evaluation.correlation import drift_and_loss
 from ..evaluation.score import majority
 from ..evaluation.tasks import Task
 from ..files import write_text
@@ -21,7 +22,6 @@ from ..run.folder import DRIFT_FILE, RUN_FILE, check_output, diverged, same_run
 from ..run.records import check_metrics, general, held_out, training_rows
 from ..train import train
 from . import edits, known, labels
-from .drift import drift_and_loss
 from .edits import Edit
 from .known import Known
 from .labels import CHOICES
@@ -442,7 +442,7 @@ class Comparison:
         """Everything that is known by now, as a results file: the runs one by one, and what they say together.
 
         ``table`` is :func:`~lorasculpt.comparison.table.table`, ``pareto`` and ``equal_target`` are made by those
-        beside it, ``drift`` by `lorasculpt.comparison.drift`; ``missing`` is empty where ``complete``. A run
+        beside it, ``drift`` by `lorasculpt.evaluation.correlation`; ``missing`` is empty where ``complete``. A run
         has the ``versions`` that it was made with, and each of its target tasks its ``majority``, the score of the
         commonest answer: to reach that proves nothing.
         """

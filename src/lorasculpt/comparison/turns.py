@@ -14,11 +14,11 @@ from .plan import RATES, Comparison
 
 
 class Sequences(Comparison):
-    """The same of tasks learned in turn (`lorasculpt.sequence`).
+    """A `Comparison` whose runs each learn several tasks in turn (`lorasculpt.sequence`).
 
-    The source is measured, the target is that of each task. Where these have ``validation``, a trial is the whole
-    sequence, asked that, and the target that it reaches is ``last``. Otherwise nothing is chosen: a label has the rate
-    that it says, or the one of ``rates`` (default: ``training.lr``).
+    The source is that of ``evaluate``, the target that of each task. Where the tasks have ``validation`` files, a trial
+    is the whole sequence, measured on those files; its score is ``last``. Otherwise nothing is chosen: a label has the
+    rate that it says, or the one of ``rates`` (default: ``training.lr``).
 
     Raises:
         UserError: also for a label that learns no sequence, or that a sequence cannot be learned as it says.

@@ -27,8 +27,8 @@ from transformers import (
 )
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
+from ..models.tower import LiteTowerConfig, convert, register
 from . import assets
-from .tower import LiteTowerConfig, convert, register
 
 IMAGE_TOKEN = "<image>"
 ALIGNMENT = Path(__file__).with_name("alignment.safetensors")

@@ -17,9 +17,9 @@ import yaml
 
 from ..compare import compare
 from ..config import RunConfig
+from ..models.tower import remembering
 from . import world
 from .run import METHODS, settings, write_data
-from .tower import remembering
 
 RATES = (2e-4, 5e-4, 1.5e-3)
 SEEDS = 3
@@ -88,8 +88,16 @@ def plan(work: Path, target: str = "digits", *, others: bool = False) -> Path:
     return path
 
 
-def results(work: Path, path: Path, *, target: str = "digits", others: bool = False) -> Path:
-    """Do what is still missing in ``work`` for the target task ``target`` and write ``path``."""
+def file_of(target: str = "digits", *, others: bool = False) -> Path:
+    """Where the results of a comparison go, from the project's folder; each has a file of its own."""
+    if target == "digits":
+        return Path("results") / ("others.json" if others else "demo.json")
+    return Path("results") / (f"{target}-others.json" if others else f"{target}.json")
+
+
+def results(work: Path, path: Path | None = None, *, target: str = "digits", others: bool = False) -> Path:
+    """Do what is still missing in ``work`` for the target task ``target`` and write ``path`` (default: `file_of`)."""
+    path = path or file_of(target, others=others)
     config = RunConfig.load(plan(work, target, others=others))
     with remembering():
         compare(config, seeds=SEEDS, rates=RATES, out=path)

@@ -15,10 +15,10 @@ import yaml
 from ..config import RunConfig
 from ..measure import measure
 from ..models.load import autocast_dtype, computing, cpu_rate
+from ..models.tower import remembering
 from ..report import report
 from ..train import train
 from . import base, world
-from .tower import remembering
 
 # What each method is given; everything else is the same for both. The rates are those that learned the target best on
 # its validation set (``results``), and happen to be the same.

@@ -24,13 +24,13 @@ from ..evaluation import tasks as grouped
 from ..files import write_json
 from ..measure import RESULTS_FILE, measure, measured
 from ..models.load import autocast_dtype, load
+from ..models.tower import remembering
 from ..provenance import versions
 from ..run.folder import check_output
 from ..sequence import learn
 from ..train import train
 from . import base, build, world
 from .run import METHODS, STEPS, settings, write_data
-from .tower import remembering
 
 # One change each to what the demo runs; the demo's own settings are the first row.
 CHANGES: dict[str, tuple[str, dict[str, Any]]] = {

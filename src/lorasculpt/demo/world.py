@@ -235,23 +235,27 @@ def category(thing: Emoji, image: str) -> Item:
 
 
 def pick_name(thing: Emoji, image: str, names: list[str], rng: random.Random) -> Item:
+    """Which of four names it has: its own and three others of ``names``, which the question lists."""
     options = _options(thing.name, names, rng)
     return Item("emoji_name", f"Which is it: {_listed(options)}?", thing.name, image, options)
 
 
 def pick_kind(thing: Emoji, image: str, rng: random.Random) -> Item:
+    """Of which of four kinds it is, which the question lists; for a thing that has a kind."""
     kind = thing.kind or ""
     options = _options(kind, sorted(set(KINDS.values())), rng)
     return Item("emoji_kind", f"Pick one: {_listed(options)}.", kind, image, options)
 
 
 def yes_no(thing: Emoji, image: str, names: list[str], rng: random.Random) -> Item:
+    """Whether it has the name that the question says: its own, or as often another one of ``names``."""
     answer = rng.choice(("yes", "no"))
     name = thing.name if answer == "yes" else rng.choice([name for name in names if name != thing.name])
     return Item("emoji_yesno", f"Is this {name}? Yes or no?", answer, image, ("yes", "no"))
 
 
 def pick_word(word: str, gloss: str, words: list[str], rng: random.Random) -> Item:
+    """Which of four words is defined by ``gloss``: ``word`` and three others of ``words``, which the question lists."""
     options = _options(word, words, rng)
     return Item("definition", f"Which word means '{gloss}': {_listed(options)}?", word, None, options)
 

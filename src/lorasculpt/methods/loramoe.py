@@ -92,7 +92,7 @@ class LoRAMoEConfig(UpdateConfig):
     Args:
         r: rank of each expert. Official script: 4.
         lora_alpha: Official script: 32.
-        num_experts: N, at least 1; even where ``tasks`` give the experts their kinds. Paper: 6.
+        num_experts: N, at least 1; an even number if ``tasks`` are given. Paper: 6 (from memory); official script: 8.
         balance_weight: beta of equation (4), at least 0; 0 leaves the constraint out. Paper: 0.1 (from memory).
         delta: of equation (3), in [0, 1]. Paper: 0.1 (from memory).
         balance: "paper" divides the variance by the mean, "code" by its square.

@@ -265,8 +265,8 @@ def _in_connector(name: str) -> bool:
 class LoRASculptConfig(MethodConfig):
     """LoRA, pruned once and kept off the weights that hold knowledge. Use it wherever PEFT takes a ``LoraConfig``.
 
-    The paper trains r = 32, lora_alpha = 64, lora_dropout = 0.05 on all linears of the language model for 1875 steps
-    of 16 samples. All fields of ``LoraConfig`` that leave a plain LoRA behind work; the others are refused.
+    The paper's code trains r = 32, lora_alpha = 64, lora_dropout = 0.05 on all linears of the language model for 1875
+    steps of 16 samples. All fields of ``LoraConfig`` that leave a plain LoRA behind work; the others are refused.
 
     Args:
         density: share of the entries of A and of B that are kept, in (0, 1]. Paper's code: 0.1.
@@ -279,7 +279,7 @@ class LoRASculptConfig(MethodConfig):
         rescale: multiply what is kept of A and of B so that each keeps its Frobenius norm. Not in the paper.
         cmr_weight: lambda of equation (5), at least 0. Paper's code: 1e-3.
         cmr_connector_weight: the same for a LoRA on the connector (paper's beta); 0 leaves it out, as the code does.
-        omega: steepness of equation (3), > 0. Paper: 1.
+        omega: steepness of equation (3), > 0. Paper's code: 1.
         cmr_modules: last names of the linears that equation (4) sums over, or "all". Paper's code: q, k, v. At least
             one of them must be adapted, unless ``cmr_weight`` is 0 or the connector alone is adapted.
         cmr_memory: "recompute" M at every step by row blocks, or "cache" its square (a tensor of the size of every

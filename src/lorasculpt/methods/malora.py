@@ -1,9 +1,10 @@
-r"""MALoRA: experts that read x through one small shared subspace and spend what this saves on a higher rank.
+r"""MALoRA: experts that read x through one small shared subspace, and may spend what this saves on a higher rank.
 
 Wang et al., *MALoRA: Mixture of Asymmetric Low-Rank Adaptation for Enhanced Multi-Task Learning*, Findings of NAACL
 2025, arXiv 2410.22782. In a mixture of LoRAs (MoLoRA) the down-projections of the experts become alike, while their
-up-projections differ. Here all experts read x in one shared subspace, each through a small matrix of its own, and the
-parameters that this saves make the up-projections wider. What the subspace holds of x is computed once for all.
+up-projections differ. Here all experts read x in one shared subspace, each through a small matrix of its own. What the
+subspace holds of x is computed once for all. The paper spends the parameters that this saves on wider up-projections.
+By default they are saved here; ``budget=True`` spends them, with a ``shared_rank`` above r.
 
 With N experts, the shared S_A (d x n), private P_t :math:`(\bar r \times d)` and B_t :math:`(m \times \bar r)`, a
 router W_g and :math:`W_\epsilon` for its noise (N x n both), the softmax in fp32 from the input before dropout, and

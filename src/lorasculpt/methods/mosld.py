@@ -24,7 +24,8 @@ is computed again draws the same one.
 
 No official code is known. Reconstructed are the weight of the loss and its factor N (as in the Switch Transformer; the
 paper has neither), which way A and B stand (the paper has both), and the spread of the Gaussian that A starts from.
-The paper's text gives lower layers more experts, in one of its figures fewer do better: ``num_experts`` takes both.
+The paper's c_i is the share of tokens, K times as large; :math:`\beta` absorbs that. Its text gives lower layers
+more experts, in one of its figures fewer do better: ``num_experts`` takes both.
 """
 
 from __future__ import annotations

@@ -26,7 +26,8 @@ was read in part.
 Where the official code (StyxXuan/smora) departs: it has the right forms, with the same factor k (``gate="sigmoid"``;
 a v below 0 counts as 0 here); it updates b in every forward pass, also when a checkpointed layer is computed again, of
 one process alone and with padding counted (none of it here), and it may train b besides; it routes by the input after
-dropout. Balance without a loss as first proposed for DeepSeek has v = s: ``bias_in_gate=False``.
+dropout. With q above 1 it has a score for each group as well, but a bias for each rank, and takes k single ranks, not
+groups. Balance without a loss as first proposed for DeepSeek has v = s: ``bias_in_gate=False``.
 """
 
 from __future__ import annotations
@@ -118,7 +119,7 @@ class SMoRAConfig(UpdateConfig):
         lora_alpha: alpha of equation (4), over top_k (over its root with ``use_rslora``). Official scripts: 16.
         top_k: k, how many ranks a token takes, from rank_partition to r and a multiple of rank_partition. Where it is
             a single group, the weight of that is always the same, and the router learns nothing. Official scripts: 8.
-        rank_partition: q, how many neighbouring ranks make a group that is taken as one, at least 1. Paper: 1.
+        rank_partition: q, how many neighbouring ranks make a group that is taken as one, at least 1. Official code: 1.
         gate: "softmax" is the paper's form of equations (1) and (3), "sigmoid" that of the official code.
         bias_in_gate: whether v of equation (3) has the bias, as in the paper and the official code; without it the
             bias acts on what is taken alone.

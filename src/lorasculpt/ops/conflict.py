@@ -26,7 +26,7 @@ def awareness(weight: Tensor, norm: Tensor | float, omega: float) -> Tensor:
     Args:
         weight: rows of W, (rows, n).
         norm: ||W||_F of the *whole* matrix.
-        omega: steepness, > 0; the paper's default is 1.
+        omega: steepness, > 0; 1 in the paper's code.
     """
     magnitude = (weight.float() / norm).abs() + EPS
     return torch.tanh(omega * (1 / torch.log(magnitude)).abs())

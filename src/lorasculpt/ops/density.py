@@ -1,12 +1,12 @@
-"""How dense a sparse update is: the theorems of LoRASculpt, and the measurements to hold against them.
+"""How dense a sparse update is: a theorem of LoRASculpt, and the measurements to hold against it.
 
-LoRASculpt keeps a share s_A of the entries of A (r, q) and a share s_B of the entries of B (p, r). Its theorems say how
-dense the product BA (p, q) is when the kept entries lie at random. A magnitude mask is not random: entries crowded onto
-few ranks make BA denser, entries crowded onto few rows or columns make it sparser. So measure, then compare.
+LoRASculpt keeps a share s_A of the entries of A (r, q) and a share s_B of the entries of B (p, r). Its Theorem 1 says
+how dense the product BA (p, q) is when the kept entries lie at random. A magnitude mask is not random: entries crowded
+onto few ranks make BA denser, entries crowded onto few rows or columns make it sparser. So measure, then compare.
 
 Density is the share of entries that are not zero, in [0, 1].
 
-References: Liang et al., LoRASculpt, CVPR 2025 (arXiv 2503.16843), Theorems 1 and 2.
+References: Liang et al., LoRASculpt, CVPR 2025 (arXiv 2503.16843), Theorem 1.
 """
 
 from __future__ import annotations
@@ -37,33 +37,6 @@ def expected_density(density_a: float, density_b: float, r: int) -> float:
     hit = density_a * density_b
     # 1 - (1 - hit)^r without losing the digits of a small hit
     return 1.0 if hit == 1.0 else -math.expm1(r * math.log1p(-hit))
-
-
-def deviation_bound(delta: float, p: int, q: int, r: int, *, tight: bool = False) -> float:
-    """Upper bound on P(|s_BA - E s_BA| >= delta) for random masks, at most 1.
-
-    Theorem 2: 2 exp(-2 delta² pq / (r (p + q))). It is McDiarmid's inequality over single entries: one entry of B
-    changes one row of BA, hence the density by at most 1/p, and there are pr of them; one of A changes it by 1/q.
-
-    With ``tight`` the variables are whole rows of B and whole columns of A, p + q blocks with the same reach, and the
-    factor r falls away: 2 exp(-2 delta² pq / (p + q)). Not in the paper. It also needs less: entries may depend on
-    each other within a row of B or a column of A.
-
-    Args:
-        delta: deviation of the density, at least 0.
-        p: rows of B, at least 1.
-        q: columns of A, at least 1.
-        r: rank, at least 1.
-        tight: the bound over blocks in place of the paper's.
-
-    Raises:
-        ValueError: an argument is out of its range.
-    """
-    _check_positive(p=p, q=q, r=r)
-    if not delta >= 0:
-        raise ValueError(f"delta must be at least 0, not {delta}")
-    exponent = 2 * delta**2 * p * q / (p + q)
-    return min(1.0, 2 * math.exp(-exponent if tight else -exponent / r))
 
 
 def solve_density(target: float, r: int) -> float:

@@ -16,9 +16,9 @@ import yaml
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from PIL import Image
 
-from ..comparison.drift import drift_and_loss
 from ..data.images import open_image
 from ..errors import UserError
+from ..evaluation.correlation import drift_and_loss
 from ..evaluation.score import normalise
 from ..files import write_json, write_text
 from . import plots, sequences

@@ -96,6 +96,15 @@ def _check_trackers(config: RunConfig) -> None:
 
 
 def arguments(config: RunConfig, progress: bool, autocast: torch.dtype | None) -> SFTConfig:
+    """What TRL's trainer is told: the settings of ``config.training``, and its ``arguments`` but for those of pushing.
+
+    Args:
+        progress: Whether there is a progress bar.
+        autocast: bfloat16 or float16, which training computes in; None computes in the weights' own.
+
+    Raises:
+        UserError: if the trainer refuses what ``arguments`` says.
+    """
     settings = config.training
     length = {"max_steps": settings.steps} if settings.steps else {"num_train_epochs": settings.epochs}
     on_cpu = computing().type == "cpu"

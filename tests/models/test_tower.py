@@ -6,7 +6,7 @@ import pretend
 import torch
 from torch.nn import functional as F
 
-from lorasculpt.demo.tower import STAGES, LiteTower, LiteTowerConfig, convert, remembering
+from lorasculpt.models.tower import STAGES, LiteTower, LiteTowerConfig, convert, remembering
 
 
 def published(seed: int = 0) -> dict[str, torch.Tensor]:

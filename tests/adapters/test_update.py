@@ -10,9 +10,10 @@ import pytest
 import torch
 from accelerate.utils import slice_tensors
 from contract import CASES, adapt, equal, sft, start, texts, weights
+from peft import get_peft_model
 from torch import nn
 
-from lorasculpt import MTLLoRAConfig, UserError, load
+from lorasculpt import FullConfig, MTLLoRAConfig, SpiderConfig, UserError, load
 from lorasculpt.adapters.context import TASK_IDS
 from lorasculpt.adapters.update import UpdateConfig, context_of, known_tasks, updates
 from lorasculpt.data.batches import Collator, rows
@@ -285,3 +286,35 @@ def test_tasks_are_saved_and_come_back(model, tmp_path):
 def test_tasks_are_names(tasks, part):
     with pytest.raises(ValueError, match=part):
         MTLLoRAConfig(tasks=tasks)
+
+
+OWN_LAYERS = [FullConfig, SpiderConfig]  # methods that name layers themselves where target_modules is not given
+
+
+@pytest.mark.parametrize("config", OWN_LAYERS)
+@pytest.mark.parametrize(
+    ("settings", "layers", "count"),
+    [
+        ({}, {"0", "1"}, 14),
+        ({"layers_to_transform": [1]}, {"1"}, 7),
+        ({"layers_to_transform": 0, "layers_pattern": "layers"}, {"0"}, 7),
+        ({"layers_to_transform": [0], "exclude_modules": ["q_proj"]}, {"0"}, 6),
+        ({"exclude_modules": r".*\.1\..*"}, {"0"}, 7),
+    ],
+)
+def test_the_layers_of_a_methods_own_are_chosen_among_as_pefts(config, settings, layers, count):
+    found = get_peft_model(pico.build("llama")[0], config(**settings)).targeted_module_names
+    assert {name.split(".")[2] for name in found} == layers
+    assert len(found) == count
+    named = config(
+        **settings, target_modules=["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+    )
+    assert set(get_peft_model(pico.build("llama")[0], named).targeted_module_names) == set(found)
+
+
+@pytest.mark.parametrize("config", OWN_LAYERS)
+def test_where_no_layer_is_left_it_is_told(config):
+    with pytest.raises(
+        ValueError, match=r"layers_to_transform=\[7\] and exclude_modules=None leave none of the layers"
+    ):
+        get_peft_model(pico.build("llama")[0], config(layers_to_transform=[7]))

@@ -7,6 +7,7 @@ on disk: stock PEFT would load a LoRA file without the router and say nothing.
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import json
 import re
@@ -15,7 +16,12 @@ from typing import Any, ClassVar
 
 import torch
 from peft import PeftConfig
-from peft.tuners.tuners_utils import BaseTunerLayer, _get_in_out_features, check_adapters_to_merge
+from peft.tuners.tuners_utils import (
+    BaseTunerLayer,
+    _get_in_out_features,
+    check_adapters_to_merge,
+    check_target_module_exists,
+)
 from peft.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING, get_quantization_config
 from peft.utils.other import transpose
 from torch import Tensor, nn
@@ -375,8 +381,8 @@ class UpdateModel(Methods):
         return self.__dict__.setdefault("_context", Context())
 
     def _prepare_adapter_config(self, peft_config, model_config):
-        if peft_config.target_modules is None:
-            peft_config.target_modules = peft_config.default_targets(self.model)
+        if peft_config.target_modules is None and (names := peft_config.default_targets(self.model)) is not None:
+            peft_config.target_modules = _left(names, peft_config)
         return super()._prepare_adapter_config(peft_config, model_config)
 
     def _post_injection_hook(self, model, config, adapter_name):
@@ -409,6 +415,22 @@ class UpdateModel(Methods):
         model = super()._unload_and_optionally_merge(merge, *args, **kwargs)
         self.context.detach()
         return model
+
+
+def _left(names: set[str], config: UpdateConfig) -> set[str]:
+    """Those of ``names`` that ``layers_to_transform`` and ``exclude_modules`` leave.
+
+    PEFT takes a full name at its word, whatever layer it lies in, and so is asked about last names.
+    """
+    asked = copy.copy(config)
+    asked.target_modules = {name.rpartition(".")[2] for name in names}
+    left = {name for name in names if check_target_module_exists(asked, f".{name}")}
+    if not left:
+        raise ValueError(
+            f"layers_to_transform={config.layers_to_transform} and exclude_modules={config.exclude_modules} leave none "
+            f"of the layers that {type(config).__name__} adapts by itself: correct them, or give target_modules."
+        )
+    return left
 
 
 def _depth(model: nn.Module, name: str) -> tuple[int | None, int | None]:

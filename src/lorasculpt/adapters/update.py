@@ -22,15 +22,16 @@ from peft.tuners.tuners_utils import (
     check_adapters_to_merge,
     check_target_module_exists,
 )
-from peft.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING, get_quantization_config
+from peft.utils import CONFIG_NAME, TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING, get_quantization_config
 from peft.utils.other import transpose
 from torch import Tensor, nn
 
 from ..ops.routing import switch_balance, token_sums
 from .carrier import across, carry
 from .context import Context
+from .folder import folder_of
 from .layers import frozen_weight, full
-from .method import Method, MethodConfig, Methods, read_record, register
+from .method import SETTINGS_FILE, Method, MethodConfig, Methods, read_record, register
 
 
 @dataclasses.dataclass(frozen=True)
@@ -272,13 +273,13 @@ class UpdateConfig(MethodConfig):
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: str, subfolder: str | None = None, **kwargs):
-        """The config of a folder written by :meth:`save_pretrained`."""
-        folder = Path(pretrained_model_name_or_path) / (subfolder or "")
+        """The config of a folder written by :meth:`save_pretrained`, here or on the Hub."""
+        folder = folder_of(pretrained_model_name_or_path, (CONFIG_NAME, SETTINGS_FILE), subfolder, **kwargs)
         record = read_record(folder)
         if record is None or record["method"] != cls.method:
             raise ValueError(f"{folder} holds no {cls.method} adapter.")
         known = {field.name for field in dataclasses.fields(cls) if field.init}
-        saved = json.loads((folder / "adapter_config.json").read_text())
+        saved = json.loads((folder / CONFIG_NAME).read_text())
         saved.pop("peft_type", None)
         return cls(**{key: value for key, value in saved.items() if key in known})
 

@@ -278,9 +278,10 @@ def test_tasks_are_saved_and_come_back(model, tmp_path):
         ([], r"needs tasks=\[...\]"),
         (["a", "a"], "different names"),
         (["a", ""], "different names"),
-        (["a", 1], "different names"),
-        ("color", "tasks is a list of names; got 'color'"),
-        (None, "tasks is a list of names; got None"),
+        (["a", 1], r"tasks must be a list of texts; got \['a', 1\]"),
+        ("color", "tasks must be a list of texts; got 'color'"),
+        (None, "tasks must be a list of texts; got None"),
+        ({"a"}, "tasks is a list of names; got {'a'}"),
     ],
 )
 def test_tasks_are_names(tasks, part):

@@ -32,6 +32,7 @@ from .context import Context
 from .folder import folder_of
 from .layers import frozen_weight, full
 from .method import SETTINGS_FILE, Method, MethodConfig, Methods, read_record, register
+from .settings import check_types
 
 
 @dataclasses.dataclass(frozen=True)
@@ -235,14 +236,15 @@ class UpdateConfig(MethodConfig):
     tasks: list[str] = dataclasses.field(default_factory=list)
 
     def __post_init__(self):
+        check_types(self)
         super().__post_init__()
         name = type(self).__name__
         if self.init_lora_weights is not True:
             raise ValueError(f"{name} does not support init_lora_weights={self.init_lora_weights!r}: it has its own.")
-        if not isinstance(self.tasks, list | tuple):
+        if not isinstance(self.tasks, list | tuple):  # a set has no order
             raise ValueError(f"tasks is a list of names; got {self.tasks!r}.")
         self.tasks = list(self.tasks)
-        if len(set(self.tasks)) != len(self.tasks) or not all(isinstance(task, str) and task for task in self.tasks):
+        if len(set(self.tasks)) != len(self.tasks) or not all(self.tasks):
             raise ValueError(f"tasks is a list of different names; got {self.tasks}.")
         if self.multitask and not self.tasks:
             raise ValueError(f"{name} needs tasks=[...]: the names of the tasks, as in the column 'task' of the data.")

@@ -126,8 +126,8 @@ class LoRAMoEConfig(UpdateConfig):
             raise ValueError(f"num_experts is at least 1; got {self.num_experts}.")
         if self.tasks and self.num_experts % 2:
             raise ValueError(f"num_experts is even where experts have kinds; got {self.num_experts}.")
-        if not self.balance_weight >= 0:
-            raise ValueError(f"balance_weight is at least 0; got {self.balance_weight}.")
+        if not 0 <= self.balance_weight < math.inf:
+            raise ValueError(f"balance_weight is at least 0 and finite; got {self.balance_weight}.")
         if not 0 <= self.delta <= 1:
             raise ValueError(f"delta is between 0 and 1; got {self.delta}.")
         if self.balance not in ("paper", "code"):

@@ -289,6 +289,16 @@ def test_tasks_are_names(tasks, part):
         MTLLoRAConfig(tasks=tasks)
 
 
+@pytest.mark.parametrize("method", [name for name, row in CASES.items() if issubclass(row.config, UpdateConfig)])
+def test_tasks_are_refused_where_they_mean_nothing(method):
+    kind = CASES[method].config
+    if kind.multitask or kind.of_tasks or kind.sequence:
+        assert kind(tasks=["a", "b"]).tasks == ["a", "b"]
+        return
+    with pytest.raises(ValueError, match=f"tasks means nothing to {kind.__name__}, which treats all samples alike"):
+        kind(tasks=["a", "b"])
+
+
 OWN_LAYERS = [FullConfig, SpiderConfig]  # methods that name layers themselves where target_modules is not given
 
 

@@ -222,7 +222,7 @@ class UpdateConfig(MethodConfig):
     """Shared by the configs of methods that change the forward pass.
 
     Args:
-        tasks: the names of the tasks, in the order of their ids; only methods that know tasks take any.
+        tasks: the names of the tasks, in the order of their ids; refused by a method that does not know tasks.
     """
 
     update: ClassVar[type[Update]]
@@ -246,6 +246,8 @@ class UpdateConfig(MethodConfig):
         self.tasks = list(self.tasks)
         if len(set(self.tasks)) != len(self.tasks) or not all(self.tasks):
             raise ValueError(f"tasks is a list of different names; got {self.tasks}.")
+        if self.tasks and not (self.multitask or self.of_tasks or self.sequence):
+            raise ValueError(f"tasks means nothing to {name}, which treats all samples alike: leave it out.")
         if self.multitask and not self.tasks:
             raise ValueError(f"{name} needs tasks=[...]: the names of the tasks, as in the column 'task' of the data.")
 

@@ -73,9 +73,14 @@ def test_every_sample_gets_the_matrix_of_its_task(model):
 @pytest.mark.parametrize(
     ("given", "part"),
     [
-        ({}, "needs the task of every sample: pass task=...; it knows even, odd."),
-        ({"task": "prime"}, "no task 'prime'; this adapter knows even, odd."),
-        ({"task": ["odd", "even", "odd", "prime"]}, "no task 'prime'; this adapter knows even, odd."),
+        (
+            {},
+            "needs the task of every sample: pass task=..., or in a trainer use lorasculpt.TaskCollator; it knows even",
+        ),
+        ({"task": "prime"}, "no task 'prime'; this adapter knows the names even, odd."),
+        ({"task": 0}, "no task 0; this adapter knows the names even, odd."),
+        ({"task": [0, 1, 0, 1]}, "no task 0; this adapter knows the names even, odd."),
+        ({"task": ["odd", "even", "odd", "prime"]}, "no task 'prime'; this adapter knows the names even, odd."),
         ({TASK_IDS: torch.tensor([0, 1, 0, 2])}, "from 0 to 1: this adapter knows even, odd."),
         ({"task": ["odd", "even", "odd"]}, "3 tasks were given for 4 rows"),
     ],
@@ -235,7 +240,7 @@ def test_several_adapters_have_their_own_tasks(model):
     assert known_tasks(model) == ["odd", "prime"]
     other = logits(model, task="odd")
     assert not torch.allclose(other, one, atol=1e-3)
-    with pytest.raises(UserError, match="no task 'even'; this adapter knows odd, prime"):
+    with pytest.raises(UserError, match="no task 'even'; this adapter knows the names odd, prime"):
         logits(model, task="even")
     assert torch.equal(
         generate(model, IDS, task=["odd", "prime"] * 2, **GREEDY)[::2], generate(model, IDS[::2], task="odd", **GREEDY)

@@ -236,8 +236,8 @@ class UpdateConfig(MethodConfig):
     tasks: list[str] = dataclasses.field(default_factory=list)
 
     def __post_init__(self):
-        check_types(self)
         super().__post_init__()
+        check_types(self)
         name = type(self).__name__
         if self.init_lora_weights is not True:
             raise ValueError(f"{name} does not support init_lora_weights={self.init_lora_weights!r}: it has its own.")

@@ -96,7 +96,8 @@ class LoRAMoEConfig(UpdateConfig):
         balance_weight: beta of equation (4), at least 0; 0 leaves the constraint out. Paper: 0.1 (from memory).
         delta: of equation (3), in [0, 1]. Paper: 0.1 (from memory).
         balance: "paper" divides the variance by the mean, "code" by its square.
-        tasks: names of the tasks of the training data; without any, all samples are of one kind.
+        tasks: names of the tasks of the training data; without any, all samples are of one kind. With some, every
+            sample in training needs its own: ``task=...``, or under a trainer ``lorasculpt.TaskCollator``.
         knowledge: those of ``tasks`` that need world knowledge: of the kind of the first half of the experts, and so
             served rather by the second.
 

@@ -303,8 +303,8 @@ class LoRASculptConfig(MethodConfig):
     cmr_memory: str = "recompute"
 
     def __post_init__(self):
-        check_types(self)
         super().__post_init__()
+        check_types(self)
         if self.cmr_modules != "all":
             if isinstance(self.cmr_modules, str) or not self.cmr_modules:
                 raise ValueError(f"cmr_modules is a list of last names of linears, or 'all'; got {self.cmr_modules!r}.")

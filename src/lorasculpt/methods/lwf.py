@@ -157,8 +157,8 @@ class LwFConfig(MethodConfig):
     temperature: float = 2.0
 
     def __post_init__(self):
-        check_types(self)
         super().__post_init__()
+        check_types(self)
         if not 0 <= self.weight < math.inf:
             raise ValueError(f"weight is the weight of what the base would have said, at least 0; got {self.weight}.")
         if not 0 < self.temperature < math.inf:

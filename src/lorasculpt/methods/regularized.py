@@ -248,8 +248,8 @@ class RegularizedConfig(MethodConfig):
     fisher_scale: str = "mean"
 
     def __post_init__(self):
-        check_types(self)
         super().__post_init__()
+        check_types(self)
         if self.penalty not in PENALTIES:
             raise ValueError(f"penalty is one of {', '.join(PENALTIES)}; got {self.penalty!r}.")
         if not 0 <= self.weight < math.inf:

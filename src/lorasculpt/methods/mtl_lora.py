@@ -90,7 +90,7 @@ class MTLLoRAConfig(UpdateConfig):
     ``lorasculpt.TaskCollator`` takes along.
 
     Args:
-        tasks: names of the tasks; the order counts in what is saved.
+        tasks: names of the tasks, at least one; what is saved goes by their order.
         r: rank of the update. Official scripts: 8 on commonsense tasks, 64 on images and text.
         lora_alpha: Official scripts: 16.
         num_b: N_B, how many up-projections the tasks mix, at least 1. Official scripts: 3, on images and text 2.

@@ -42,22 +42,13 @@ from torch import Tensor, nn
 from ..adapters.layers import Site, full, sharded_like
 from ..adapters.method import Method, MethodConfig, register
 from ..adapters.settings import check_types
+from ..models.parts import FAMILIES
 from ..ops.conflict import awareness, conflict
 from ..ops.density import product_density, solve_density
 from ..ops.masks import kept, magnitude_mask, pack, unpack
 
-CONNECTORS = [
-    "multi_modal_projector",
-    "connector",
-    "merger",
-    "deepstack_merger_list",
-    "aligner",
-    "mm_projector",
-    "embed_vision",
-    "vision_projection",
-    "qformer",
-    "language_projection",
-]
+CONNECTORS = {path.rpartition(".")[2] for parts in FAMILIES.values() for path in parts.projector} | {"mm_projector"}
+"""Last names of what joins vision and language; ``mm_projector`` is that of the released code's LLaVA."""
 
 
 class Sculpt(Method):

@@ -250,6 +250,15 @@ def test_a_task_is_a_plain_lora(tmp_path, pico_folder, settings, to):
         assert not (tmp_path / "b" / "lorasculpt.json").exists()
 
 
+@pytest.mark.parametrize("task", [None, "all"])  # which only the command line knows
+def test_a_task_has_to_be_named(tmp_path, task):
+    source = routed(tmp_path / "source")
+    with pytest.raises(
+        UserError, match=r"; say which with task: a, b/c \(on the command line --task NAME, or --task all"
+    ):
+        export(source, "nowhere", tmp_path / "out", task=task)
+
+
 @pytest.mark.parametrize("to", ["lora", "merged"])
 def test_a_task_that_was_written_wrongly_is_not_kept(tmp_path, pico_folder, monkeypatch, to):
     source = routed(tmp_path / "source")

@@ -456,9 +456,9 @@ def test_a_method_may_choose_its_own_layers(several):
 def test_what_an_adapter_cannot_become_is_told(several, tmp_path, monkeypatch):
     for method, told in {
         "mtl_lora": [
-            ((), "is another LoRA for each task; say which with --task: color, shape, or all."),
+            ((), "is another LoRA for each task; say which with task: color, shape (on the command"),
             (("--to", "merged"), "is another LoRA for each task"),
-            (("--task", "side"), "knows no task 'side'; say which with --task: color, shape, or all."),
+            (("--task", "side"), "knows no task 'side'; say which with task: color, shape (on the command"),
         ],
         "loramoe": [
             ((), "every token weighs the experts anew; deploy it with lorasculpt.load."),

@@ -16,7 +16,7 @@ from lorasculpt import UserError
 from lorasculpt.adapters.update import UpdateConfig, UpdateLayer, context_of
 from lorasculpt.data.batches import Collator, rows
 from lorasculpt.data.records import read
-from lorasculpt.inspect import plots
+from lorasculpt.inspect import lora, plots
 from lorasculpt.inspect.update import ALL, Linear, config_of, inspect, show, write_json
 from lorasculpt.models.load import load
 
@@ -151,7 +151,7 @@ def test_a_method_with_one_matrix_for_all(tmp_path, pico_folder, data):
     assert "100.0%" in text
     assert "--data FILE" in text
     plots.of_update(found, tmp_path / "a.png")
-    with pytest.raises(UserError, match=r"routes nothing.*leave --data out"):
+    with pytest.raises(UserError, match=r"routes nothing.*leave data \(--data\) out"):
         inspect(adapter, pico_folder("llava"), data)
 
 
@@ -219,6 +219,18 @@ def test_many_tasks_have_no_columns(tmp_path, pico_folder):
     plots.of_update(found, tmp_path / "a.png")
 
 
+def test_of_the_two_modules_each_names_the_other(tmp_path, pico_folder):
+    routed, plain = folder(tmp_path, "mtl_lora", tasks=["color", "shape"]), folder(tmp_path, "lorasculpt")
+    with pytest.raises(
+        UserError, match=r"is a mtl_lora adapter, no plain LoRA; lorasculpt\.inspect\.update\.inspect shows"
+    ):
+        lora.inspect(routed)
+    with pytest.raises(
+        UserError, match=r"changes the forward pass; lorasculpt\.inspect\.lora\.inspect shows a plain LoRA"
+    ):
+        inspect(plain, pico_folder("llava"))
+
+
 # --- the command line -----------------------------------------------------------------------------------------------
 
 
@@ -248,9 +260,9 @@ def test_mistakes_are_told_in_one_sentence(tmp_path, pico_folder, data):
     multitask = folder(tmp_path, "mtl_lora", tasks=["color", "shape"])
     base = pico_folder("llava")
     for arguments, message in (
-        ((routed, "--base", base), "every token weighs the experts anew. Add --data"),
-        ((routed, "--data", data), "is nothing without its model: add --base"),
-        ((multitask,), "is nothing without its model: add --base"),
+        ((routed, "--base", base), "every token weighs the experts anew. Give data (--data)"),
+        ((routed, "--data", data), "is nothing without its model: give base (--base)"),
+        ((multitask,), "is nothing without its model: give base (--base)"),
         (
             (multitask, "--base", base, "--data", data),
             r"train.jsonl:3: there is no task 'side'; the adapter knows color",

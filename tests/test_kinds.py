@@ -17,13 +17,14 @@ from safetensors.torch import load_file
 
 from lorasculpt import corda
 from lorasculpt.adapters.load import load as load_adapter
+from lorasculpt.adapters.settings import must_be
 from lorasculpt.config import RunConfig
 from lorasculpt.data.batches import Collator, rows
 from lorasculpt.data.records import Record
 from lorasculpt.errors import UserError
 from lorasculpt.evaluation.strength import fixed, strength
 from lorasculpt.export import export
-from lorasculpt.kinds import KINDS, OF_PEFT, must_be, settings_of, started, taken_over
+from lorasculpt.kinds import KINDS, OF_PEFT, settings_of, started, taken_over
 from lorasculpt.measure import measure
 from lorasculpt.models.load import load
 from lorasculpt.run.model import adapter_config, prepare

@@ -12,7 +12,6 @@ import tempfile
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, fields
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Literal
 
@@ -36,6 +35,7 @@ from .hub import on_hub
 from .inspect.update import config_of as kind_of
 from .kinds import TUNERS
 from .models.load import load
+from .provenance import versions
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 TOLERANCE = {"float32": 1e-3, "float16": 1e-2, "bfloat16": 5e-2}
@@ -135,7 +135,7 @@ def export(
         out: the folder to write.
         to: ``"lora"``: lora_A and lora_B alone, one scaling for all modules, for PEFT, vLLM and llama.cpp.
             ``"merged"``: W + (alpha/r) BA with processor and generation configuration, for anything that loads models.
-        task: for an adapter that is another matrix for each of its tasks: which one.
+        task: of a multi-task adapter, the task to export.
         dtype: ``"float32"``, ``"bfloat16"`` or ``"float16"``. None keeps a LoRA's own, and merges in the base's own.
         force: replace an earlier export in ``out``.
         trust_remote_code: run the code that comes with the base.
@@ -198,7 +198,7 @@ def export(
             parity=_compare(expected, without, found),
             tolerance=TOLERANCE[dtype],
             agreement=AGREEMENT[dtype],
-            versions={name: version(name) for name in ("lorasculpt", "torch", "transformers", "peft")},
+            versions=versions(),
         )
         _check_parity(report)
         content = json.dumps({"schema": 1, **asdict(report)}, indent=1, allow_nan=False)
@@ -253,9 +253,14 @@ def _check_method(folder: Path, config: UpdateConfig | None, to: str, task: str 
         raise UserError(f"{folder} is a {config.method} adapter, whose update has no low rank; export it to merged.")
     elif config.merges == "task" and task not in config.tasks:
         what = "is another LoRA for each task" if task is None else f"knows no task {task!r}"
-        raise UserError(f"{folder} {what}; say which with --task: {', '.join(config.tasks)}, or all.")
+        raise UserError(
+            f"{folder} {what}; say which with task: {', '.join(config.tasks)} (on the command line --task NAME, or "
+            "--task all for each)."
+        )
     if task is not None and (config is None or config.merges != "task"):
-        raise UserError(f"{folder} is the same for all tasks, so there is no {task!r} to choose; leave --task out.")
+        raise UserError(
+            f"{folder} is the same for all tasks, so there is no {task!r} to choose; leave task (--task) out."
+        )
 
 
 def _of_peft(folder: Path) -> bool:

@@ -11,12 +11,8 @@ adapting layers, LN tuning, which trains no linears, and BOFT, which compiles CU
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator, Mapping
-from enum import Enum
-from functools import reduce
-from operator import or_
-from types import NoneType, UnionType
-from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
+from collections.abc import Mapping
+from typing import Any
 
 from peft import (
     DeftConfig,
@@ -38,8 +34,6 @@ from peft import (
     SupertuningConfig,
     VeraConfig,
 )
-from pydantic import TypeAdapter, ValidationError
-from pydantic_core import to_json
 
 from .methods import METHODS
 
@@ -76,10 +70,6 @@ TUNERS: dict[str, type[PeftConfig]] = {
 OF_PEFT: dict[str, type[PeftConfig]] = {name: TUNERS.get(name, LoraConfig) for name in (*STARTS, *TUNERS)}
 KINDS: dict[str, type[PeftConfig]] = {"lora": LoraConfig, **METHODS, **OF_PEFT}
 """The config class of every method by its name."""
-NUMBERS = ("lora_alpha",)
-"""Settings that PEFT annotates as integers and that any number will do for."""
-TAKEN = {bool: "true or false", float: "a number", int: "a whole number", str: "text", dict: "a mapping"}
-TAKEN |= {list: "a list", list[str]: "a list of texts", list[int]: "a list of whole numbers", NoneType: "null"}
 PLACES = ("target_modules", "exclude_modules", "layers_to_transform", "layers_pattern")
 
 
@@ -87,41 +77,6 @@ def settings_of(kind: type[PeftConfig]) -> list[str]:
     """The names of the settings of a method."""
     unused = getattr(kind, "unused", ())
     return [field.name for field in dataclasses.fields(kind) if field.init and field.name not in unused]
-
-
-def must_be(kind: type[PeftConfig], name: str, value: Any) -> str | None:
-    """What the setting ``name`` of a method takes, in words, where ``value`` is of another type; None where it fits.
-
-    Only the type is judged. Which of several texts it may be, or which numbers, the method says itself.
-    """
-    parts = [*_parts(get_type_hints(kind)[name]), *([float] if name in NUMBERS else [])]
-    allowed: Any = reduce(or_, parts)
-    try:
-        # as JSON, where an integer is a number too, and text that looks like one is none
-        TypeAdapter(list[allowed]).validate_json(to_json([value], fallback=str), strict=True)
-    except ValidationError:
-        told = {
-            TAKEN.get(part) or TAKEN[get_origin(part) or part]
-            for part in parts
-            if part is not int or float not in parts
-        }
-        return " or ".join(text for text in TAKEN.values() if text in told)
-    return None
-
-
-def _parts(hint: Any) -> Iterator[Any]:
-    """The types that an annotation allows, as YAML has them."""
-    if get_origin(hint) in (Union, UnionType):
-        for part in get_args(hint):
-            yield from _parts(part)
-    elif get_origin(hint) is Literal:
-        yield from (type(value) for value in get_args(hint))
-    elif dataclasses.is_dataclass(hint):
-        yield dict
-    elif isinstance(hint, type) and issubclass(hint, Enum):
-        yield str
-    else:
-        yield hint
 
 
 def words(name: str) -> str:

@@ -44,7 +44,7 @@ def settings(config: type[MethodConfig]) -> dict[str, Any]:
     """The fields of a method's own, and those of ``LoraConfig`` that its docstring speaks of, with their defaults."""
     stock, told = {field.name for field in dataclasses.fields(LoraConfig)}, meanings(config)
     own = [field for field in dataclasses.fields(config) if field.name in told or field.name not in stock]
-    return {field.name: _default(field) for field in own if field.name != "tasks" or _tasks(config)}
+    return {field.name: default(field) for field in own if field.name != "tasks" or _tasks(config)}
 
 
 def meanings(config: type[MethodConfig]) -> dict[str, str]:
@@ -57,7 +57,8 @@ def meanings(config: type[MethodConfig]) -> dict[str, str]:
     return found
 
 
-def _default(field: dataclasses.Field) -> Any:
+def default(field: dataclasses.Field) -> Any:
+    """The default of a field."""
     return field.default if field.default_factory is dataclasses.MISSING else field.default_factory()
 
 

@@ -10,9 +10,10 @@ import pytest
 import torch
 from accelerate.utils import slice_tensors
 from contract import CASES, adapt, equal, sft, start, texts, weights
+from peft import get_peft_model
 from torch import nn
 
-from lorasculpt import MTLLoRAConfig, UserError, load
+from lorasculpt import FullConfig, MTLLoRAConfig, SpiderConfig, UserError, load
 from lorasculpt.adapters.context import TASK_IDS
 from lorasculpt.adapters.update import UpdateConfig, context_of, known_tasks, updates
 from lorasculpt.data.batches import Collator, rows
@@ -72,9 +73,14 @@ def test_every_sample_gets_the_matrix_of_its_task(model):
 @pytest.mark.parametrize(
     ("given", "part"),
     [
-        ({}, "needs the task of every sample: pass task=...; it knows even, odd."),
-        ({"task": "prime"}, "no task 'prime'; this adapter knows even, odd."),
-        ({"task": ["odd", "even", "odd", "prime"]}, "no task 'prime'; this adapter knows even, odd."),
+        (
+            {},
+            "needs the task of every sample: pass task=..., or in a trainer use lorasculpt.TaskCollator; it knows even",
+        ),
+        ({"task": "prime"}, "no task 'prime'; this adapter knows the names even, odd."),
+        ({"task": 0}, "no task 0; this adapter knows the names even, odd."),
+        ({"task": [0, 1, 0, 1]}, "no task 0; this adapter knows the names even, odd."),
+        ({"task": ["odd", "even", "odd", "prime"]}, "no task 'prime'; this adapter knows the names even, odd."),
         ({TASK_IDS: torch.tensor([0, 1, 0, 2])}, "from 0 to 1: this adapter knows even, odd."),
         ({"task": ["odd", "even", "odd"]}, "3 tasks were given for 4 rows"),
     ],
@@ -234,7 +240,7 @@ def test_several_adapters_have_their_own_tasks(model):
     assert known_tasks(model) == ["odd", "prime"]
     other = logits(model, task="odd")
     assert not torch.allclose(other, one, atol=1e-3)
-    with pytest.raises(UserError, match="no task 'even'; this adapter knows odd, prime"):
+    with pytest.raises(UserError, match="no task 'even'; this adapter knows the names odd, prime"):
         logits(model, task="even")
     assert torch.equal(
         generate(model, IDS, task=["odd", "prime"] * 2, **GREEDY)[::2], generate(model, IDS[::2], task="odd", **GREEDY)
@@ -277,11 +283,54 @@ def test_tasks_are_saved_and_come_back(model, tmp_path):
         ([], r"needs tasks=\[...\]"),
         (["a", "a"], "different names"),
         (["a", ""], "different names"),
-        (["a", 1], "different names"),
-        ("color", "tasks is a list of names; got 'color'"),
-        (None, "tasks is a list of names; got None"),
+        (["a", 1], r"tasks must be a list of texts; got \['a', 1\]"),
+        ("color", "tasks must be a list of texts; got 'color'"),
+        (None, "tasks must be a list of texts; got None"),
+        ({"a"}, "tasks is a list of names; got {'a'}"),
     ],
 )
 def test_tasks_are_names(tasks, part):
     with pytest.raises(ValueError, match=part):
         MTLLoRAConfig(tasks=tasks)
+
+
+@pytest.mark.parametrize("method", [name for name, row in CASES.items() if issubclass(row.config, UpdateConfig)])
+def test_tasks_are_refused_where_they_mean_nothing(method):
+    kind = CASES[method].config
+    if kind.multitask or kind.of_tasks or kind.sequence:
+        assert kind(tasks=["a", "b"]).tasks == ["a", "b"]
+        return
+    with pytest.raises(ValueError, match=f"tasks means nothing to {kind.__name__}, which treats all samples alike"):
+        kind(tasks=["a", "b"])
+
+
+OWN_LAYERS = [FullConfig, SpiderConfig]  # methods that name layers themselves where target_modules is not given
+
+
+@pytest.mark.parametrize("config", OWN_LAYERS)
+@pytest.mark.parametrize(
+    ("settings", "layers", "count"),
+    [
+        ({}, {"0", "1"}, 14),
+        ({"layers_to_transform": [1]}, {"1"}, 7),
+        ({"layers_to_transform": 0, "layers_pattern": "layers"}, {"0"}, 7),
+        ({"layers_to_transform": [0], "exclude_modules": ["q_proj"]}, {"0"}, 6),
+        ({"exclude_modules": r".*\.1\..*"}, {"0"}, 7),
+    ],
+)
+def test_the_layers_of_a_methods_own_are_chosen_among_as_pefts(config, settings, layers, count):
+    found = get_peft_model(pico.build("llama")[0], config(**settings)).targeted_module_names
+    assert {name.split(".")[2] for name in found} == layers
+    assert len(found) == count
+    named = config(
+        **settings, target_modules=["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+    )
+    assert set(get_peft_model(pico.build("llama")[0], named).targeted_module_names) == set(found)
+
+
+@pytest.mark.parametrize("config", OWN_LAYERS)
+def test_where_no_layer_is_left_it_is_told(config):
+    with pytest.raises(
+        ValueError, match=r"layers_to_transform=\[7\] and exclude_modules=None leave none of the layers"
+    ):
+        get_peft_model(pico.build("llama")[0], config(layers_to_transform=[7]))

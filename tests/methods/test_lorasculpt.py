@@ -71,7 +71,8 @@ def moved(**settings):
         ({"density": math.nan}, "density is the share"),
         ({"delta_density": 0.0}, "delta_density is the share of B A"),
         ({"delta_density": 1.0}, "delta_density is the share of B A"),
-        ({"delta_density": 0.1, "density_a": 0.1}, "give delta_density or density_a and density_b, not both"),
+        ({"delta_density": 0.1, "density": 0.3}, "delta_density stands in for density: give one of the two"),
+        ({"delta_density": 0.1, "density_a": 0.1}, "delta_density stands in for density_a"),
         ({"prune_step": 0}, "got 0"),
         ({"prune_step": -3}, "got -3"),
         ({"prune_step": 0.0}, "a share of training"),
@@ -115,7 +116,7 @@ def test_an_impossible_density_is_refused_before_training():
         ({"density": 0.3, "density_a": 0.5}, (0.5, 0.3)),
         ({"density": 0.3, "density_b": 0.5}, (0.3, 0.5)),
         ({"density_a": 0.2, "density_b": 0.4}, (0.2, 0.4)),
-        ({"delta_density": 0.05}, (0.11287, 0.11287)),  # sqrt(1 - 0.95 ** (1 / 4))
+        ({"delta_density": 0.05, "density": 0.1}, (0.11287, 0.11287)),  # sqrt(1 - 0.95 ** (1 / 4))
     ],
 )
 def test_each_factor_gets_its_density(settings, expected):
@@ -129,7 +130,7 @@ def test_each_factor_gets_its_density(settings, expected):
 
 
 def test_delta_density_counts_each_module_with_its_own_rank():
-    model = llama(delta_density=0.05, prune_step=1, rank_pattern={"q_proj": 16})
+    model = llama(delta_density=0.05, density=0.1, prune_step=1, rank_pattern={"q_proj": 16})
     train(model, [texts()])
     for name, site in sites(model).items():
         share = math.sqrt(1 - 0.95 ** (1 / (16 if name.endswith("q_proj") else 4)))

@@ -447,7 +447,7 @@ def test_the_fisher_information_is_needed_for_training_alone(fisher, tmp_path):
         ({"weight": math.inf}, "got inf"),
         ({"penalty": "olora"}, "give both or neither; got penalty='olora' and earlier=None"),
         ({"earlier": ["a"]}, "give both or neither; got penalty='l2' and earlier=['a']"),
-        ({"penalty": "olora", "earlier": "a"}, "earlier is a list of folders; got 'a'"),
+        ({"penalty": "olora", "earlier": "a"}, "earlier must be a list of texts or None; got 'a'"),
         ({"use_dora": True}, "does not support use_dora"),
     ],
 )

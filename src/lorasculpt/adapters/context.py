@@ -9,7 +9,7 @@ run the backward pass of one batch before the forward pass of the next, as every
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, TypeAlias
 
 import torch
@@ -100,16 +100,20 @@ class Context:
         """
         listed = ", ".join(known)
         if self.tasks is None:
-            raise UserError(f"this adapter needs the task of every sample: pass task=...; it knows {listed}.")
+            raise UserError(
+                "this adapter needs the task of every sample: pass task=..., or in a trainer use "
+                f"lorasculpt.TaskCollator; it knows {listed}."
+            )
         if isinstance(self.tasks, Tensor):
             ids = self.tasks.to(x.device)
             if ids.numel() and not 0 <= int(ids.min()) <= int(ids.max()) < len(known):
                 raise UserError(f"task ids lie from 0 to {len(known) - 1}: this adapter knows {listed}.")
         else:
-            names = [self.tasks] if isinstance(self.tasks, str) else list(self.tasks)
-            unknown = next((name for name in names if name not in known), None)
-            if unknown is not None:
-                raise UserError(f"there is no task {unknown!r}; this adapter knows {listed}.")
+            several = isinstance(self.tasks, Iterable) and not isinstance(self.tasks, str)
+            names = list(self.tasks) if several else [self.tasks]
+            unknown = [name for name in names if name not in known]
+            if unknown:
+                raise UserError(f"there is no task {unknown[0]!r}; this adapter knows the names {listed}.")
             ids = torch.tensor([known.index(name) for name in names], device=x.device)
         return self._rows(ids, x)
 

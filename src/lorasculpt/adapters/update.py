@@ -7,6 +7,7 @@ on disk: stock PEFT would load a LoRA file without the router and say nothing.
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import json
 import re
@@ -15,16 +16,23 @@ from typing import Any, ClassVar
 
 import torch
 from peft import PeftConfig
-from peft.tuners.tuners_utils import BaseTunerLayer, _get_in_out_features, check_adapters_to_merge
-from peft.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING, get_quantization_config
+from peft.tuners.tuners_utils import (
+    BaseTunerLayer,
+    _get_in_out_features,
+    check_adapters_to_merge,
+    check_target_module_exists,
+)
+from peft.utils import CONFIG_NAME, TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING, get_quantization_config
 from peft.utils.other import transpose
 from torch import Tensor, nn
 
 from ..ops.routing import switch_balance, token_sums
 from .carrier import across, carry
 from .context import Context
+from .folder import folder_of
 from .layers import frozen_weight, full
-from .method import Method, MethodConfig, Methods, read_record, register
+from .method import SETTINGS_FILE, Method, MethodConfig, Methods, read_record, register
+from .settings import check_types
 
 
 @dataclasses.dataclass(frozen=True)
@@ -217,7 +225,7 @@ class UpdateConfig(MethodConfig):
     """Shared by the configs of methods that change the forward pass.
 
     Args:
-        tasks: the names of the tasks, in the order of their ids; only methods that know tasks take any.
+        tasks: the names of the tasks, in the order of their ids; refused by a method that does not know tasks.
     """
 
     update: ClassVar[type[Update]]
@@ -232,14 +240,17 @@ class UpdateConfig(MethodConfig):
 
     def __post_init__(self):
         super().__post_init__()
+        check_types(self)
         name = type(self).__name__
         if self.init_lora_weights is not True:
             raise ValueError(f"{name} does not support init_lora_weights={self.init_lora_weights!r}: it has its own.")
-        if not isinstance(self.tasks, list | tuple):
+        if not isinstance(self.tasks, list | tuple):  # a set has no order
             raise ValueError(f"tasks is a list of names; got {self.tasks!r}.")
         self.tasks = list(self.tasks)
-        if len(set(self.tasks)) != len(self.tasks) or not all(isinstance(task, str) and task for task in self.tasks):
+        if len(set(self.tasks)) != len(self.tasks) or not all(self.tasks):
             raise ValueError(f"tasks is a list of different names; got {self.tasks}.")
+        if self.tasks and not (self.multitask or self.of_tasks or self.sequence):
+            raise ValueError(f"tasks means nothing to {name}, which treats all samples alike: leave it out.")
         if self.multitask and not self.tasks:
             raise ValueError(f"{name} needs tasks=[...]: the names of the tasks, as in the column 'task' of the data.")
 
@@ -269,13 +280,13 @@ class UpdateConfig(MethodConfig):
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: str, subfolder: str | None = None, **kwargs):
-        """The config of a folder written by :meth:`save_pretrained`."""
-        folder = Path(pretrained_model_name_or_path) / (subfolder or "")
+        """The config of a folder written by :meth:`save_pretrained`, here or on the Hub."""
+        folder = folder_of(pretrained_model_name_or_path, (CONFIG_NAME, SETTINGS_FILE), subfolder, **kwargs)
         record = read_record(folder)
         if record is None or record["method"] != cls.method:
             raise ValueError(f"{folder} holds no {cls.method} adapter.")
         known = {field.name for field in dataclasses.fields(cls) if field.init}
-        saved = json.loads((folder / "adapter_config.json").read_text())
+        saved = json.loads((folder / CONFIG_NAME).read_text())
         saved.pop("peft_type", None)
         return cls(**{key: value for key, value in saved.items() if key in known})
 
@@ -378,8 +389,8 @@ class UpdateModel(Methods):
         return self.__dict__.setdefault("_context", Context())
 
     def _prepare_adapter_config(self, peft_config, model_config):
-        if peft_config.target_modules is None:
-            peft_config.target_modules = peft_config.default_targets(self.model)
+        if peft_config.target_modules is None and (names := peft_config.default_targets(self.model)) is not None:
+            peft_config.target_modules = _left(names, peft_config)
         return super()._prepare_adapter_config(peft_config, model_config)
 
     def _post_injection_hook(self, model, config, adapter_name):
@@ -412,6 +423,22 @@ class UpdateModel(Methods):
         model = super()._unload_and_optionally_merge(merge, *args, **kwargs)
         self.context.detach()
         return model
+
+
+def _left(names: set[str], config: UpdateConfig) -> set[str]:
+    """Those of ``names`` that ``layers_to_transform`` and ``exclude_modules`` leave.
+
+    PEFT takes a full name at its word, whatever layer it lies in, and so is asked about last names.
+    """
+    asked = copy.copy(config)
+    asked.target_modules = {name.rpartition(".")[2] for name in names}
+    left = {name for name in names if check_target_module_exists(asked, f".{name}")}
+    if not left:
+        raise ValueError(
+            f"layers_to_transform={config.layers_to_transform} and exclude_modules={config.exclude_modules} leave none "
+            f"of the layers that {type(config).__name__} adapts by itself: correct them, or give target_modules."
+        )
+    return left
 
 
 def _depth(model: nn.Module, name: str) -> tuple[int | None, int | None]:

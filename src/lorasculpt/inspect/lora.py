@@ -31,6 +31,7 @@ from ..models.weights import BaseWeights
 from ..ops.conflict import awareness
 from ..ops.density import density, expected_density, product_density, redundancy_curve
 from .places import order, place
+from .update import config_of
 
 SHARES = (0.0, 0.001, 0.005, 0.01, 0.02, 0.05, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0)
 """Shares of the entries at which the redundancy curves are read."""
@@ -116,6 +117,11 @@ def inspect(adapter_folder: str | Path, base: str | Path | None = None) -> Inspe
     Raises:
         UserError: the adapter cannot be read (`lorasculpt.adapters.plain`), or the base is not the adapter's.
     """
+    other = config_of(adapter_folder)
+    if other is not None:
+        raise UserError(
+            f"{adapter_folder} is a {other.method} adapter, no plain LoRA; lorasculpt.inspect.update.inspect shows it."
+        )
     adapter = read_adapter(adapter_folder)
     weights = BaseWeights.open(base) if base is not None else None
     if weights is not None and (weights.folder / "config.json").is_file():

@@ -114,18 +114,22 @@ def inspect(
         trust_remote_code: run the code that comes with the base.
 
     Raises:
-        UserError: there is no base, nothing to measure without data, no routing to measure with them, or a task that
-            the adapter does not know and would have to.
+        UserError: the adapter is of another kind, there is no base, nothing to measure without data, no routing to
+            measure with them, or a task that the adapter does not know and would have to.
     """
     kind = config_of(adapter_folder)
-    assert kind is not None, "not an adapter for this module"
+    if kind is None:
+        raise UserError(
+            f"{adapter_folder} holds no adapter whose method changes the forward pass; lorasculpt.inspect.lora.inspect "
+            "shows a plain LoRA."
+        )
     named = f"the adapter in {adapter_folder} ({kind.method})"
     if data is None and kind.merges == "never":
         raise UserError(
-            f"{named} is no matrix to be shown: {kind.why_not}. Add --data FILE to see which expert serves what."
+            f"{named} is no matrix to be shown: {kind.why_not}. Give data (--data) to see which expert serves what."
         )
     if base is None:
-        raise UserError(f"{named} is nothing without its model: add --base.")
+        raise UserError(f"{named} is nothing without its model: give base (--base).")
     groups = _by_task(read(data, check_images=False), limit) if data is not None else {}
     known = kind.from_pretrained(str(adapter_folder)).tasks
     unknown = next((task for task in groups if task not in known), None)
@@ -136,7 +140,7 @@ def inspect(
     model = load_adapter(model, adapter_folder)
     loads = _loads(model, processor, groups)
     if groups and not loads:
-        raise UserError(f"{named} routes nothing, so there are no loads to show: leave --data out.")
+        raise UserError(f"{named} routes nothing, so there are no loads to show: leave data (--data) out.")
     places = {name: place(name) for name in updates(model)}
     several = len({part for part, _, _ in places.values()}) > 1
     linears = []

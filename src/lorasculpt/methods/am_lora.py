@@ -42,7 +42,7 @@ from torch.nn import functional as F
 from ..adapters.carrier import across
 from ..adapters.update import Update, UpdateConfig, register_update
 from ..errors import UserError
-from ..ops.routing import token_sums
+from ..ops.routing import token_sums, wide
 
 
 class AMLoRAUpdate(Update):
@@ -94,22 +94,22 @@ class AMLoRAUpdate(Update):
         """(..., t) the scores, from z = A drop(x): v_i . B_i z_i is (v_i B_i) . z_i, and no o_i is ever formed."""
         with torch.autocast(z.device.type, enabled=False):
             v, c = self.heads()
-            keys = (_wide(B) * v[..., None]).sum(1)
-            return F.relu(self.scaling * (_wide(z) * keys).sum(-1) + c)  # (2)
+            keys = (wide(B) * v[..., None]).sum(1)
+            return F.relu(self.scaling * (wide(z) * keys).sum(-1) + c)  # (2)
 
     def feature_scores(self, o: Tensor) -> Tensor:
         """(..., t, out) the scores of every feature."""
         with torch.autocast(o.device.type, enabled=False):
             v, c = self.heads()
             if self.config.gate == "dense":
-                return F.relu(torch.einsum("...to,tpo->...tp", _wide(o), v) + c)
-            return F.relu(_wide(o) * v + c)
+                return F.relu(torch.einsum("...to,tpo->...tp", wide(o), v) + c)
+            return F.relu(wide(o) * v + c)
 
     def heads(self) -> tuple[Tensor, Tensor]:
         """v and c of all tasks."""
         if self.config.selector == "all":
-            return _wide(self.v), _wide(self.c)
-        return _wide(_joined(self.v_old, self.v)), _wide(_joined(self.c_old, self.c))
+            return wide(self.v), wide(self.c)
+        return wide(_joined(self.v_old, self.v)), wide(_joined(self.c_old, self.c))
 
     def sparsity(self, score: Tensor, x: Tensor) -> Tensor | None:
         """lambda |u| of the micro-batches of all processes; ``score`` is (..., t). None where it would do nothing."""
@@ -151,11 +151,6 @@ class AMLoRAUpdate(Update):
 
 def _joined(old: Tensor | None, new: Tensor) -> Tensor:
     return new if old is None else torch.cat([old.to(new.dtype), new])
-
-
-def _wide(x: Tensor) -> Tensor:
-    """``x`` in fp32 at least."""
-    return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
 def _as(parameter: nn.Parameter, value: Tensor) -> nn.Parameter:

@@ -96,7 +96,8 @@ class LoRAMoEConfig(UpdateConfig):
         balance_weight: beta of equation (4), at least 0; 0 leaves the constraint out. Paper: 0.1 (from memory).
         delta: of equation (3), in [0, 1]. Paper: 0.1 (from memory).
         balance: "paper" divides the variance by the mean, "code" by its square.
-        tasks: names of the tasks of the training data; without any, all samples are of one kind.
+        tasks: names of the tasks of the training data; without any, all samples are of one kind. With some, every
+            sample in training needs its own: ``task=...``, or under a trainer ``lorasculpt.TaskCollator``.
         knowledge: those of ``tasks`` that need world knowledge: of the kind of the first half of the experts, and so
             served rather by the second.
 
@@ -126,8 +127,8 @@ class LoRAMoEConfig(UpdateConfig):
             raise ValueError(f"num_experts is at least 1; got {self.num_experts}.")
         if self.tasks and self.num_experts % 2:
             raise ValueError(f"num_experts is even where experts have kinds; got {self.num_experts}.")
-        if not self.balance_weight >= 0:
-            raise ValueError(f"balance_weight is at least 0; got {self.balance_weight}.")
+        if not 0 <= self.balance_weight < math.inf:
+            raise ValueError(f"balance_weight is at least 0 and finite; got {self.balance_weight}.")
         if not 0 <= self.delta <= 1:
             raise ValueError(f"delta is between 0 and 1; got {self.delta}.")
         if self.balance not in ("paper", "code"):

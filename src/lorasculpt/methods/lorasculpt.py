@@ -31,6 +31,7 @@ Where the released code departs from the paper, the code is the default and the 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import ClassVar
@@ -40,22 +41,14 @@ from torch import Tensor, nn
 
 from ..adapters.layers import Site, full, sharded_like
 from ..adapters.method import Method, MethodConfig, register
+from ..adapters.settings import check_types
+from ..models.parts import FAMILIES
 from ..ops.conflict import awareness, conflict
 from ..ops.density import product_density, solve_density
 from ..ops.masks import kept, magnitude_mask, pack, unpack
 
-CONNECTORS = [
-    "multi_modal_projector",
-    "connector",
-    "merger",
-    "deepstack_merger_list",
-    "aligner",
-    "mm_projector",
-    "embed_vision",
-    "vision_projection",
-    "qformer",
-    "language_projection",
-]
+CONNECTORS = {path.rpartition(".")[2] for parts in FAMILIES.values() for path in parts.projector} | {"mm_projector"}
+"""Last names of what joins vision and language; ``mm_projector`` is that of the released code's LLaVA."""
 
 
 class Sculpt(Method):
@@ -315,6 +308,7 @@ class LoRASculptConfig(MethodConfig):
 
     def __post_init__(self):
         super().__post_init__()
+        check_types(self)
         if self.cmr_modules != "all":
             if isinstance(self.cmr_modules, str) or not self.cmr_modules:
                 raise ValueError(f"cmr_modules is a list of last names of linears, or 'all'; got {self.cmr_modules!r}.")
@@ -324,21 +318,22 @@ class LoRASculptConfig(MethodConfig):
             if value is not None and not 0 < value <= 1:
                 raise ValueError(f"{name} is the share of entries kept, above 0 and at most 1; got {value}.")
         if self.delta_density is not None:
-            if self.density_a is not None or self.density_b is not None:
-                raise ValueError("give delta_density or density_a and density_b, not both.")
+            others = ("density", "density_a", "density_b")
+            given = [name for name in others if getattr(self, name) != getattr(type(self), name)]
+            if given:
+                raise ValueError(f"delta_density stands in for {given[0]}: give one of the two.")
             if not 0 < self.delta_density < 1:
                 raise ValueError(f"delta_density is the share of B A kept, between 0 and 1; got {self.delta_density}.")
-        whole = isinstance(self.prune_step, int) and not isinstance(self.prune_step, bool)
-        if not (self.prune_step >= 1 if whole else 0 < self.prune_step < 1):
+        if not (self.prune_step >= 1 if isinstance(self.prune_step, int) else 0 < self.prune_step < 1):
             raise ValueError(
                 "prune_step is a number of steps (a whole number from 1) or a share of training (between 0 and 1); "
                 f"got {self.prune_step}."
             )
         for name in ("cmr_weight", "cmr_connector_weight"):
-            if not getattr(self, name) >= 0:
-                raise ValueError(f"{name} is a weight, at least 0; got {getattr(self, name)}.")
-        if not self.omega > 0:
-            raise ValueError(f"omega is above 0; got {self.omega}.")
+            if not 0 <= getattr(self, name) < math.inf:
+                raise ValueError(f"{name} is a weight, at least 0 and finite; got {getattr(self, name)}.")
+        if not 0 < self.omega < math.inf:
+            raise ValueError(f"omega is above 0 and finite; got {self.omega}.")
         if self.cmr_memory not in ("recompute", "cache"):
             raise ValueError(f"cmr_memory is 'recompute' or 'cache'; got {self.cmr_memory!r}.")
 

@@ -139,8 +139,8 @@ class MALoRAConfig(UpdateConfig):
             raise ValueError(f"shared_rank is at least 1; got {self.shared_rank}.")
         if self.p_init not in ("svd", "kaiming"):
             raise ValueError(f"p_init is 'svd' or 'kaiming'; got {self.p_init!r}.")
-        if not self.balance_weight >= 0:
-            raise ValueError(f"balance_weight is at least 0; got {self.balance_weight}.")
+        if not 0 <= self.balance_weight < math.inf:
+            raise ValueError(f"balance_weight is at least 0 and finite; got {self.balance_weight}.")
 
     def expert_rank(self, r: int, place: Place) -> int:
         """The rank of the experts at ``place``, where the config has ``r``."""

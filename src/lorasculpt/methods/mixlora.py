@@ -41,6 +41,7 @@ from torch.nn import functional as F
 
 from ..adapters.update import Update, UpdateConfig, register_update
 from ..errors import UserError
+from ..ops.routing import wide
 
 
 class MixLoRAUpdate(Update):
@@ -89,11 +90,11 @@ class MixLoRAUpdate(Update):
     def choose(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """(rows, 2, r) both: the factors of A and of B that every row takes, and their weights."""
         with torch.autocast(x.device.type, enabled=False):
-            mean = self.pooled(_wide(x))
-            chosen_a, weight_a = self._top(F.linear(mean, _wide(self.W_A)))  # (2)
-            score = F.linear(mean, _wide(self.W_B))
+            mean = self.pooled(wide(x))
+            chosen_a, weight_a = self._top(F.linear(mean, wide(self.W_A)))  # (2)
+            score = F.linear(mean, wide(self.W_B))
             if self.config.condition == "input_lora_a":
-                logits = torch.einsum("bkn,kne->bke", _wide(self.A[chosen_a]), _wide(self.W_AB))
+                logits = torch.einsum("bkn,kne->bke", wide(self.A[chosen_a]), wide(self.W_AB))
                 u = logits.softmax(-1).sum(1)
                 conditional = u.log_softmax(-1) + math.log(self.config.cfs_weight)
                 score = torch.logaddexp(score.log_softmax(-1), conditional)  # (3)
@@ -127,11 +128,6 @@ class MixLoRAUpdate(Update):
                 "pass the prompts and what follows them through this adapter in the same rows."
             )
         return self._held
-
-
-def _wide(x: Tensor) -> Tensor:
-    """``x`` in fp32 at least."""
-    return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
 @register_update

@@ -113,8 +113,8 @@ class MoSLDConfig(UpdateConfig):
             raise ValueError(f"top_k lies from 1 to the fewest experts of a layer, {min(numbers)}; got {self.top_k}.")
         if not 0 <= self.weight_dropout < 1:
             raise ValueError(f"weight_dropout is at least 0 and below 1; got {self.weight_dropout}.")
-        if not self.balance_weight >= 0:
-            raise ValueError(f"balance_weight is at least 0; got {self.balance_weight}.")
+        if not 0 <= self.balance_weight < math.inf:
+            raise ValueError(f"balance_weight is at least 0 and finite; got {self.balance_weight}.")
         if self.a_std is not None and not 0 < self.a_std < math.inf:
             raise ValueError(f"a_std is above 0, or none; got {self.a_std}.")
 

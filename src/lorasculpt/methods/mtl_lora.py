@@ -85,7 +85,12 @@ class MTLLoRAUpdate(Update):
 class MTLLoRAConfig(UpdateConfig):
     """A LoRA for many tasks at once. Use it wherever PEFT takes a ``LoraConfig``; the paper targets q, k, v and o.
 
+    Every sample needs the name of its task: ``model(**batch, task=["charts", "receipts"])``, and the same in
+    ``generate``, where one name stands for all samples. Under a trainer it is the column ``task`` of the data, which
+    ``lorasculpt.TaskCollator`` takes along.
+
     Args:
+        tasks: names of the tasks, at least one; what is saved goes by their order.
         r: rank of the update. Official scripts: 8 on commonsense tasks, 64 on images and text.
         lora_alpha: Official scripts: 16.
         num_b: N_B, how many up-projections the tasks mix, at least 1. Official scripts: 3, on images and text 2.

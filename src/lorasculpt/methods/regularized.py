@@ -68,6 +68,7 @@ from torch import Tensor
 from ..adapters.fisher import read_fisher
 from ..adapters.layers import Site, sharded_like
 from ..adapters.method import Method, MethodConfig, register
+from ..adapters.settings import check_types
 from ..errors import UserError
 from ..ops.conflict import blocks
 
@@ -248,12 +249,11 @@ class RegularizedConfig(MethodConfig):
 
     def __post_init__(self):
         super().__post_init__()
+        check_types(self)
         if self.penalty not in PENALTIES:
             raise ValueError(f"penalty is one of {', '.join(PENALTIES)}; got {self.penalty!r}.")
         if not 0 <= self.weight < math.inf:
             raise ValueError(f"weight is the weight of the penalty, at least 0; got {self.weight}.")
-        if isinstance(self.earlier, str):
-            raise ValueError(f"earlier is a list of folders; got {self.earlier!r}.")
         self.earlier = None if self.earlier is None else [str(folder) for folder in self.earlier]
         if self.earlier is None if self.penalty == "olora" else self.earlier:
             raise ValueError(

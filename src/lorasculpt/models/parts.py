@@ -116,7 +116,7 @@ def linears(model: nn.Module, scope: str) -> dict[str, nn.Linear]:
         and scope in (part, "all")
     }
     if not found:
-        mend = "projector: full or frozen" if scope == "projector" else "another scope"
+        mend = "projector: full or frozen" if scope == "projector" else "another scope, or target_modules"
         raise UserError(f"the {scope} part of {base.config.model_type!r} has no linear layers to adapt; use {mend}")
     return found
 

@@ -7,6 +7,11 @@ from torch import Tensor
 from torch.nn import functional as F
 
 
+def wide(x: Tensor) -> Tensor:
+    """``x`` in fp32 at least."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
 def mix(x: Tensor, A: Tensor, B: Tensor, gate: Tensor) -> Tensor:
     """sum_i gate_i B_i A_i x of all experts, as two matrix products.
 
@@ -27,9 +32,9 @@ def mix(x: Tensor, A: Tensor, B: Tensor, gate: Tensor) -> Tensor:
 
 def scores(x: Tensor, router: Tensor) -> Tensor:
     """(..., experts) what ``router`` (experts, in) makes of ``x`` (..., in), in fp32 at least, under autocast too."""
-    wide = torch.promote_types(x.dtype, torch.float32)
+    x = wide(x)
     with torch.autocast(x.device.type, enabled=False):
-        return F.linear(x.to(wide), router.to(wide))
+        return F.linear(x, router.to(x.dtype))
 
 
 def top_k_softmax(scores: Tensor, k: int) -> tuple[Tensor, Tensor]:
@@ -37,7 +42,7 @@ def top_k_softmax(scores: Tensor, k: int) -> tuple[Tensor, Tensor]:
 
     In fp32 at least. Where entries tie, exactly k are kept all the same.
     """
-    probabilities = scores.to(torch.promote_types(scores.dtype, torch.float32)).softmax(-1)
+    probabilities = wide(scores).softmax(-1)
     if k >= scores.shape[-1]:
         return probabilities, probabilities
     kept = torch.zeros_like(probabilities).scatter(-1, probabilities.topk(k, -1).indices, 1.0)

@@ -144,7 +144,7 @@ def drop(
         rescale: whether to divide. At random it keeps the expected value; by magnitude it makes the update larger.
 
     Raises:
-        UserError: ``p`` or ``by`` is not among these.
+        UserError: ``p`` is out of [0, 1), or ``by`` is neither word.
 
     Source: Yu et al., Language Models are Super Mario (arXiv 2311.03099); ``mask_weights_utils.py`` of MergeLM.
     """
@@ -179,7 +179,7 @@ def dare(
         rescale: whether what is left is divided by 1 - p.
 
     Raises:
-        UserError: ``p`` or ``by`` is not among these.
+        UserError: ``p`` is out of [0, 1), or ``by`` is neither word.
     """
     drop(torch.zeros(0), p, by=by)  # a mistake is told now and not when the first layer is asked for
     pairs = {pair.name: pair for pair in adapter.pairs}

@@ -7,7 +7,6 @@ import math
 import tempfile
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +21,7 @@ from ..errors import UserError
 from ..evaluation.strength import MOVING
 from ..export import DTYPES, known_dtype, save_model
 from ..models.load import load
+from ..provenance import versions
 from .edits import Update, truncate
 
 RECORD = "posthoc.json"
@@ -112,7 +112,7 @@ def write(
             dtype=precision,
             loss=loss,
             made=dict(made or {}),
-            versions={name: version(name) for name in ("lorasculpt", "torch", "transformers", "peft")},
+            versions=versions(),
         )
         content = json.dumps({"schema": 1, **asdict(written)}, indent=1, allow_nan=False)
         (folder / RECORD).write_text(content + "\n", encoding="utf-8")

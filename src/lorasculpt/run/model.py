@@ -21,13 +21,14 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixi
 from .. import corda
 from ..adapters.load import PROJECTOR_FILE
 from ..adapters.method import MethodConfig, methods_of
+from ..adapters.settings import must_be
 from ..adapters.update import UpdateConfig
 from ..config import RunConfig
 from ..data.records import Record
 from ..errors import UserError
 from ..evaluation import fisher, self_prompts, spoken
 from ..files import write_text
-from ..kinds import KINDS, built, must_be, settings_of, started, words
+from ..kinds import KINDS, built, settings_of, started, words
 from ..methods import METHODS
 from ..models.load import autocast_dtype, computing, load
 from ..models.parts import parts, target_regex

@@ -12,9 +12,9 @@ from torch import nn
 from transformers.integrations import INTEGRATION_TO_CALLBACK, get_available_reporting_integrations
 from trl import SFTConfig
 
+from ..adapters.settings import must_be
 from ..config import RunConfig
 from ..errors import UserError
-from ..kinds import must_be
 from ..models.load import computing
 from ..models.parts import parts
 

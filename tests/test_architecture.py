@@ -61,8 +61,8 @@ HOUSE: dict[tuple[str, ...], tuple[str, ...] | None] = {
     ("inspect",): ("ops", "adapters", "data", "models", "evaluation"),
     ("report",): ("adapters", "data", "evaluation", "inspect"),
     ("hub", "card"): ("config", "adapters", "report"),
-    ("export",): ("adapters", "models", "kinds", "inspect", "hub"),
-    ("posthoc",): ("ops", "adapters", "data", "models", "evaluation", "export"),
+    ("export",): ("provenance", "adapters", "models", "kinds", "inspect", "hub"),
+    ("posthoc",): ("provenance", "ops", "adapters", "data", "models", "evaluation", "export"),
     ("corda", "run"): (
         *("config", "provenance", "memory", "adapters", "data", "models", "methods", "kinds", "evaluation", "report"),
     ),

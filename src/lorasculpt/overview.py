@@ -11,7 +11,7 @@ from typing import Any
 from peft import LoraConfig, get_peft_model
 from torch import nn
 
-from .adapters.method import MethodConfig
+from .adapters.method import MethodConfig, default
 from .adapters.update import UpdateConfig
 
 FEATURES, LAYERS = 1024, 4
@@ -55,11 +55,6 @@ def meanings(config: type[MethodConfig]) -> dict[str, str]:
         entries = re.split(r"\n {4}(?=\w+: )", "\n" + block)[1:]
         found |= {name: " ".join(text.split()) for name, _, text in (entry.partition(": ") for entry in entries)}
     return found
-
-
-def default(field: dataclasses.Field) -> Any:
-    """The default of a field."""
-    return field.default if field.default_factory is dataclasses.MISSING else field.default_factory()
 
 
 def _tasks(config: type[MethodConfig]) -> str | None:

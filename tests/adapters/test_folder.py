@@ -5,12 +5,13 @@ from __future__ import annotations
 import pico
 import pytest
 import torch
-from contract import start, texts
+from contract import start, texts, train
 from huggingface_hub import constants
 from peft import PeftConfig, PeftModel
 
-from lorasculpt import LoRAMoEConfig, UserError
+from lorasculpt import METHODS, LoRAMoEConfig, UserError, load
 from lorasculpt.adapters.folder import folder_of
+from lorasculpt.adapters.method import methods_of
 from lorasculpt.adapters.update import updates
 
 COMMITS = {"main": "a" * 40, "v2": "b" * 40}
@@ -73,3 +74,19 @@ def test_a_folder_goes_before_a_name_and_a_path_is_no_name(tmp_path, monkeypatch
     assert folder_of(tmp_path / "gone", (), "inside") == tmp_path / "gone" / "inside"
     with pytest.raises(ValueError, match="holds no loramoe adapter"):
         LoRAMoEConfig.from_pretrained("me/moe")
+
+
+@pytest.mark.parametrize("method", ["loramoe", "lorasculpt"])
+@pytest.mark.parametrize("subfolder", [None, "last/best"])
+def test_a_name_on_the_hub_loads_with_its_method(tmp_path, method, subfolder):
+    model, _ = start("llama", method)
+    train(model, [texts()] * 3)
+    repo = tmp_path / "cache" / "models--me--moe"
+    (repo / "refs").mkdir(parents=True)
+    (repo / "refs" / "main").write_text("a" * 40)
+    model.save_pretrained(repo / "snapshots" / ("a" * 40) / (subfolder or ""))
+    for trainable in (False, True):
+        again = load(pico.build("llama")[0], "me/moe", trainable, subfolder=subfolder, cache_dir=tmp_path / "cache")
+        assert torch.equal(again.eval()(**texts()[0]).logits, model.eval()(**texts()[0]).logits)
+    assert methods_of(again)["default"].step == 3
+    assert METHODS[method].from_pretrained("me/moe", subfolder=subfolder, cache_dir=tmp_path / "cache").method == method

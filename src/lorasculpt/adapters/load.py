@@ -11,7 +11,7 @@ from typing import Any
 
 from peft import LoraConfig, PeftConfig, PeftModel
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
-from peft.utils import SAFETENSORS_WEIGHTS_NAME, get_peft_model_state_dict
+from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME, get_peft_model_state_dict
 from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import nn
@@ -20,30 +20,35 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES as IMAGE_TEXT_CLASSES
 
 from ..errors import UserError
+from .folder import folder_of
 from .layers import sites
-from .method import bring_back, methods_of, read_record
+from .method import SETTINGS_FILE, STATE_FILE, bring_back, methods_of, read_record
 from .update import updates
 
 PROJECTOR_FILE = "projector.safetensors"
+FILES = (CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME, SETTINGS_FILE, STATE_FILE, PROJECTOR_FILE)
 
 
-def load(base: nn.Module, folder: str | Path, trainable: bool = False, adapter: str = "default") -> PeftModel:
+def load(
+    base: nn.Module, folder: str | Path, trainable: bool = False, adapter: str = "default", **hub: Any
+) -> PeftModel:
     """``base`` with the adapter in ``folder``.
 
     Args:
         base: the model that the adapter was trained on, freshly loaded. A fully trained projector that was saved with
             the adapter replaces the projector in it. Or a model that has adapters of the same type already: this one
             comes beside them, and ``set_adapter`` switches to it.
-        folder: a folder written by ``save_pretrained``, by this library or by stock PEFT.
+        folder: a folder written by ``save_pretrained``, by this library or by stock PEFT, or its name on the Hub.
         trainable: whether training is to go on. The method, its masks and its settings then come back with the
             weights. Without it the adapter is a plain LoRA for inference.
         adapter: the name it gets in the model.
+        hub: ``subfolder``, ``revision``, ``cache_dir``, ``token`` and the like.
 
     Raises:
         UserError: if ``folder`` holds no adapter, or one of another model.
     """
-    folder = Path(folder)
-    if not (folder / "adapter_config.json").is_file():
+    folder = folder_of(folder, FILES, **hub)
+    if not (folder / CONFIG_NAME).is_file():
         raise UserError(f"{folder} holds no adapter: there is no adapter_config.json in it.")
     record = read_record(folder)
     if record is not None and trainable:

@@ -18,11 +18,14 @@ from peft.mapping import (
 )
 from peft.tuners.lora import LoraModel
 from peft.tuners.tuners_utils import BaseTuner
+from peft.utils import CONFIG_NAME
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from ..errors import UserError
+from .folder import folder_of
 from .layers import MaskedLinear, Site, sites
+from .settings import check_types
 
 SETTINGS_FILE = "lorasculpt.json"
 STATE_FILE = "lorasculpt_state.safetensors"
@@ -159,7 +162,7 @@ class MethodConfig(LoraConfig):
         # before PEFT's own checks, which know other reasons or other packages
         stock = {f.name: f for f in dataclasses.fields(LoraConfig)}
         for name, reason in REFUSED.items():
-            if name in stock and getattr(self, name) != _default(stock[name]):
+            if name in stock and getattr(self, name) != default(stock[name]):
                 raise ValueError(f"{type(self).__name__} does not support {name}: {reason}.")
         if self.bias != "none":
             raise ValueError(f"{type(self).__name__} does not support bias={self.bias!r}: a plain LoRA has none.")
@@ -168,6 +171,7 @@ class MethodConfig(LoraConfig):
                 f"{type(self).__name__} does not support init_lora_weights={self.init_lora_weights!r}: it changes the "
                 "base weights or starts from B A that is not 0; use True or 'gaussian'."
             )
+        check_types(self)
         super().__post_init__()
         self.peft_type = MethodType(self.method.upper())
         self._state: tuple[dict, dict[str, Tensor]] | None = None
@@ -220,9 +224,9 @@ class MethodConfig(LoraConfig):
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: str, subfolder: str | None = None, **kwargs):
-        """The config of a folder written by :meth:`save_pretrained`, method settings included."""
-        stock = LoraConfig.from_pretrained(pretrained_model_name_or_path, subfolder=subfolder, **kwargs)
-        folder = Path(pretrained_model_name_or_path) / (subfolder or "")
+        """The config of a folder written by :meth:`save_pretrained`, here or on the Hub, method settings included."""
+        folder = folder_of(pretrained_model_name_or_path, (CONFIG_NAME, SETTINGS_FILE), subfolder, **kwargs)
+        stock = LoraConfig.from_pretrained(str(folder))
         record = read_record(folder)
         if record is None or record["method"] != cls.method:
             raise ValueError(f"{folder} holds no {cls.method} adapter: there is no {SETTINGS_FILE} that says so.")
@@ -231,7 +235,8 @@ class MethodConfig(LoraConfig):
         return cls(**fields, **record["settings"])
 
 
-def _default(field: dataclasses.Field) -> Any:
+def default(field: dataclasses.Field) -> Any:
+    """The default of a field."""
     return field.default if field.default_factory is dataclasses.MISSING else field.default_factory()
 
 

@@ -32,7 +32,6 @@ from .context import Context
 from .folder import folder_of
 from .layers import frozen_weight, full
 from .method import SETTINGS_FILE, Method, MethodConfig, Methods, read_record, register
-from .settings import check_types
 
 
 @dataclasses.dataclass(frozen=True)
@@ -240,7 +239,6 @@ class UpdateConfig(MethodConfig):
 
     def __post_init__(self):
         super().__post_init__()
-        check_types(self)
         name = type(self).__name__
         if self.init_lora_weights is not True:
             raise ValueError(f"{name} does not support init_lora_weights={self.init_lora_weights!r}: it has its own.")

@@ -41,7 +41,6 @@ from torch import Tensor, nn
 
 from ..adapters.layers import Site, full, sharded_like
 from ..adapters.method import Method, MethodConfig, register
-from ..adapters.settings import check_types
 from ..models.parts import FAMILIES
 from ..ops.conflict import awareness, conflict
 from ..ops.density import product_density, solve_density
@@ -308,7 +307,6 @@ class LoRASculptConfig(MethodConfig):
 
     def __post_init__(self):
         super().__post_init__()
-        check_types(self)
         if self.cmr_modules != "all":
             if isinstance(self.cmr_modules, str) or not self.cmr_modules:
                 raise ValueError(f"cmr_modules is a list of last names of linears, or 'all'; got {self.cmr_modules!r}.")

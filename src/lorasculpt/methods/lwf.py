@@ -40,7 +40,6 @@ from torch.utils.checkpoint import checkpoint
 
 from ..adapters.carrier import across, carry
 from ..adapters.method import Method, MethodConfig, register
-from ..adapters.settings import check_types
 from ..adapters.teacher import Teacher
 from ..errors import UserError
 from ..models.parts import parts
@@ -158,7 +157,6 @@ class LwFConfig(MethodConfig):
 
     def __post_init__(self):
         super().__post_init__()
-        check_types(self)
         if not 0 <= self.weight < math.inf:
             raise ValueError(f"weight is the weight of what the base would have said, at least 0; got {self.weight}.")
         if not 0 < self.temperature < math.inf:

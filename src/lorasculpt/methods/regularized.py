@@ -68,7 +68,6 @@ from torch import Tensor
 from ..adapters.fisher import read_fisher
 from ..adapters.layers import Site, sharded_like
 from ..adapters.method import Method, MethodConfig, register
-from ..adapters.settings import check_types
 from ..errors import UserError
 from ..ops.conflict import blocks
 
@@ -249,7 +248,6 @@ class RegularizedConfig(MethodConfig):
 
     def __post_init__(self):
         super().__post_init__()
-        check_types(self)
         if self.penalty not in PENALTIES:
             raise ValueError(f"penalty is one of {', '.join(PENALTIES)}; got {self.penalty!r}.")
         if not 0 <= self.weight < math.inf:

@@ -108,7 +108,8 @@ def test_without_source_the_adapter_that_keeps_enough_is_left(run, tmp_path):
 
 def test_it_is_chosen_on_validation_where_there_is_one(run, tmp_path, monkeypatch):
     data, others = (pico.write_data(tmp_path / name, n=2) for name in ("kept", "others"))
-    config = run("evaluate.retain=0.5", "evaluate.drift=4", f"evaluate.source={data}", f"evaluate.validation={others}")
+    asked_of = (f"evaluate.source={data}", f"evaluate.validation={others}")
+    config = run("evaluate.retain=0.5", "evaluate.drift=4", "evaluate.refine=0", *asked_of)
     train(config, progress=False)
     asked = []
 
@@ -134,6 +135,13 @@ def test_it_is_chosen_on_validation_where_there_is_one(run, tmp_path, monkeypatc
     assert all("drift" in point for point in [*found["curve"], *found["budget"]["points"]])
     assert found["budget"]["on"] == "validation"
     assert (found["budget"]["by"], found["budget"]["kept"]) == ("source", 1.0)
+
+    asked.clear()  # all is lost and learned between 0 and the first strength that is measured
+    finer = run("evaluate.retain=0.5", "evaluate.drift=4", "evaluate.refine=2", *asked_of)
+    found = entry(finer)
+    assert [point["strength"] for point in found["curve"]] == [0, 0.125, 0.25, 0.5, 1]
+    assert [point["strength"] for point in found["budget"]["points"]] == [0, 0.125, 0.25, 0.5, 1]
+    assert [set(images) for images in asked] == [{"data"}] * 5 + [{"others"}] * 5
 
 
 def test_what_has_no_such_adapter(run):

@@ -228,6 +228,9 @@ class Evaluate(_Section):
         batch: Questions at a time.
         max_new_tokens: Longest answer.
         strengths: Where the curve of source against target is taken, between 0 (base) and 1 (adapter).
+        refine: At how many strengths more, at most: each in the middle of those two between which both source and
+            target change the most, as long as that is much. A LoRA that loses all it knew between two strengths would
+            else be judged by a straight line there. Default: 3; none where ``strengths`` is empty.
         curve: Questions of its every point, the first ones: so many about the source, shared evenly by its tasks, and
             so many about the target, whose averages are drawn. Default: ``limit`` questions of each task.
         as_task: For an adapter that knows tasks: the one as which it answers questions of tasks that it does not know,
@@ -254,6 +257,7 @@ class Evaluate(_Section):
     batch: Positive = 32
     max_new_tokens: Positive = 16
     strengths: list[Annotated[float, Field(gt=0, lt=1)]] = Field(default_factory=lambda: [0.25, 0.5, 0.75])
+    refine: Annotated[int, Field(ge=0)] = 3
     curve: Positive | None = None
     as_task: Annotated[str, Field(min_length=1)] | None = None
     metric: dict[str, Literal["exact", "contains", "vqa", "choice"]] = Field(default_factory=dict)

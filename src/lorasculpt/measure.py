@@ -20,7 +20,7 @@ from .config import WATCHING, RunConfig
 from .errors import UserError
 from .evaluation import comparison, curve, drift, evaluate, gallery
 from .evaluation.budget import within
-from .evaluation.run import curve_point
+from .evaluation.run import curve_point, next_strength
 from .evaluation.strength import fixed
 from .evaluation.tasks import Task
 from .files import write_json
@@ -64,26 +64,9 @@ def measure(
         UserError: there is no trained adapter, or that of another run, nothing to measure it with, or no source and no
             drift either.
     """
-    if config.data.sequence:
-        raise config.error("data.sequence", "is measured while it is learned; lorasculpt train shows the numbers.")
-    folder = config.output / ADAPTER
-    if not (folder / "adapter_config.json").is_file():
-        raise UserError(f"{config.output} holds no trained adapter yet; run lorasculpt train first.")
-    check_trained(config)
-    check_metrics(config)
-    how = manner(config)
+    folder, how = config.output / ADAPTER, manner(config)
+    config = _measurable(config)
     source, target = held_out(config)
-    if not target or not (source or config.evaluate.drift or config.evaluate.retain):
-        raise config.error(
-            "evaluate",
-            "must name what to measure: target (to be learned) and source (to be kept), or without source data drift, "
-            "such as drift: 32.",
-        )
-    if not source:
-        if config.projector == "full":
-            raise config.error("projector", "is full, so there is no drift to measure; name evaluate.source.")
-        asked = config.evaluate.model_copy(update={"drift": config.evaluate.drift or TEXTS})
-        config = config.model_copy(update={"evaluate": asked})
     choosing = _choosing(config)
     saved = PeftConfig.from_pretrained(str(folder))
     if isinstance(saved, UpdateConfig) and saved.multitask:
@@ -96,7 +79,7 @@ def measure(
         "max_new_tokens": config.evaluate.max_new_tokens,
         "as_task": config.evaluate.as_task,
     }
-    name = str(config.method.get("name", "lorasculpt"))
+    name = config.method["name"]
     before = ask_base(config, model, processor, source, target, progress="base" if progress else None, **options)
     model = load_adapter(model, folder)
     after = evaluate(model, processor, source, target, progress=name if progress else None, **options)
@@ -107,44 +90,31 @@ def measure(
     if prompts:
         told = {key: value for key, value in options.items() if key != "max_new_tokens"}
         drifted = drift(model, processor, prompts, progress=f"{name} drift" if progress else None, **told)
-    small = small_source, small_target = held_out(config, each=config.evaluate.curve)
+    small = held_out(config, each=config.evaluate.curve)
     strengths = config.evaluate.strengths if strengths is None else strengths
     obstacle = "the projector was replaced" if config.projector == "full" else fixed(model)
     if obstacle is not None:
         strengths = ()
     options["progress"] = name if progress else None
-    points = curve(model, processor, small_source, small_target, strengths, prompts=prompts, **options)
+    points = curve(model, processor, *small, strengths, prompts=prompts, **options)
     at_base = AT_BASE if drifted else None
     ends = curve_point(0.0, _of(before, *small), at_base), curve_point(1.0, _of(after, *small), drifted)
     points = [ends[0], *points, ends[1]]
-    budget: dict[str, Any] = {}
-    if (share := config.evaluate.retain) is not None:
-        if obstacle is not None:
-            budget = within(points, share) | {"fixed": obstacle}
-        elif choosing:
-            again = curve(model, processor, *choosing, [point["strength"] for point in points], **options)
-            again = [point | other for point, other in zip(points, again, strict=True)]  # the drift is the same
-            budget = within(again, share) | {"on": "validation", "points": again}
-        else:
-            budget = within(points, share)
-    training, known = json.loads((config.output / LOG_FILE).read_text()), _rehearsed(config)
+    for _ in range(config.evaluate.refine if strengths else 0):
+        if (least_known := next_strength(points)) is None:
+            break
+        points += curve(model, processor, *small, [least_known], prompts=prompts, **options)
+    points.sort(key=lambda point: point["strength"])
+    again = None
+    if choosing and obstacle is None:
+        again = curve(model, processor, *choosing, [point["strength"] for point in points], **options)
+    budget = _budget(config, points, again, obstacle)
+    training = json.loads((config.output / LOG_FILE).read_text())
     run = {
-        "method": name,
-        "seed": config.seed,
-        "steps": training["steps"],
-        "machine": training.get("machine"),
-        "precision": training.get("precision"),
-        "settings": shape(config),
-        **({"data": training["data"]} if "data" in training else {}),
+        **_trained_as(config, training),
         "evaluate": how,
         **comparison(before, after),
-        **({} if known is None else {"trained_on": known}),
         **({"drift": drifted} if drifted else {}),
-        "seconds": training["seconds"],
-        "memory_bytes": training.get("memory_bytes"),
-        "memory_of": training.get("memory_of"),
-        "adapter_bytes": sum(path.stat().st_size for path in folder.glob("*.safetensors")),
-        "trainable": training["trainable"],
         "curve": points if obstacle is None else [],
         **({"budget": budget} if budget else {}),
         "training": training["history"],
@@ -157,6 +127,75 @@ def measure(
     path = write_json(config.output / RESULTS_FILE, content)
     card.measured(config, folder, training, content)
     return path
+
+
+def _measurable(config: RunConfig) -> RunConfig:
+    """``config``, with a drift to measure where there is no source.
+
+    Raises:
+        UserError: as of :func:`measure`.
+    """
+    if config.data.sequence:
+        raise config.error("data.sequence", "is measured while it is learned; lorasculpt train shows the numbers.")
+    if not (config.output / ADAPTER / "adapter_config.json").is_file():
+        raise UserError(f"{config.output} holds no trained adapter yet; run lorasculpt train first.")
+    check_trained(config)
+    check_metrics(config)
+    source, target = held_out(config)
+    if not target or not (source or config.evaluate.drift or config.evaluate.retain):
+        raise config.error(
+            "evaluate",
+            "must name what to measure: target (to be learned) and source (to be kept), or without source data drift, "
+            "such as drift: 32.",
+        )
+    if source:
+        return config
+    if config.projector == "full":
+        raise config.error("projector", "is full, so there is no drift to measure; name evaluate.source.")
+    asked = config.evaluate.model_copy(update={"drift": config.evaluate.drift or TEXTS})
+    return config.model_copy(update={"evaluate": asked})
+
+
+def _budget(
+    config: RunConfig, points: list[dict[str, Any]], again: list[dict[str, Any]] | None, obstacle: str | None
+) -> dict[str, Any]:
+    """Which of ``points`` keeps ``evaluate.retain``; nothing where no share is asked.
+
+    Args:
+        config: the run.
+        points: the curve over strengths.
+        again: the same strengths on the validation sets, where there are any to choose by.
+        obstacle: why there is one strength alone, where there is.
+    """
+    share = config.evaluate.retain
+    if share is None:
+        return {}
+    if obstacle is not None:
+        return within(points, share) | {"fixed": obstacle}
+    if again is None:
+        return within(points, share)
+    both = [point | other for point, other in zip(points, again, strict=True)]  # the drift is the same
+    return within(both, share) | {"on": "validation", "points": both}
+
+
+def _trained_as(config: RunConfig, training: dict[str, Any]) -> dict[str, Any]:
+    """What a result says of how its adapter came about; ``training`` is what `lorasculpt.train` wrote of it."""
+    known = _rehearsed(config)
+    return {
+        "method": config.method["name"],
+        "seed": config.seed,
+        "steps": training["steps"],
+        "machine": training.get("machine"),
+        "precision": training.get("precision"),
+        "settings": shape(config),
+        **({"data": training["data"]} if "data" in training else {}),
+        **({} if known is None else {"trained_on": known}),
+        "seconds": training["seconds"],
+        "memory_bytes": training.get("memory_bytes"),
+        "memory_of": training.get("memory_of"),
+        "adapter_bytes": sum(path.stat().st_size for path in (config.output / ADAPTER).glob("*.safetensors")),
+        "trainable": training["trainable"],
+    }
 
 
 def _rehearsed(config: RunConfig) -> dict[str, int] | None:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import math
 import random
 from collections.abc import Sequence
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -16,6 +18,10 @@ from .score import interval, score
 from .strength import strength
 from .summary import average_interval, paired_bootstrap, summary, task_average
 from .tasks import Task
+
+KNOWN = (
+    0.01  # such as ten points of what is kept times ten of the target: a curve is known where it has less to move in
+)
 
 
 def ask(
@@ -113,6 +119,25 @@ def curve(
             moved = drift(model, processor, prompts, progress=words, **of_drift) if prompts else None
         points.append(curve_point(value, measured, moved))
     return points
+
+
+def next_strength(points: Sequence[dict]) -> float | None:
+    """Where the curve through ``points`` is known least: the middle of two neighbouring strengths.
+
+    A curve that falls in what is kept and rises in the target lies, between two of its points, within the rectangle
+    that they span. Its strength is that of the largest rectangle; None where all are below ``KNOWN``.
+
+    Args:
+        points: of a curve with both its ends, in any order. Without source averages what is kept is exp(-drift).
+    """
+    known = sorted(points, key=lambda point: point["strength"])
+    kept = [point["source"] if "source" in point else math.exp(-point["drift"]) for point in known]
+    areas = [
+        (abs((b - a) * (right["target"] - left["target"])), (left["strength"] + right["strength"]) / 2)
+        for (a, left), (b, right) in pairwise(zip(kept, known, strict=True))
+    ]
+    area, middle = max(areas, key=lambda found: found[0])
+    return middle if area >= KNOWN else None
 
 
 def curve_point(value: float, measured: dict, moved: dict | None = None) -> dict:

@@ -277,6 +277,16 @@ def bring_back(method: Method, folder: Path) -> None:
     method.restore(values, tensors)
 
 
+def _check_driven(method: Method) -> None:
+    """Warn where an adapter was trained as a plain LoRA, without the clock that its method needs."""
+    if method.config.clock and not method.step and method.moved():
+        warnings.warn(
+            f"adapter {method.adapter!r} was trained without a clock, so not as {method.config.method}: give a trainer "
+            "callbacks=[lorasculpt.ClockCallback()], or drive a lorasculpt.Clock in your own loop.",
+            stacklevel=2,
+        )
+
+
 class Methods(BaseTuner):
     """What the PEFT tuners of all methods share: a :class:`Method` per adapter, its state saved and loaded with it."""
 
@@ -299,13 +309,9 @@ class Methods(BaseTuner):
         if isinstance(tuner, Methods):
             # PeftModel.save_pretrained asks for the tensors first and for the config file next
             method = tuner.methods[adapter_name]
-            if config.clock and not method.step and method.moved():
-                warnings.warn(
-                    f"adapter {adapter_name!r} was trained without a clock, so not as {config.method}: give a trainer "
-                    "callbacks=[lorasculpt.ClockCallback()], or drive a lorasculpt.Clock in your own loop.",
-                    stacklevel=2,
-                )
-            method.settle()
+            if state_dict is None:  # and not what was gathered of weights that processes share, in one of them alone
+                _check_driven(method)
+                method.settle()
             config._state = method.state()
         return super()._get_adapter_state_dict(model, config, adapter_name, state_dict, unwanted_adapter_names)
 

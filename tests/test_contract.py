@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
+
 import pico
 import pytest
 import torch
@@ -267,7 +269,9 @@ def test_the_best_model_comes_back_with_its_masks(method, asked, tmp_path, best)
         return numbers
 
     run.evaluate = evaluate
-    run.train()
+    unpruned = method == "lorasculpt" and best == 1
+    with pytest.warns(UserWarning, match="it is not pruned: training ended") if unpruned else nullcontext():
+        run.train()
     assert run.state.best_model_checkpoint.endswith(f"checkpoint-{best}")
     saved = lorasculpt.load(pico.build("llava")[0], tmp_path / f"checkpoint-{best}", trainable=True)
     assert equal(weights(run.model), weights(saved))

@@ -67,6 +67,18 @@ OTHER = {
 # --- what is saved --------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("method", ["lorasculpt", "spider"])
+def test_an_adapter_that_no_clock_has_seen_says_so(tmp_path, method):
+    model, _ = start("llama", method)
+    model.save_pretrained(tmp_path / "fresh")  # of a fresh one there is nothing to say
+    optimizer = sgd(model)
+    loss(model, texts()[0]).backward()
+    optimizer.step()
+    told = f"adapter 'default' was trained without a clock, so not as {method}: give a trainer callbacks="
+    with pytest.warns(UserWarning, match=told):
+        model.save_pretrained(tmp_path / "trained")
+
+
 def test_weights_of_before_pruning_are_saved_and_merged_as_they_act(tmp_path):
     """As of a loop that keeps the best weights in memory and puts them back."""
     model, _ = start("llama", prune_step=2)

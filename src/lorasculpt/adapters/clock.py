@@ -75,6 +75,7 @@ class Clock:
         self._task: dict[nn.Parameter, Tensor] = {}
         optimizer = getattr(optimizer, "optimizer", optimizer)  # accelerate wraps it
         self._trained = self._parameters()
+        self._handles: list[Any] = []
         for name, method in self.methods.items():
             if not {id(p) for p in method.parameters()} & {id(p) for p in _stepped(optimizer)}:
                 raise ValueError(
@@ -82,9 +83,9 @@ class Clock:
                 )
             if (earlier := _DRIVING.get(method)) is not None:
                 earlier.close()
-            _DRIVING[method] = self
             method.begin(total_steps)
-        self._handles: list[Any] = [
+            _DRIVING[method] = self
+        self._handles = [
             optimizer.register_step_pre_hook(self._before_step),
             optimizer.register_step_post_hook(self._after_step),
         ]

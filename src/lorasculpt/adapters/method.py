@@ -309,7 +309,9 @@ class Methods(BaseTuner):
         if isinstance(tuner, Methods):
             # PeftModel.save_pretrained asks for the tensors first and for the config file next
             method = tuner.methods[adapter_name]
-            if state_dict is None:  # and not what was gathered of weights that processes share, in one of them alone
+            if not any(
+                hasattr(p, "full_tensor") for p in method.parameters()
+            ):  # of shares, one process alone saves all
                 _check_driven(method)
                 method.settle()
             config._state = method.state()

@@ -244,7 +244,7 @@ class Sculpt(Method):
     def unfinished(self):
         if self.pruned or not self.step:
             return None
-        return f"training ended after step {self.step}, before prune_step={self.prune_step}: nothing was pruned"
+        return f"it is not pruned: training ended, or its best model was saved, before prune_step={self.prune_step}"
 
 
 def _in_connector(name: str) -> bool:

@@ -1,8 +1,10 @@
 from __future__ import annotations
 
+import gc
 import shutil
 from pathlib import Path
 from types import SimpleNamespace
+from weakref import ref
 
 import numpy as np
 import pico
@@ -158,6 +160,16 @@ def test_a_model_has_one_clock():
         clock.end_step()
         assert clock.step == 1
     assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
+
+
+def test_a_closed_clock_keeps_no_model():
+    model = llama()
+    clock = Clock(model, sgd(model))
+    clock.close()
+    held = ref(model), ref(clock)
+    del model, clock
+    gc.collect()
+    assert [one() for one in held] == [None, None]
 
 
 def test_what_begins_to_train_later_needs_another_clock():

@@ -19,7 +19,7 @@ import os
 import warnings
 from pathlib import Path
 from typing import Any
-from weakref import WeakKeyDictionary
+from weakref import ReferenceType, WeakKeyDictionary, ref
 
 import torch
 from peft.utils import SAFETENSORS_WEIGHTS_NAME
@@ -33,7 +33,7 @@ from .layers import MaskedLinear, full, sharded_like
 from .method import Method, bring_back, looks_sculpted, method_logs, methods_of, read_record
 from .update import UpdateLayer
 
-_DRIVING: WeakKeyDictionary[Method, Clock] = WeakKeyDictionary()  # the clock that drives a method, where one does
+_DRIVING: WeakKeyDictionary[Method, ReferenceType[Clock]] = WeakKeyDictionary()  # the last clock of each method
 
 
 class Clock:
@@ -81,10 +81,10 @@ class Clock:
                 raise ValueError(
                     f"the optimizer has no parameter of adapter {name!r}: make it of the adapter's, and then the clock."
                 )
-            if (earlier := _DRIVING.get(method)) is not None:
+            if method in _DRIVING and (earlier := _DRIVING[method]()) is not None:
                 earlier.close()
             method.begin(total_steps)
-            _DRIVING[method] = self
+            _DRIVING[method] = ref(self)
         self._handles = [
             optimizer.register_step_pre_hook(self._before_step),
             optimizer.register_step_post_hook(self._after_step),

@@ -328,6 +328,17 @@ def cells(table: str) -> list[dict[str, str]]:
     return [dict(zip(head, row, strict=True)) for row in rows]
 
 
+def test_a_curve_is_the_mean_of_those_that_there_are():
+    """At the strengths that they share; a run without one, as of an adapter with one strength alone, adds none."""
+    runs = [run("a", (0.3, 0.2), 0.6, seed=seed) | details(0) for seed in range(3)]
+    (point,) = runs[0]["curve"]
+    runs[1]["curve"] = [point | {"source": point["source"] - 0.2}, point | {"strength": 0.75}]
+    runs[2]["curve"] = []
+    (found,) = made(*runs)
+    assert [p["strength"] for p in found.curve] == [0, 0.5, 1]
+    assert found.curve[1]["source"].value == pytest.approx(point["source"] - 0.1)
+
+
 def test_costs_and_drift(tmp_path):
     def drifted(value: float, **fields) -> dict:
         return {"drift": {"value": value, "interval": [value - 0.1, value + 0.1], "n": 8}, **fields}

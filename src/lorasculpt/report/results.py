@@ -195,9 +195,9 @@ def _over_tasks(runs: list[dict], side: str) -> dict[str, dict]:
 
 
 def _curve(runs: list[dict], numbers: dict[str, Number]) -> list[dict]:
-    """The curve over the strengths that every run has, with both ends from the summary."""
-    points = [{point["strength"]: point for point in run.get("curve") or ()} for run in runs]
-    inner = sorted(set.intersection(*map(set, points)) - {0, 1})
+    """The curve over the strengths that every run with a curve has, with both ends from the summary."""
+    points = [{point["strength"]: point for point in run["curve"]} for run in runs if run.get("curve")]
+    inner = sorted(set.intersection(*map(set, points)) - {0, 1}) if points else []
     curve = [
         {"strength": value}
         | {side: over_seeds([measured(found[value], side) for found in points]) for side in ("source", "target")}

@@ -531,7 +531,12 @@ def test_many_have_marks_and_one_legend_and_few_have_curves():
     assert [found[i].label for i in drawn(found)] == ["m0.1", "m0.95"]  # the first, and the front
     svg = tradeoff(found)
     assert len(marks(svg, "series-5")) == 1
-    assert len(marks(svg, "series-0")) == 4 + 1  # the first: a curve's end, again large, and two seeds; and the tenth
+    # the first, of which only the ends are known: a large mark and two seeds, and no line; and the tenth
+    assert len(marks(svg, "series-0")) == 3 + 1
+    for entry in found:
+        middle = {"strength": 0.5, "source": entry.curve[1]["source"], "target": entry.curve[1]["target"]}
+        entry.curve.insert(1, middle)
+    assert len(marks(tradeoff(found), "series-0")) == 5 + 1  # and two on the line
     assert (svg.count(">m0.95<"), svg.count(">m0.5<")) == (1, 0)
     looks = [
         (item["colour"], item["mark"]) for item in legend(made(*(run(str(i), (0.3, 0.2), 0.6) for i in range(40))))

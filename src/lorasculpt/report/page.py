@@ -483,7 +483,7 @@ def _runs(paths: list[Path], remark: str | None) -> _Part:
         "seeds": seed_table(found),
         "tradeoff": plots.tradeoff(found),
         "legend": plots.legend(found),
-        "curves": [found[i].label for i in plots.drawn(found)],
+        "curves": [found[i].label for i in plots.drawn(found) if len(found[i].curve) > 2],
         "training": plots.training(found),
         "on_the_way": [{"source": "source average", "target": "target average"}.get(x, x) for x in on_the_way],
         "drift": plots.drift(found),

@@ -196,13 +196,14 @@ def tradeoff(entries: list[Entry]) -> str:
             if len(entries[i].runs) > 1
         }
         bars = {i: _bars(entries[i].curve[1:] if few else entries[i].curve[-1:]) for i in shown}
-        lines = [line if i in shown else line[-1:] for i, line in enumerate(xy)]
+        # between both ends alone nobody knows the way
+        lines = [line if i in shown and len(line) > 2 else line[-1:] for i, line in enumerate(xy)]
         everything = [*lines, *seeds.values(), *(bar for group in bars.values() for bar in group)]
         _limits(axes, np.array([xy[0][0], *(point for group in everything for point in group)]))
         for i, line in enumerate(lines):
             style: dict[str, Any] = {"color": colour(i), "marker": marker(i)}
             axes.plot(*line[-1], **style, markersize=10 if i in shown else 7, linestyle="none")
-            if i in shown:
+            if len(line) > 1:
                 axes.plot(*zip(*line, strict=True), **style, markevery=range(1, len(line)))
             for bar in bars.get(i, ()):
                 axes.plot(*zip(*bar, strict=True), color=colour(i), linewidth=1, alpha=0.45)

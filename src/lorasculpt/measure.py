@@ -65,8 +65,7 @@ def measure(
             drift either.
     """
     folder, how = config.output / ADAPTER, manner(config)
-    config = _measurable(config)
-    source, target = held_out(config)
+    config, source, target = _measurable(config)
     choosing = _choosing(config)
     saved = PeftConfig.from_pretrained(str(folder))
     if isinstance(saved, UpdateConfig) and saved.multitask:
@@ -129,8 +128,8 @@ def measure(
     return path
 
 
-def _measurable(config: RunConfig) -> RunConfig:
-    """``config``, with a drift to measure where there is no source.
+def _measurable(config: RunConfig) -> tuple[RunConfig, list[Task], list[Task]]:
+    """``config``, with a drift to measure where there is no source, and its source and target tasks.
 
     Raises:
         UserError: as of :func:`measure`.
@@ -149,11 +148,11 @@ def _measurable(config: RunConfig) -> RunConfig:
             "such as drift: 32.",
         )
     if source:
-        return config
+        return config, source, target
     if config.projector == "full":
         raise config.error("projector", "is full, so there is no drift to measure; name evaluate.source.")
     asked = config.evaluate.model_copy(update={"drift": config.evaluate.drift or TEXTS})
-    return config.model_copy(update={"evaluate": asked})
+    return config.model_copy(update={"evaluate": asked}), source, target
 
 
 def _budget(

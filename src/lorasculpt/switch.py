@@ -6,6 +6,7 @@ from pathlib import Path
 
 from torch import Tensor, nn
 
+from .adapters.layers import sharded
 from .adapters.method import methods_of
 from .adapters.update import Update, UpdateConfig, updates
 from .errors import UserError
@@ -47,7 +48,7 @@ def add_task(model: nn.Module, name: str, from_adapter: str | Path | None = None
     if not name or name in config.tasks:
         raise UserError(f"a new task needs a name of its own; got {name!r}, and this adapter has learned {known}.")
     found = updates(model, adapter)
-    if any(hasattr(parameter, "full_tensor") for update in found.values() for parameter in update.parameters()):
+    if any(sharded(parameter) for update in found.values() for parameter in update.parameters()):
         raise UserError("this model is sharded over processes already: add a task before it is wrapped.")
     if from_adapter is None:
         for update in found.values():

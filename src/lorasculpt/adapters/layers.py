@@ -93,14 +93,19 @@ def frozen_weight(base: nn.Module) -> Tensor:
     return transpose(full(dequantize_module_weight(base)).detach(), transposed)
 
 
+def sharded(tensor: Tensor) -> bool:
+    """Whether ``tensor`` is sharded over processes."""
+    return hasattr(tensor, "full_tensor")
+
+
 def full(tensor: Tensor) -> Tensor:
     """``tensor`` whole: gathered if it is sharded over processes."""
-    return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
+    return tensor.full_tensor() if sharded(tensor) else tensor
 
 
 def sharded_like(tensor: Tensor, reference: Tensor) -> Tensor:
     """``tensor`` laid out over processes as ``reference`` is."""
-    if not hasattr(reference, "full_tensor"):
+    if not sharded(reference):
         return tensor
     from torch.distributed.tensor import distribute_tensor
 

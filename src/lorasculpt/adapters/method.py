@@ -24,7 +24,7 @@ from torch import Tensor, nn
 
 from ..errors import UserError
 from .folder import folder_of
-from .layers import MaskedLinear, Site, sites
+from .layers import MaskedLinear, Site, sharded, sites
 from .settings import check_types
 
 SETTINGS_FILE = "lorasculpt.json"
@@ -309,9 +309,7 @@ class Methods(BaseTuner):
         if isinstance(tuner, Methods):
             # PeftModel.save_pretrained asks for the tensors first and for the config file next
             method = tuner.methods[adapter_name]
-            if not any(
-                hasattr(p, "full_tensor") for p in method.parameters()
-            ):  # of shares, one process alone saves all
+            if not any(map(sharded, method.parameters())):  # those are gathered, and saved by one process alone
                 _check_driven(method)
                 method.settle()
             config._state = method.state()

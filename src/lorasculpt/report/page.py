@@ -465,11 +465,8 @@ def _runs(paths: list[Path], remark: str | None) -> _Part:
     if against(found):
         note += " " + about_tests(REFERENCE)
     content = as_json(found, sentences)
-    tables, pictures, equal = (
-        [summary_table(found), task_table(found), cost_table(found)],
-        gallery(found),
-        equal_table(found),
-    )
+    tables = [summary_table(found), task_table(found), cost_table(found)]
+    pictures, equal = gallery(found), equal_table(found)
     within = inside(found)
     on_the_way = plots.on_the_way([found[i] for i in plots.drawn(found)])
     made_of = made_of_table(within["totals"])
@@ -483,7 +480,7 @@ def _runs(paths: list[Path], remark: str | None) -> _Part:
         "seeds": seed_table(found),
         "tradeoff": plots.tradeoff(found),
         "legend": plots.legend(found),
-        "curves": [found[i].label for i in plots.drawn(found) if len(found[i].curve) > 2],
+        "curves": [found[i].label for i in plots.curved(found)],
         "training": plots.training(found),
         "on_the_way": [{"source": "source average", "target": "target average"}.get(x, x) for x in on_the_way],
         "drift": plots.drift(found),

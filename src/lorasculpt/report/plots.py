@@ -83,6 +83,11 @@ def drawn(entries: list[Entry]) -> list[int]:
     return [i for i, e in enumerate(entries) if e.label in chosen or e.label.casefold() in (REFERENCE, OURS)]
 
 
+def curved(entries: list[Entry]) -> list[int]:
+    """Those of `drawn` that have a line: between both ends alone nobody knows the way."""
+    return [i for i in drawn(entries) if len(entries[i].curve) > 2]
+
+
 def svg(figure: Figure, name: str, description: str, natural: bool = False) -> str:
     """``figure`` as an ``<svg>`` element without ids that could clash, dates or fonts.
 
@@ -188,7 +193,7 @@ def tradeoff(entries: list[Entry]) -> str:
     with mpl.rc_context(STYLE):
         figure = Figure(figsize=(WIDTH, 4.1), layout="constrained")
         axes = figure.add_subplot(xlabel="target: what it was taught (%)", ylabel="source: what it knew (%)")
-        few, shown = len(entries) <= 3, drawn(entries)
+        few, shown, lined = len(entries) <= 3, drawn(entries), curved(entries)
         xy = [[(100 * p["target"].value, 100 * p["source"].value) for p in entry.curve] for entry in entries]
         seeds = {
             i: [(100 * run["summary"]["target_after"], 100 * run["summary"]["source_after"]) for run in entries[i].runs]
@@ -196,14 +201,13 @@ def tradeoff(entries: list[Entry]) -> str:
             if len(entries[i].runs) > 1
         }
         bars = {i: _bars(entries[i].curve[1:] if few else entries[i].curve[-1:]) for i in shown}
-        # between both ends alone nobody knows the way
-        lines = [line if i in shown and len(line) > 2 else line[-1:] for i, line in enumerate(xy)]
+        lines = [line if i in lined else line[-1:] for i, line in enumerate(xy)]
         everything = [*lines, *seeds.values(), *(bar for group in bars.values() for bar in group)]
         _limits(axes, np.array([xy[0][0], *(point for group in everything for point in group)]))
         for i, line in enumerate(lines):
             style: dict[str, Any] = {"color": colour(i), "marker": marker(i)}
             axes.plot(*line[-1], **style, markersize=10 if i in shown else 7, linestyle="none")
-            if len(line) > 1:
+            if i in lined:
                 axes.plot(*zip(*line, strict=True), **style, markevery=range(1, len(line)))
             for bar in bars.get(i, ()):
                 axes.plot(*zip(*bar, strict=True), color=colour(i), linewidth=1, alpha=0.45)
@@ -298,7 +302,7 @@ def drift(entries: list[Entry]) -> str | None:
     drifted = [(i, run) for i, entry in enumerate(entries) for run in entry.runs if run.get("drift")]
     if not drifted:
         return None
-    curved = drawn(entries)
+    shown = drawn(entries)
     with mpl.rc_context(STYLE):
         figure = Figure(figsize=(WIDTH, 3.6), layout="constrained")
         axes = figure.add_subplot(xlabel="drift (nats a token)", ylabel="source lost (points)")
@@ -306,7 +310,7 @@ def drift(entries: list[Entry]) -> str | None:
         for i, run in drifted:
             before = run["summary"]["source_before"]
             end = (run["drift"]["value"], 100 * (before - run["summary"]["source_after"]))
-            points = (run.get("curve") or ()) if i in curved else ()
+            points = (run.get("curve") or ()) if i in shown else ()
             on_curve = [point for point in points if "drift" in point and 0 < point["strength"] < 1]
             line = [(point["drift"], 100 * (before - point["source"])) for point in on_curve]
             style: dict[str, Any] = {"color": colour(i), "marker": marker(i)}

@@ -91,7 +91,8 @@ def load(path: Path) -> dict[str, Any]:
 
 
 def read(paths: Sequence[Path]) -> list[dict]:
-    """The runs in the results files (or folders of runs) ``paths``; each gets the ``folder`` that its pictures are in.
+    """The runs in the results files (or folders of runs) ``paths``; each gets its ``file`` and the
+    ``folder`` that its pictures are in.
 
     A run of a file that says so itself is not ``complete``: others are to follow. The runs of a comparison have their
     pictures in folders of their own beside its file; where these are gone there is no ``gallery``. ``home`` is the
@@ -124,14 +125,14 @@ def read(paths: Sequence[Path]) -> list[dict]:
             about["equal_target"] = content.get("equal_target") if len(paths) == 1 else None
             about["compared"] = "table" in content
             about["chosen_by"] = ((content.get("rates") or {}).get(run.get("label")) or {}).get("by")
-            places = {"folder": path.parent, "home": path.parent if len(found) == 1 else None}
+            places = {"file": path, "folder": path.parent, "home": path.parent if len(found) == 1 else None}
             runs.append(run | about | places | _own(path.parent, run))
     if not runs:
         raise UserError(f"{paths[0] if paths else 'results'}: no runs to report; evaluate one first.")
     first = runs[0]
     for run in runs:
         if any(list(run[side]) != list(first[side]) for side in ("source", "target")):
-            raise UserError(f"{run['folder']}: its tasks are not those of {first['folder']}; report them apart.")
+            raise UserError(f"{run['file']}: its tasks are not those of {first['file']}; report them apart.")
     return runs
 
 

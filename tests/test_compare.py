@@ -453,12 +453,22 @@ def test_what_is_measured_may_change_without_training_again(labelled, tmp_path, 
         key, _, value = evaluate.removeprefix("evaluate.").partition("=")
         assert [run["evaluate"][key] for run in record["runs"]] == [json.loads(value)] * 2
     assert [point["strength"] for point in record["runs"][0]["curve"]] == [0, 0.25, 1]
+    both = labelled(text, "evaluate.strengths=[0.25,0.5]")
+    record = json.loads(compare.compare(both, **options, out=tmp_path / "again.json").read_text())
+    coarser = labelled(text, "evaluate.strengths=[0.5]")  # which the finer curve tells
+    assert not planned(coarser, None, 1, [0.01, 0.02]).missing()
+    record["runs"][1]["evaluate"]["refine"] = 1  # the same of a results file whose folders are gone
+    (tmp_path / "known.json").write_text(json.dumps(record))
+    elsewhere = coarser.model_copy(update={"output": tmp_path / "gone"})
+    assert planned(elsewhere, None, 1, [0.01, 0.02], tmp_path / "known.json").missing() == ["test/milder-seed0"]
     compare.compare(labelled(text, "evaluate.strengths=[0.25]"), **options, out=tmp_path / "again.json")
     elsewhere = pico.write_data(tmp_path / "elsewhere", n=4)  # other files are other numbers, however they are asked
     moved = planned(
         labelled(text, "evaluate.strengths=[0.25]", f"evaluate.source=[{elsewhere}]"), None, 1, [0.01, 0.02]
     )
     assert len(moved.missing()) == 4
+    retaining = labelled(text, "evaluate.strengths=[0.25]", "evaluate.retain=0.9")  # a strength chosen among others
+    assert len(planned(retaining, None, 1, [0.01, 0.02]).missing()) == 4
     with pytest.raises(UserError, match="holds another run"):  # which was measured while it trained, or is to be
         compare.compare(labelled(text, "evaluate.strengths=[0.25]", "evaluate.every=1"), **options)
 

@@ -225,14 +225,26 @@ def measured(config: RunConfig) -> dict[str, Any] | None:
     if not path.is_file():
         return None
     content = json.loads(path.read_text())
-    how, where = manner(config), places(config)
-    same = content["runs"][0].get("evaluate", how) == how and content.get("places", where) == where
-    return content if same else None
+    where = places(config)
+    told = tells(content["runs"][0].get("evaluate"), config) and content.get("places", where) == where
+    return content if told else None
 
 
 def manner(config: RunConfig) -> dict[str, Any]:
     """How a run is measured, but for where the questions lie."""
     return config.evaluate.model_dump(mode="json", exclude={*PLACES, "every", "during", "batch"})
+
+
+def tells(how: dict[str, Any] | None, config: RunConfig) -> bool:
+    """Whether a run that was measured in the manner ``how`` (None: not told) says all that ``config`` asks.
+
+    Its curve may have strengths that are not asked; a strength that is chosen is chosen among those that are.
+    """
+    asked = manner(config)
+    if how is None or how == asked:
+        return True
+    more = set(how.get("strengths", ())) >= set(asked["strengths"]) != set() and asked["retain"] is None
+    return more and how | {"strengths": asked["strengths"]} == asked
 
 
 def places(config: RunConfig) -> dict[str, list[str]]:

@@ -329,14 +329,19 @@ def cells(table: str) -> list[dict[str, str]]:
 
 
 def test_a_curve_is_the_mean_of_those_that_there_are():
-    """At the strengths that they share; a run without one, as of an adapter with one strength alone, adds none."""
-    runs = [run("a", (0.3, 0.2), 0.6, seed=seed) | details(0) for seed in range(3)]
-    (point,) = runs[0]["curve"]
-    runs[1]["curve"] = [point | {"source": point["source"] - 0.2}, point | {"strength": 0.75}]
-    runs[2]["curve"] = []
+    """At every strength of any, along lines; a run without one, as of an adapter with one strength alone, adds none."""
+    curves = [{0: 0.8, 0.5: 0.7, 1: 0.2}, {1: 0.0, 0: 0.8, 0.25: 0.6}, {}]
+    runs = [
+        run("a", (0.3, 0.2), 0.6, seed=seed)
+        | {"curve": [{"strength": at, "source": kept, "target": at} for at, kept in curve.items()]}
+        for seed, curve in enumerate(curves)
+    ]
     (found,) = made(*runs)
-    assert [p["strength"] for p in found.curve] == [0, 0.5, 1]
-    assert found.curve[1]["source"].value == pytest.approx(point["source"] - 0.1)
+    assert [point["strength"] for point in found.curve] == [0, 0.25, 0.5, 1]
+    assert [point["source"].value for point in found.curve[1:3]] == pytest.approx([(0.75 + 0.6) / 2, (0.7 + 0.4) / 2])
+    runs[1]["curve"].pop(0)  # of strengths beyond what it tells nothing is made up
+    (found,) = made(*runs)
+    assert [point["strength"] for point in found.curve] == [0, 0.25, 1]
 
 
 def test_costs_and_drift(tmp_path):

@@ -16,7 +16,7 @@ from ..evaluation.correlation import drift_and_loss
 from ..evaluation.score import majority
 from ..evaluation.tasks import Task
 from ..files import write_text
-from ..measure import manner, measure, measured, shape
+from ..measure import measure, measured, shape, tells
 from ..provenance import versions
 from ..run.folder import DRIFT_FILE, RUN_FILE, check_output, diverged, same_run
 from ..run.records import check_metrics, general, held_out, training_rows
@@ -79,7 +79,7 @@ class Comparison:
         rates: One to three learning rates, of a label that says nothing of them. One is used as it is; of several each
             label takes the one that is best for it on the validation set, the lowest of equals. Default: ``RATES``.
         results: A file that an earlier comparison wrote. Runs of it are not made again if label, seed and settings are
-            those of a run here, and its test was asked in the same manner, as many questions with the same commonest
+            those of a run here, and its test was asked in that manner, as many questions with the same commonest
             answer; of a trial, if the rates were chosen by the same rule. Default: none.
 
     Raises:
@@ -191,8 +191,8 @@ class Comparison:
         if run.trial:
             found = self._known.find("validation", **wanted, validation=self._validation)
             return found if found is not None and self._same_data(found) else None
-        found, how = self._known.find("test", **wanted), manner(run.config)
-        if found is None or found.get("evaluate", how) != how or not self._same_data(found):
+        found = self._known.find("test", **wanted)
+        if found is None or not tells(found.get("evaluate"), run.config) or not self._same_data(found):
             return None
         return found if self._same_questions(found) else None
 

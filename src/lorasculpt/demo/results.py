@@ -81,6 +81,7 @@ def plan(work: Path, target: str = "digits", *, others: bool = False) -> Path:
         "validation": [f"data/{target}_validation.jsonl"],
         "validation_source": ["data/source_validation.jsonl"],
         "drift": 64,
+        "strengths": [0.5],  # and up to three more where the curve is known least
         "curve": 400,
     }
     path = work / (f"{target}-others.yaml" if others else f"{target}.yaml")

@@ -10,6 +10,8 @@ from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
 
+import numpy as np
+
 from ..errors import UserError
 from ..evaluation.student import paired, quantile
 
@@ -23,6 +25,7 @@ NUMBERS = (
     "h_mean",
     "average",
 )
+SIDES = ("source", "target")
 REFERENCE = "lora"  # what the others are tested against
 OURS = "lorasculpt"
 TESTED = ("source_after", "target_after", "h_mean", "average")  # retention and gain only repeat source and target
@@ -131,7 +134,7 @@ def read(paths: Sequence[Path]) -> list[dict]:
         raise UserError(f"{paths[0] if paths else 'results'}: no runs to report; evaluate one first.")
     first = runs[0]
     for run in runs:
-        if any(list(run[side]) != list(first[side]) for side in ("source", "target")):
+        if any(list(run[side]) != list(first[side]) for side in SIDES):
             raise UserError(f"{run['file']}: its tasks are not those of {first['file']}; report them apart.")
     return runs
 
@@ -196,19 +199,31 @@ def _over_tasks(runs: list[dict], side: str) -> dict[str, dict]:
 
 
 def _curve(runs: list[dict], numbers: dict[str, Number]) -> list[dict]:
-    """The curve over the strengths that every run with a curve has, with both ends from the summary."""
-    points = [{point["strength"]: point for point in run["curve"]} for run in runs if run.get("curve")]
-    inner = sorted(set.intersection(*map(set, points)) - {0, 1}) if points else []
-    curve = [
-        {"strength": value}
-        | {side: over_seeds([measured(found[value], side) for found in points]) for side in ("source", "target")}
-        for value in inner
+    """The mean of the curves that there are, at each strength of any of them, with both ends from the summary.
+
+    A curve that was not measured at one of these is read there along the line between its neighbours; strengths beyond
+    the ends of one are left out.
+    """
+    curves = [sorted(run["curve"], key=lambda point: point["strength"]) for run in runs if run.get("curve")]
+    means = [
+        {"strength": at} | {side: over_seeds([_read(curve, at, side) for curve in curves]) for side in SIDES}
+        for at in sorted({point["strength"] for curve in curves for point in curve} - {0, 1})
+        if all(curve[0]["strength"] <= at <= curve[-1]["strength"] for curve in curves)
     ]
     base, tuned = (
         {"strength": strength, "source": numbers[f"source_{when}"], "target": numbers[f"target_{when}"]}
         for strength, when in ((0, "before"), (1, "after"))
     )
-    return [base, *curve, tuned]
+    return [base, *means, tuned]
+
+
+def _read(curve: list[dict], strength: float, side: str) -> Number:
+    """One side of a curve, whose points are in order, at a strength between its ends."""
+    numbers = [measured(point, side) for point in curve]
+    bounds = [(number.value, number.low, number.high) for number in numbers]
+    known = np.array(bounds, float)  # nan where there is no interval
+    value, low, high = (np.interp(strength, [point["strength"] for point in curve], column) for column in known.T)
+    return Number(float(value), *(None if math.isnan(end) else float(end) for end in (low, high)))
 
 
 def _entry(label: str, runs: list[dict]) -> Entry:

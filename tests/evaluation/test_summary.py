@@ -8,11 +8,14 @@ import numpy as np
 import pytest
 
 from lorasculpt.evaluation import comparison
+from lorasculpt.evaluation.score import interval
 from lorasculpt.evaluation.summary import (
     average,
+    average_interval,
+    combined,
+    correlation,
     gain,
     h_mean,
-    paired_bootstrap,
     retention,
     summary,
     task_average,
@@ -30,13 +33,47 @@ def test_formulas():
     assert retention(np.array([0.5, 0.0]), np.array([0.25, 0.5])).tolist() == pytest.approx([0.5, np.nan], nan_ok=True)
 
 
-def test_pairs_are_drawn_together():
-    items = np.random.default_rng(0).integers(0, 2, 50).tolist()
-    before, after = paired_bootstrap({"t": items}, {"t": items})
-    assert np.array_equal(before, after)
-    assert before.std() == pytest.approx(np.std(items) / math.sqrt(50), rel=0.1)
+def test_how_pairs_go_together():
+    rng = np.random.default_rng(0)
+    before = {"a": rng.integers(0, 2, 50).tolist(), "b": rng.random(80).tolist()}
+    noise = {"a": rng.integers(0, 2, 50).tolist(), "b": rng.random(80).tolist()}
+    after = {name: np.where(rng.random(len(x)) < 0.5, x, noise[name]).tolist() for name, x in before.items()}
+    drawn = []  # the averages of items that are drawn anew, each with its score before and after
+    for _ in range(4000):
+        rows = {name: rng.integers(len(x), size=len(x)) for name, x in before.items()}
+        drawn.append([task_average({n: np.array(x)[rows[n]] for n, x in side.items()}) for side in (before, after)])
+    assert correlation(before, after) == pytest.approx(np.corrcoef(np.array(drawn).T)[0, 1], abs=0.03)
+    assert correlation(before, before) == pytest.approx(1)
+    assert correlation({"a": [1, 1]}, {"a": [0, 1]}) == correlation({}, {}) == 0
     with pytest.raises(ValueError, match="same items"):
-        paired_bootstrap({"t": [1, 0]}, {"t": [1]})
+        correlation({"t": [1, 0]}, {"t": [1]})
+
+
+def test_newcombes_example():
+    """Of his table of paired differences: 36 pairs right twice, 12 and 2 once, none never (his method 10)."""
+    before, after = [1] * 48 + [0] * 2, [1] * 36 + [0] * 12 + [1] * 2
+    numbers = summary({"s": before}, {"s": after}, {"t": before}, {"t": after})
+    assert numbers["gain"] == pytest.approx(-0.2)
+    assert numbers["gain_interval"] == pytest.approx([-0.3406, -0.0562], abs=0.0035)
+
+
+@pytest.mark.parametrize(("right", "kept", "n"), [(0.8, 0.97, 80), (0.8, 0.02, 80), (0.95, 0.6, 40), (0.5, 0.9, 30)])
+def test_the_truth_is_within_the_intervals_as_often_as_they_say(right, kept, n):
+    """Three tasks; an item that was right stays so by chance ``kept``, one that was wrong becomes right by 0.05."""
+    rng, names, trials = np.random.default_rng(0), ("source_after", "retention", "h_mean", "average", "gain"), 800
+    after, learned = right * kept + (1 - right) * 0.05, 0.7
+    truth = dict(
+        zip(names, (after, after / right, h_mean(after, learned), average(after, learned), learned), strict=True)
+    )
+    within = dict.fromkeys(names, 0)
+    for _ in range(trials):
+        old = {name: rng.random(n) < right for name in "abc"}
+        new = {name: np.where(x, rng.random(n) < kept, rng.random(n) < 0.05) for name, x in old.items()}
+        numbers = summary(old, new, {"t": np.zeros(n)}, {"t": rng.random(n) < learned})
+        for name in names:
+            low, high = numbers[f"{name}_interval"]
+            within[name] += low <= truth[name] <= high
+    assert min(within.values()) > 0.92 * trials
 
 
 def test_pairing_against_the_exact_spread():
@@ -62,8 +99,21 @@ def test_summary():
         low, high = numbers[f"{name}_interval"]
         assert low <= numbers[name] <= high
     assert numbers["target_after_interval"][0] < 0.4  # two of two is not certainty
-    again = summary({"a": [1, 1, 1, 1], "b": [1, 0]}, {"a": [1, 1, 0, 0], "b": [1, 0]}, {"t": [0, 0]}, {"t": [1, 1]})
-    assert again == numbers
+
+
+def test_what_is_lost_or_known_altogether_has_a_width_too():
+    lost, known = {"a": [0] * 40, "b": [0] * 60}, {"a": [1] * 40, "b": [1] * 60}
+    assert average_interval({"a": [0] * 40, "b": [0] * 40}) == pytest.approx(interval([0] * 80))  # Wilson's of all
+    assert average_interval({"a": [0] * 40}) == list(interval([0] * 40))
+    assert average_interval(lost)[0] == 0 < 0.03 < average_interval(lost)[1] < 0.05
+    assert average_interval(known) == pytest.approx([1 - average_interval(lost)[1], 1])
+    numbers = summary(known, lost, lost, known)
+    assert numbers["retention"] == 0
+    assert numbers["retention_interval"] == pytest.approx([0, average_interval(lost)[1]])
+    assert numbers["gain_interval"][0] < 0.95 < numbers["gain_interval"][1] == 1
+    assert numbers["h_mean_interval"][1] > 0.05
+    # a source whose interval begins at 0 may have been lost by any factor
+    assert np.isnan(combined(retention, (0.1, 0.0, 0.2), (0.1, 0.0, 0.2))).all()
 
 
 def test_nothing_known():

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from .summary import bounds
+from .score import bounds
 
 Points = list[tuple[float, float]]  # of one run: drift, and source accuracy lost
 

@@ -29,8 +29,8 @@ from ..errors import UserError
 from ..files import whole
 from .answer import GREEDY, asked, stops, task_of
 from .prompts import batches, chat, encode, evaluating, followed, tokenizer_of
+from .score import bounds
 from .strength import moved
-from .summary import bounds
 
 ASKED = (
     "Tell me something that you know.",

@@ -16,7 +16,7 @@ from .answer import answer, choose
 from .drift import Prompt, drift
 from .score import interval, score
 from .strength import strength
-from .summary import average_interval, paired_bootstrap, summary, task_average
+from .summary import average_interval, summary, task_average
 from .tasks import Task
 
 KNOWN = (
@@ -151,7 +151,7 @@ def curve_point(value: float, measured: dict, moved: dict | None = None) -> dict
             continue
         scores = _scores(measured, side)
         point[side] = task_average(scores)
-        point[f"{side}_interval"] = average_interval(scores, paired_bootstrap(scores, scores)[0])
+        point[f"{side}_interval"] = average_interval(scores)
     return point | ({"drift": moved["value"], "drift_interval": moved["interval"]} if moved else {})
 
 

@@ -113,5 +113,13 @@ def interval(values: Sequence[float], level: float = 0.95, seed: int = 0) -> tup
         return max(0.0, float(centre - half)), min(1.0, float(centre + half))
     rng = np.random.default_rng(seed)
     means = [x[rng.integers(n, size=n)].mean() for _ in range(2000)]
-    low, high = np.quantile(means, ((1 - level) / 2, (1 + level) / 2))
-    return float(low), float(high)
+    low, high = bounds(np.array(means), level)
+    return low, high
+
+
+def bounds(draws: np.ndarray, level: float = 0.95) -> list[float]:
+    """[low, high] percentiles of bootstrap ``draws``, those that are nan left out."""
+    draws = draws[~np.isnan(draws)]
+    if not draws.size:
+        return [float("nan")] * 2
+    return [float(x) for x in np.quantile(draws, ((1 - level) / 2, (1 + level) / 2))]

@@ -199,7 +199,7 @@ def spread(found: dict | None) -> str:
 
 def about_intervals(entries: list[Entry]) -> str:
     """How the intervals in the tables came about."""
-    text = f"In brackets: 95{SPACE}% intervals over the test items (Wilson's; of what is made of several, by squares)"
+    text = f"In brackets: 95{SPACE}% intervals over the test items (Wilson's for a task; the others follow from those)"
     if all(len(entry.runs) == 1 for entry in entries):
         text += ". They don't show how another seed of training would differ."
     else:

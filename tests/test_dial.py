@@ -192,6 +192,22 @@ def test_what_is_measured_pruned_is_what_stock_peft_loads(trained, tmp_path, mon
     }
 
 
+def test_it_is_turned_closer_to_what_may_be_lost(trained, monkeypatch):
+    config = trained("evaluate.refine=2")
+
+    def curve(model, processor, source, target, strengths, **options):  # sparser keeps more
+        dense = all(weight.all() for name, weight in model.named_parameters() if "lora_A" in name)
+        kept = 0.4 if dense else 0.9
+        return [{"strength": s, "target": s, "drift": float(s > kept)} for s in strengths]
+
+    monkeypatch.setattr(dialing, "curve", curve)
+    found = dial(config, retain=0.9, densities=(1, 0.25), progress=False)[1]
+    settings = [(point["density"], point["strength"]) for point in found["points"]]
+    assert settings[:6] == [(1, 0), (1, 0.25), (1, 0.375), (1, 0.5), (1, 1), (0.25, 0.5)]
+    assert settings[6:] == [(0.25, 0.75), (0.25, 0.875), (0.25, 1)]
+    assert (found["budget"]["density"], found["budget"]["strength"]) == (0.25, 0.875)
+
+
 def test_densities_on_the_command_line(trained, tmp_path):
     config, file = trained(), tmp_path / "run.yaml"
     said = done("dial", file, "--retain", "0.5", "--densities", "1,0.25", "--plot", tmp_path / "plots" / "dial.png")

@@ -12,7 +12,8 @@ from peft import PeftModel
 
 from lorasculpt import UserError
 from lorasculpt.evaluation import strength
-from lorasculpt.measure import measure, retained
+from lorasculpt.evaluation.budget import within
+from lorasculpt.measure import _curves, measure, retained
 from lorasculpt.models.load import load
 from lorasculpt.run.records import held_out
 from lorasculpt.train import train
@@ -142,6 +143,25 @@ def test_it_is_chosen_on_validation_where_there_is_one(run, tmp_path, monkeypatc
     assert [point["strength"] for point in found["curve"]] == [0, 0.125, 0.25, 0.5, 1]
     assert [point["strength"] for point in found["budget"]["points"]] == [0, 0.125, 0.25, 0.5, 1]
     assert [set(images) for images in asked] == [{"data"}] * 5 + [{"others"}] * 5
+
+
+@pytest.mark.parametrize(
+    ("limits", "between", "best"),
+    [((0.45,), [0.4375, 0.46875], 0.4375), ((0.45, 0.3), [0.28125, 0.3125], 0.28125)],  # on the test, on validation
+)
+def test_a_budget_is_measured_where_there_is_more_to_be_learned(run, limits, between, best):
+    def keeping(limit):
+        return lambda strengths: [{"strength": s, "target": s, "source": 0.8 * (s <= limit)} for s in strengths]
+
+    config = run("evaluate.retain=0.9", "evaluate.refine=2")
+    first, *second = map(keeping, limits)
+    points, again = _curves(config, first([0.0, 1.0]), [0.5], first, *(second or [None]))
+    strengths = sorted([0, 0.25, 0.375, 0.5, 1, *between])  # these where it is known least
+    assert [point["strength"] for point in points] == strengths
+    assert [point["strength"] for point in again] == (strengths if second else [])
+    assert within(again or points, 0.9)["strength"] == best
+    assert len(_curves(run("evaluate.retain=0.9", "evaluate.refine=0"), first([0, 1]), [0.5], first, None)[0]) == 3
+    assert len(_curves(config, first([0.0, 1.0]), [], first, None)[0]) == 2  # none is asked between the ends
 
 
 def test_what_has_no_such_adapter(run):

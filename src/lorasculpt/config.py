@@ -230,7 +230,9 @@ class Evaluate(_Section):
         strengths: Where the curve of source against target is taken, between 0 (base) and 1 (adapter).
         refine: At how many strengths more, at most: each in the middle of those two between which both source and
             target change the most, as long as that is much. A LoRA that loses all it knew between two strengths would
-            else be judged by a straight line there. Default: 3; none where ``strengths`` is empty.
+            else be judged by a straight line there. With ``retain``, and in ``lorasculpt dial``, so many again, at
+            most, between the strength that keeps enough and the next, which does not. Default: 3; none where
+            ``strengths`` is empty.
         curve: Questions of its every point, the first ones: so many about the source, shared evenly by its tasks, and
             so many about the target, whose averages are drawn. Default: ``limit`` questions of each task.
         as_task: For an adapter that knows tasks: the one as which it answers questions of tasks that it does not know,

@@ -19,7 +19,7 @@ from .adapters.update import UpdateConfig
 from .config import RunConfig
 from .errors import UserError
 from .evaluation import curve
-from .evaluation.budget import kept, within
+from .evaluation.budget import closer, kept, within
 from .evaluation.strength import fixed
 from .files import whole, write_json
 from .measure import TEXTS
@@ -43,8 +43,9 @@ def dial(
     """Measure the adapter of a finished run at every setting, choose one, and write ``dial.json`` into its folder.
 
     Target, source where the run names one, and drift (on ``evaluate.drift`` texts, or 32) are measured at strength 0,
-    and for each density at ``evaluate.strengths`` and at 1. Where there is ``evaluate.validation`` that is the target,
-    and ``evaluate.validation_source`` the source: a setting that is chosen on the test flatters the test.
+    and for each density at ``evaluate.strengths``, at 1, and at up to ``evaluate.refine`` strengths between the one
+    that keeps enough and the next. Where there is ``evaluate.validation`` that is the target, and
+    ``evaluate.validation_source`` the source: a setting that is chosen on the test flatters the test.
 
     Args:
         config: the run.
@@ -101,11 +102,19 @@ def dial(
     options["prompts"] = drift_prompts(config, model, processor, options["precision"])
     options["max_new_tokens"] = asked.max_new_tokens
     points: list[dict[str, Any]] = []
+    base: list[dict[str, Any]] = []
     strengths = sorted({*asked.strengths, 1.0})
     for density, turned in [(1.0, [0.0]), *((density, strengths) for density in densities)]:
         words = "adapter" if density == 1 else f"density {density:g}"
+        options["progress"] = words if progress else None
         with nullcontext() if density == 1 else _holding(model, pruned[density]):
-            found = curve(model, processor, source, target, turned, progress=words if progress else None, **options)
+            found = curve(model, processor, source, target, turned, **options)
+            for _ in range(asked.refine if asked.strengths and base else 0):
+                if (between := closer([*base, *found], retain)) is None:
+                    break
+                found += curve(model, processor, source, target, [between], **options)
+        base = base or found
+        found.sort(key=lambda point: point["strength"])
         points += [point | {"density": density} for point in found]
     chosen = within(points, retain)
     content: dict[str, Any] = {"schema": 1, "versions": versions(), "points": points, "budget": chosen}

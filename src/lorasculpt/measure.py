@@ -6,7 +6,8 @@ import json
 import os
 import tempfile
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ from .asked import ask_base
 from .config import WATCHING, RunConfig
 from .errors import UserError
 from .evaluation import comparison, curve, drift, evaluate, gallery
-from .evaluation.budget import within
+from .evaluation.budget import closer, within
 from .evaluation.run import curve_point, next_strength
 from .evaluation.strength import fixed
 from .evaluation.tasks import Task
@@ -95,18 +96,15 @@ def measure(
     if obstacle is not None:
         strengths = ()
     options["progress"] = name if progress else None
-    points = curve(model, processor, *small, strengths, prompts=prompts, **options)
     at_base = AT_BASE if drifted else None
-    ends = curve_point(0.0, _of(before, *small), at_base), curve_point(1.0, _of(after, *small), drifted)
-    points = [ends[0], *points, ends[1]]
-    for _ in range(config.evaluate.refine if strengths else 0):
-        if (least_known := next_strength(points)) is None:
-            break
-        points += curve(model, processor, *small, [least_known], prompts=prompts, **options)
-    points.sort(key=lambda point: point["strength"])
-    again = None
-    if choosing and obstacle is None:
-        again = curve(model, processor, *choosing, [point["strength"] for point in points], **options)
+    ends = [curve_point(0.0, _of(before, *small), at_base), curve_point(1.0, _of(after, *small), drifted)]
+    points, again = _curves(
+        config,
+        ends,
+        strengths,
+        partial(curve, model, processor, *small, prompts=prompts, **options),
+        partial(curve, model, processor, *choosing, **options) if choosing and obstacle is None else None,
+    )
     budget = _budget(config, points, again, obstacle)
     training = json.loads((config.output / LOG_FILE).read_text())
     run = {
@@ -155,8 +153,42 @@ def _measurable(config: RunConfig) -> tuple[RunConfig, list[Task], list[Task]]:
     return config.model_copy(update={"evaluate": asked}), source, target
 
 
+def _curves(
+    config: RunConfig,
+    ends: list[dict[str, Any]],
+    strengths: Sequence[float],
+    ask: Callable[[list[float]], list[dict[str, Any]]],
+    choose: Callable[[list[float]], list[dict[str, Any]]] | None,
+) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+    """The points of the curve over strength, from its ends, and those on the validation sets: none without ``choose``.
+
+    Args:
+        config: the run.
+        ends: the points at strength 0 and 1.
+        strengths: where it is measured first; at none more where there are none.
+        ask: what gives the points at such strengths.
+        choose: what gives them on the validation sets.
+    """
+    points = ends + ask(list(strengths))
+    tries = config.evaluate.refine if strengths else 0
+    for _ in range(tries):
+        if (least_known := next_strength(points)) is None:
+            break
+        points += ask([least_known])
+    again = choose([point["strength"] for point in points]) if choose else []
+    if (share := config.evaluate.retain) is not None:
+        for _ in range(tries):
+            if (between := closer(_chosen_among(points, again), share)) is None:
+                break
+            points += ask([between])
+            again += choose([between]) if choose else []
+    for found in (points, again):
+        found.sort(key=lambda point: point["strength"])
+    return points, again
+
+
 def _budget(
-    config: RunConfig, points: list[dict[str, Any]], again: list[dict[str, Any]] | None, obstacle: str | None
+    config: RunConfig, points: list[dict[str, Any]], again: list[dict[str, Any]], obstacle: str | None
 ) -> dict[str, Any]:
     """Which of ``points`` keeps ``evaluate.retain``; nothing where no share is asked.
 
@@ -171,10 +203,13 @@ def _budget(
         return {}
     if obstacle is not None:
         return within(points, share) | {"fixed": obstacle}
-    if again is None:
-        return within(points, share)
-    both = [point | other for point, other in zip(points, again, strict=True)]  # the drift is the same
-    return within(both, share) | {"on": "validation", "points": both}
+    among = _chosen_among(points, again)
+    return within(among, share) | ({"on": "validation", "points": among} if again else {})
+
+
+def _chosen_among(points: list[dict[str, Any]], again: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The points by which a strength is chosen: of the validation sets where there are any, with the same drift."""
+    return [point | other for point, other in zip(points, again, strict=True)] if again else points
 
 
 def _trained_as(config: RunConfig, training: dict[str, Any]) -> dict[str, Any]:

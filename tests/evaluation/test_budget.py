@@ -6,7 +6,7 @@ import math
 
 import pytest
 
-from lorasculpt.evaluation.budget import kept, told, within
+from lorasculpt.evaluation.budget import closer, kept, told, within
 
 
 def points(targets, **sides):
@@ -51,6 +51,24 @@ def test_the_base_itself_is_no_answer():
 
 def test_of_equal_targets_the_smaller_strength():
     assert within(points((0, 0.7, 0.7, 0.7), source=(1, 1, 1, 1)), 0.97)["strength"] == 0.25
+
+
+def test_closer_to_what_may_be_lost():
+    def at(strength):  # all is kept up to .45, and then lost at once
+        return {"strength": strength, "target": strength, "source": 0.8 * (strength <= 0.45)}
+
+    found = [at(strength) for strength in (1, 0, 0.5)]
+    for expected in (0.25, 0.375, 0.4375, 0.46875):
+        assert closer(found, 0.97) == expected
+        found.append(at(expected))
+    assert within(found, 0.97)["strength"] == 0.4375
+    while (between := closer(found, 0.97)) is not None:
+        found.append(at(between))
+    assert 0.44 < within(found, 0.97)["strength"] <= 0.45  # less than a point of the target is left to be won
+    assert closer([at(0), at(0.25)], 0.97) is None  # the whole of what there is keeps enough
+    assert closer(points((0.1, 0.5, 0.7, 0.7), source=(0.8, 0.8, 0.8, 0)), 0.97) is None  # and nothing is to be won
+    assert closer(points((0, 1, 1, 1), source=(0, 0, 0, 0)), 0.97) is None  # or to be kept
+    assert closer(points((0.0, 0.5, 0.7, 0.9), drift=(0, 9, 9, 9)), 0.97) == 0.125
 
 
 def test_over_densities():

@@ -8,6 +8,8 @@ from typing import Any
 
 from .summary import retention
 
+WORTH = 0.01  # of the target: what is to be won by another strength has to be more
+
 
 def kept(points: Sequence[dict[str, Any]]) -> tuple[str, list[float]]:
     """By what it is told, ``"source"`` or ``"drift"``, and the share that each point of a curve keeps of the base.
@@ -49,6 +51,25 @@ def within(points: Sequence[dict[str, Any]], retain: float) -> dict[str, Any]:
     best = max(enough, key=lambda point: (point["target"], *(-point[key] for key in settings)), default={})
     found = {"retain": retain, "by": by} | {key: best.get(key) for key in (*settings, "kept", "target")}
     return found | ({"nothing": True} if all(map(math.isnan, shares)) else {})
+
+
+def closer(points: Sequence[dict[str, Any]], retain: float) -> float | None:
+    """The strength to measure next, for more of the target within the budget.
+
+    It is the middle between the strength that is chosen so far (0 where none keeps enough) and the next one, which does
+    not keep enough. None where there is no such next one, or where it has learned hardly more.
+
+    Args:
+        points: of a curve, as :func:`kept` takes them.
+        retain: the share to keep, in (0, 1].
+    """
+    chosen = within(points, retain)["strength"] or 0.0
+    known = sorted(zip(points, kept(points)[1], strict=True), key=lambda pair: pair[0]["strength"])
+    best = next(point for point, _ in known if point["strength"] == chosen)
+    beyond, share = next(((point, share) for point, share in known if point["strength"] > chosen), (best, math.nan))
+    if share < retain and beyond["target"] - best["target"] > WORTH:
+        return (chosen + beyond["strength"]) / 2
+    return None
 
 
 def told(budget: dict[str, Any]) -> str:

@@ -119,6 +119,21 @@ def test_what_the_base_is_not_needed_for_is_told_before_it_is_loaded(fresh, give
     assert not (fresh / "out").exists()
 
 
+@pytest.mark.parametrize("given", ["target_modules=.*q_proj(", "exclude_modules=(", "rank_pattern={'*q': 3}"])
+def test_what_is_no_regular_expression_is_told_before_the_base_is_loaded(fresh, given, monkeypatch):
+    monkeypatch.setattr("lorasculpt.run.model.load", lambda *_, **__: pytest.fail("the base was loaded"))
+    words = refused("train", fresh / "run.yaml", f"method.{given}")
+    assert f"method.{given.partition('=')[0]} has '" in words
+    assert ", which is read as a regular expression and is none: " in words
+
+
+def test_a_pattern_that_fits_no_module_is_told(fresh):
+    words = refused("train", fresh / "run.yaml", "method.target_modules=q_proj")
+    assert "target_modules is 'q_proj', which is read as a regular expression for whole names of modules" in words
+    assert words.endswith("; write [q_proj] for all that are called so.")
+    assert "; they are such as model." in refused("train", fresh / "run.yaml", "method.target_modules=.*nothing")
+
+
 def test_a_row_that_the_base_cannot_read_at_once_is_told_before_training(fresh):
     file = fresh / "train" / "train.jsonl"
     rows = [json.loads(line) for line in file.read_text().splitlines()]

@@ -165,6 +165,7 @@ def check_method(config: RunConfig) -> None:
         raise config.error(
             "scope", "says nothing beside method.target_modules, which names layers wherever they are; remove one."
         )
+    _check_patterns(config)
     unknown: dict[str, Any] = {"target_modules": ["q_proj"]} if _open(kind, config) else {}
     if issubclass(kind, UpdateConfig) and kind.multitask and not config.method.get("tasks"):
         unknown["tasks"] = ["one"]
@@ -176,9 +177,31 @@ def check_method(config: RunConfig) -> None:
             made.check_steps(config.training.steps)
 
 
+def _check_patterns(config: RunConfig) -> None:
+    """See that what PEFT reads as regular expressions is such."""
+    for key in ("target_modules", "exclude_modules", "rank_pattern", "alpha_pattern"):
+        said = config.method.get(key)
+        for pattern in said if isinstance(said, dict) else [said] if isinstance(said, str) else []:
+            try:
+                re.compile(pattern)
+            except re.error as error:
+                words = f"has {pattern!r}, which is read as a regular expression and is none: {error}."
+                raise config.error(f"method.{key}", words) from None
+
+
 def _check_names(model: nn.Module, config: RunConfig) -> None:
     """See that each module that the method names is one: PEFT sees that one of them is."""
     names = [name for name, _ in model.named_modules()]
+    pattern = config.method.get("target_modules")
+    if isinstance(pattern, str) and pattern != "all-linear" and not any(re.fullmatch(pattern, name) for name in names):
+        so_called = [name for name in names if name.endswith(f".{pattern}")]
+        mend = (
+            f"write [{pattern}] for all that are called so" if so_called else f"they are such as {max(names, key=len)}"
+        )
+        words = (
+            f"is {pattern!r}, which is read as a regular expression for whole names of modules and fits none; {mend}."
+        )
+        raise config.error("method.target_modules", words)
     for key in ("target_modules", "modules_to_save"):
         listed = config.method.get(key)
         for wanted in listed if isinstance(listed, list) else []:

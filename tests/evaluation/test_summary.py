@@ -73,7 +73,7 @@ def test_the_truth_is_within_the_intervals_as_often_as_they_say(right, kept, n):
         for name in names:
             low, high = numbers[f"{name}_interval"]
             within[name] += low <= truth[name] <= high
-    assert min(within.values()) > 0.92 * trials
+    assert min(within.values()) > 0.925 * trials
 
 
 def test_pairing_against_the_exact_spread():
@@ -109,9 +109,10 @@ def test_what_is_lost_or_known_altogether_has_a_width_too():
     assert average_interval(known) == pytest.approx([1 - average_interval(lost)[1], 1])
     numbers = summary(known, lost, lost, known)
     assert numbers["retention"] == 0
-    assert numbers["retention_interval"] == pytest.approx([0, average_interval(lost)[1]])
+    assert numbers["retention_interval"] == pytest.approx([0, average_interval(lost)[1]], rel=0.01)
     assert numbers["gain_interval"][0] < 0.95 < numbers["gain_interval"][1] == 1
     assert numbers["h_mean_interval"][1] > 0.05
+    assert 0.03 < summary(known, lost, lost, lost)["h_mean_interval"][1] < average_interval(lost)[1]
     # a source whose interval begins at 0 may have been lost by any factor
     assert np.isnan(combined(retention, (0.1, 0.0, 0.2), (0.1, 0.0, 0.2))).all()
 

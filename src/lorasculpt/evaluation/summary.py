@@ -84,13 +84,13 @@ def correlation(before: Scores, after: Scores) -> float:
 
 
 def combined(formula: Formula, first: Estimate, second: Estimate, correlation: float = 0.0) -> list[float]:
-    """95 % interval of ``formula(first, second)``, which each of the two moves one way; nan where an end is not finite.
+    """95 % interval of ``formula(first, second)``: what it comes to on the ellipse that their two intervals span.
 
-    What the value moves by as either goes to an end of its own interval is squared and added up, with twice the
-    product of both times their correlation, positive where it helps.
+    The ellipse leans as the estimates are correlated. Of a sum the ends are those of MOVER: the squares of both halves
+    added up, with twice their product times the correlation. nan where the formula is not defined on all of it.
 
     Args:
-        formula: of two numbers.
+        formula: of two arrays.
         first, second: ``(value, low, high)`` of each.
         correlation: of the two estimates.
 
@@ -99,18 +99,16 @@ def combined(formula: Formula, first: Estimate, second: Estimate, correlation: f
         Medicine 27, 2008. Of a paired difference it is Newcombe's method 10 ("Improved confidence intervals for the
         difference between binomial proportions based on paired data", the same 17, 1998).
     """
-    value = float(formula(first[0], second[0]))
-    by_first = [float(formula(end, second[0])) - value for end in first[1:]]
-    by_second = [float(formula(first[0], end)) - value for end in second[1:]]
-    if not np.isfinite([value, *by_first, *by_second]).all():
-        return [math.nan] * 2
-    # where one rises and the other lowers the value, they move it together when they move apart
-    together = correlation if (by_first[0] <= by_first[1]) == (by_second[0] <= by_second[1]) else -correlation
+    angle = np.linspace(0, 2 * np.pi, 721)
+    x = np.cos(angle)
+    y = correlation * x + math.sqrt(max(0.0, 1 - correlation**2)) * np.sin(angle)
 
-    def far(a: float, b: float) -> float:
-        return math.sqrt(max(0.0, a * a + b * b + 2 * together * a * b))
+    def moved(estimate: Estimate, by: np.ndarray) -> np.ndarray:
+        value, low, high = estimate
+        return value + by * np.where(by < 0, value - low, high - value)
 
-    return [value - far(min(by_first), min(by_second)), value + far(max(by_first), max(by_second))]
+    found = formula(moved(first, x), moved(second, y))
+    return [float(found.min()), float(found.max())] if np.isfinite(found).all() else [math.nan] * 2
 
 
 def summary(

@@ -50,13 +50,13 @@ CONCRETE = [module for module in TREES if module.startswith(f"{METHODS}.")]  # o
 SMALL = ("errors", "files", "console")  # which everybody but ops may import
 HOUSE: dict[tuple[str, ...], tuple[str, ...] | None] = {
     SMALL: (),
-    ("config", "provenance", "memory"): (),
+    ("config", "reference", "provenance", "memory"): (),
     ("ops",): (),
     ("adapters",): ("ops",),
     ("data",): (),
     ("models",): ("data",),
     ("methods",): ("ops", "adapters", "models.parts"),
-    ("kinds", "overview", "switch"): ("adapters", "methods"),
+    ("kinds", "overview", "switch"): ("reference", "adapters", "methods"),
     ("evaluation",): ("adapters", "data", "models"),
     ("inspect",): ("ops", "adapters", "data", "models", "evaluation"),
     ("report",): ("adapters", "data", "evaluation", "inspect"),

@@ -23,7 +23,7 @@ def equations():
 
 @pytest.fixture(scope="module")
 def pages():
-    return runpy.run_path(str(ROOT / "scripts" / "methods-docs"))
+    return runpy.run_path(str(ROOT / "scripts" / "pages"))
 
 
 # --- every equation is cited where it is computed -------------------------------------------------------------------
@@ -96,7 +96,7 @@ def test_the_file_is_named_and_the_exit_code_is_1(equations, tmp_path, capsys):
 
 
 def test_the_pages_are_those_that_scripts_methods_docs_writes(pages):
-    assert pages["stale"]() == [], "run scripts/methods-docs"
+    assert pages["stale"]() == [], "run scripts/pages"
 
 
 def test_a_page_that_is_changed_missing_or_left_over_is_stale(pages, tmp_path, monkeypatch):

@@ -1,4 +1,5 @@
-"""``lorasculpt train | eval | dial | compare | report | play | export | posthoc | inspect | methods | demo``.
+"""``lorasculpt train | eval | dial | compare | report | play | export | posthoc | inspect | methods | settings |
+demo``.
 
 Exit codes: 0 done, 1 something broke here, 2 the input has to be mended (one sentence says what).
 """
@@ -19,6 +20,7 @@ from typing import Annotated, Any, NoReturn
 import typer
 from rich import box
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 from tqdm import tqdm
 
@@ -417,12 +419,36 @@ def methods(
         table = Table("setting", "default", "meaning")
         told = meanings(METHODS[name])
         for key, value in found[0]["settings"].items():
-            table.add_row(key, str(value), told[key])
+            table.add_row(*map(escape, (key, str(value), _plain(told[key]))))
         Console().print(table)
         print("Besides these it takes what LoraConfig takes: r, lora_alpha, lora_dropout, target_modules, ...")
     else:
         _methods(found)
         print(f"Also trained and compared, by PEFT: lora, {', '.join(OF_PEFT)}.")
+
+
+@app.command()
+def settings(
+    section: Annotated[
+        str | None, typer.Argument(help="A part of the file, such as training, or one setting.", show_default=False)
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+) -> None:
+    """List the settings of a run's YAML file: what each is, its default and what it means."""
+    from dataclasses import asdict
+
+    from .reference import settings as listed
+
+    found = listed(section)
+    if as_json:
+        print(json.dumps([asdict(one) for one in found], indent=2))
+        return
+    table = Table("setting", "default", "meaning", show_lines=True)
+    for one in found:
+        table.add_row(*map(escape, (one.key, one.default or "–", f"{_plain(one.meaning)} ({one.kind})")))
+    Console().print(table)
+    if section in (None, "method"):
+        print("The settings of a method: lorasculpt methods NAME.")
 
 
 @demo_app.callback()
@@ -620,6 +646,11 @@ def main() -> None:
         else:
             raise
         _refuse(told)
+
+
+def _plain(docstring: str) -> str:
+    """Text of a docstring as a terminal has it."""
+    return re.sub(r"``|:\w+:`~?\.?([^`]+)`", r"\1", docstring).replace("`", "")
 
 
 def _check_plot(plot: Path | None) -> None:

@@ -9,8 +9,7 @@ training: {epochs: 3}
 evaluate: {source: [general/test.jsonl], target: [invoices/test.jsonl]}
 ```
 
-Relative paths are relative to the file. The settings under ``method`` belong to the method and are checked where it is
-built, which points at their lines with `RunConfig.error`.
+Relative paths are relative to the file. What stands under ``method`` beside its name are the method's own settings.
 """
 
 from __future__ import annotations
@@ -237,7 +236,8 @@ class Evaluate(_Section):
             so many about the target, whose averages are drawn. Default: ``limit`` questions of each task.
         as_task: For an adapter that knows tasks: the one as which it answers questions of tasks that it does not know,
             as those of ``source`` mostly are.
-        metric: Metric of a task by its name. Default of a task: ``exact``.
+        metric: Metric of a task by its name: ``exact``, ``contains``, ``vqa`` or ``choice``. Default of a task:
+            ``exact``.
         drift: How many texts, sampled from the base, the drift is measured on (`lorasculpt.evaluation.drift`), half of
             them about pictures of ``source``, or else ``target``; during training on the first ``during`` of them. Not
             measured where the base's own weights move (``projector: full``, and while PiSSA and its like are trained).
@@ -312,7 +312,7 @@ class RunConfig(_Section):
         trust_remote_code: Run the code that comes with the base. Only for a base whose code was read.
         output: Folder for everything the run writes.
         seed: Of data order and initial adapter.
-        method: ``name`` of the method (`lorasculpt.kinds`), and its settings.
+        method: ``name`` of the method, one of ours (``lorasculpt methods``) or of PEFT's, and its settings.
         methods: Settings of each method that ``lorasculpt compare`` is to compare; a single run leaves them aside.
         scope: Which part of the model gets the adapter. Default: the layers that the method names, or else language;
             ``target_modules`` of a method are taken wherever they are, in the vision tower too, as PEFT does.

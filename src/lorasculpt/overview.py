@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import importlib
 import inspect
-import re
 from typing import Any
 
 from peft import LoraConfig, get_peft_model
@@ -13,6 +12,7 @@ from torch import nn
 
 from .adapters.method import MethodConfig, default
 from .adapters.update import UpdateConfig
+from .reference import told
 
 FEATURES, LAYERS = 1024, 4
 """The linears that parameters are counted on: square, one in each layer."""
@@ -49,12 +49,7 @@ def settings(config: type[MethodConfig]) -> dict[str, Any]:
 
 def meanings(config: type[MethodConfig]) -> dict[str, str]:
     """What the docstring of a method's config says of each setting."""
-    found: dict[str, str] = {}
-    for kind in (UpdateConfig, config) if issubclass(config, UpdateConfig) else (config,):
-        block = inspect.cleandoc(kind.__doc__ or "").partition("\nArgs:\n")[2].partition("\n\n")[0]
-        entries = re.split(r"\n {4}(?=\w+: )", "\n" + block)[1:]
-        found |= {name: " ".join(text.split()) for name, _, text in (entry.partition(": ") for entry in entries)}
-    return found
+    return (told(UpdateConfig) if issubclass(config, UpdateConfig) else {}) | told(config)
 
 
 def _tasks(config: type[MethodConfig]) -> str | None:

@@ -39,7 +39,7 @@ def contains(answer: str, record: Record) -> float:
 
 
 def vqa(answer: str, record: Record) -> float:
-    """VQA soft accuracy, min(1, matches / 3), over the references that ``record.answer`` separates by ``|``.
+    """VQA soft accuracy, min(1, matches / 3), over the references that the row's answer separates by ``|``.
 
     Three people who agree make an answer right. With fewer than three references all of them have to agree:
     min(1, matches / min(3, references)).
@@ -54,7 +54,7 @@ def vqa(answer: str, record: Record) -> float:
 
 
 def choice(answer: str, record: Record) -> float:
-    """1 if the choice that was taken (``answer``, from ``choose``) is the reference, upper and lower case alike."""
+    """1 if the likeliest of the row's choices, as ``choose`` takes it, is the reference, upper and lower case alike."""
     return float(answer.strip().lower() == record.answer.strip().lower())
 
 

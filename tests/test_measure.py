@@ -15,7 +15,7 @@ from lorasculpt.evaluation import strength
 from lorasculpt.evaluation.budget import within
 from lorasculpt.measure import _curves, measure, retained
 from lorasculpt.models.load import load
-from lorasculpt.run.records import held_out
+from lorasculpt.run.records import check_metrics, held_out
 from lorasculpt.train import train
 
 
@@ -191,6 +191,33 @@ def test_what_has_no_such_adapter(run):
     (whole.output / "run.yaml").write_text(whole.to_yaml())
     with pytest.raises(UserError, match=r"projector.* is full, so there is no drift"):
         measure(whole, progress=False)
+
+
+def test_questions_without_a_task_are_of_their_file(run, tmp_path):
+    def unnamed(folder, n, **options):
+        path = pico.write_data(tmp_path / folder, n=n, **options)
+        rows = [json.loads(line) for line in path.read_text().splitlines()]
+        path.write_text("".join(json.dumps({k: v for k, v in row.items() if k != "task"}) + "\n" for row in rows))
+        return path
+
+    kept, more = unnamed("kept", 3, tasks=("shape",)), unnamed("more", 5)
+    named = pico.write_data(tmp_path / "named", n=2, tasks=("side",))
+    asked_of = (f"evaluate.source=[{kept},{named}]", f"evaluate.target={more}")
+    source, target = held_out(run(*asked_of))
+    assert [(task.name, len(task.records)) for task in source] == [("kept/train", 3), ("side", 2)]
+    assert [(task.name, task.metric) for task in target] == [("more/train", "exact")]
+    metrics = "evaluate.metric={default: contains, more/train: vqa}"
+    assert [task.metric for side in held_out(run(*asked_of, metrics)) for task in side] == ["contains", "exact", "vqa"]
+    check_metrics(run(*asked_of, metrics))
+    with pytest.raises(UserError, match="is of a task that no question has; they are of default, kept/train, "):
+        check_metrics(run(*asked_of, "evaluate.metric={train: vqa}"))
+    config = run(*asked_of)
+    train(config, progress=False)
+    found = entry(config)
+    assert found["target"]["more/train"]["n"] == 5
+    assert found["trained_on"] == {"more/train": 4}
+    aside = held_out(run(*asked_of, "data.validation=0.5", f"data.train={more}"))[1]
+    assert [task.name for task in aside] == ["more/train"]
 
 
 def test_questions_that_were_trained_on_are_told(run, tmp_path):

@@ -236,8 +236,8 @@ class Evaluate(_Section):
             so many about the target, whose averages are drawn. Default: ``limit`` questions of each task.
         as_task: For an adapter that knows tasks: the one as which it answers questions of tasks that it does not know,
             as those of ``source`` mostly are.
-        metric: Metric of a task by its name: ``exact``, ``contains``, ``vqa`` or ``choice``. Default of a task:
-            ``exact``.
+        metric: Metric of a task by its name: ``exact``, ``contains``, ``vqa`` or ``choice``; under ``default`` that of
+            all questions that name no task. Default of a task: ``exact``.
         drift: How many texts, sampled from the base, the drift is measured on (`lorasculpt.evaluation.drift`), half of
             them about pictures of ``source``, or else ``target``; during training on the first ``during`` of them. Not
             measured where the base's own weights move (``projector: full``, and while PiSSA and its like are trained).

@@ -238,7 +238,7 @@ def _rehearsed(config: RunConfig) -> dict[str, int] | None:
         trained = training_rows(config, check_images=False).trained
     except (UserError, OSError):
         return None
-    return dict(Counter(question.task for question, _ in rehearsed(config, trained)))
+    return dict(Counter(task for task, _, _ in rehearsed(config, trained)))
 
 
 def shape(config: RunConfig) -> dict[str, Any]:

@@ -158,7 +158,7 @@ def train(
 def _tell_rehearsed(config: RunConfig, trained: Sequence[Record]) -> None:
     """Say it now, and not after hours, where questions are ``trained`` on that are to be measured."""
     if found := rehearsed(config, trained):
-        question, row = found[0]
+        _, question, row = found[0]
         print(
             f"{len(found)} of the questions that are measured are trained on as well, such as {question.where} "
             f"({row.where}): what is right there may be known by heart."

@@ -19,7 +19,7 @@ from trl.trainer.sft_trainer import DataCollatorForVisionLanguageModeling
 
 from ..errors import UserError
 from .images import open_image
-from .records import MARK, Record
+from .records import MARK, UNNAMED, Record
 
 IGNORED = -100  # a label that the loss skips
 _MESSAGES = List({"role": Value("string"), "content": Value("string")})
@@ -164,7 +164,7 @@ class Collator:
 
 
 def _number(row: Mapping[str, Any], tasks: Mapping[str, int]) -> int:
-    name = row.get("task", "default")
+    name = row.get("task", UNNAMED)
     if name not in tasks:
         known = ", ".join(tasks)
         raise UserError(f"the row {_question(row)!r} has the unknown task {name!r}; the adapter knows {known}")

@@ -5,8 +5,9 @@
 - ``{"prompt": ..., "completion": ..., "images": [...]}``, each a text or a list of messages
 - ``{"conversations": [{"from": "human", "value": ...}, ...], "image": ...}`` of LLaVA and ShareGPT
 
-In every layout ``image`` names one picture and ``images`` lists several, ``task`` names the task, ``choices`` lists
-what may be answered, ``system`` is a system message, and ``id``, ``model`` and ``meta`` are ignored. ``<image>`` marks
+In every layout ``image`` names one picture and ``images`` lists several, ``task`` names the task (questions without one
+are measured as a task of their file, called as its folder and itself: ``general/test``), ``choices`` lists what may be
+answered, ``system`` is a system message, and ``id``, ``model`` and ``meta`` are ignored. ``<image>`` marks
 are removed from the text: pictures come first in the prompt. A ``.jsonl`` file holds one row per line, a ``.json`` file
 a list of rows.
 """
@@ -28,6 +29,7 @@ from ..errors import UserError
 from .images import check_image
 
 MARK = "<image>"
+UNNAMED = "default"  # the task of a row that names none
 LAYOUTS = {
     "conversations": {"conversations"},
     "messages": {"messages"},
@@ -56,7 +58,7 @@ class Record:
     prompt: tuple[dict[str, str], ...]
     answer: str
     images: tuple[Path, ...] = ()
-    task: str = "default"
+    task: str = UNNAMED
     choices: tuple[str, ...] = ()
     where: str = ""
 
@@ -279,7 +281,7 @@ def _record(row: Any, folder: Path, where: str) -> Record:
     choices = tuple(_strings(row, "choices"))
     if choices and answer.strip().lower() not in {choice.strip().lower() for choice in choices}:
         raise UserError(f"answer {answer!r} is not among 'choices'; add it there or correct it")
-    task = row.get("task", "default")
+    task = row.get("task", UNNAMED)
     if not isinstance(task, str) or not task:
         raise UserError(f"'task' must be a name, got {task!r}")
     return Record(

@@ -34,14 +34,17 @@ class Task:
                 )
 
 
-def tasks(records: Iterable[Record], metric: str | Mapping[str, str] = "exact") -> list[Task]:
+def tasks(
+    records: Sequence[Record], metric: str | Mapping[str, str] = "exact", names: Sequence[str] | None = None
+) -> list[Task]:
     """``records`` grouped by their task, in the order of first appearance.
 
     ``metric`` is that of every task, or a mapping from task names to metrics (``exact`` for those it leaves out).
+    ``names`` are the tasks of the records, where these are not their own.
     """
     groups: dict[str, list[Record]] = {}
-    for record in records:
-        groups.setdefault(record.task, []).append(record)
+    for name, record in zip(names or [record.task for record in records], records, strict=True):
+        groups.setdefault(name, []).append(record)
     chosen = dict.fromkeys(groups, metric) if isinstance(metric, str) else metric
     return [Task(name, tuple(group), chosen.get(name, "exact")) for name, group in groups.items()]
 

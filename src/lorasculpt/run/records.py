@@ -7,13 +7,14 @@ import math
 import random
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
 from ..config import RunConfig
-from ..data.records import Record, fingerprint, read, replayed, set_aside, shared
+from ..data.records import UNNAMED, Record, fingerprint, read, replayed, set_aside, shared
 from ..errors import UserError
 from ..evaluation import Task, self_prompts, tasks
 from ..evaluation.drift import Prompt, question
@@ -87,16 +88,30 @@ def held_out(config: RunConfig, limit: int | None = None, *, each: int | None = 
     limit = config.evaluate.limit if limit is None else limit
     aside = training_rows(config).aside if config.data.validation else []
     for files, instead in ((config.evaluate.source, []), (config.evaluate.target, aside)):
-        records = instead or [record for file in files for record in read(file, images=config.evaluate.images)]
-        grouped = tasks(records)
+        if instead and config.data.train:
+            asked = [(config.data.train, record) for record in instead]
+        else:
+            asked = [(file, record) for file in files for record in read(file, images=config.evaluate.images)]
+        grouped = tasks([record for _, record in asked], names=[_task(file, record) for file, record in asked])
         count = limit
         if each is not None and grouped:
             share = math.ceil(each / len(grouped))
             count = share if limit is None else min(share, limit)
         kept = [dataclasses.replace(task, records=task.records[:count]) for task in grouped]
-        metrics = config.evaluate.metric
-        found.append([dataclasses.replace(task, metric=metrics.get(task.name, task.metric)) for task in kept])
+        found.append([dataclasses.replace(task, metric=_metric(config, task)) for task in kept])
     return found[0], found[1]
+
+
+def _task(file: Path, record: Record) -> str:
+    """The task as which a question is measured: its own, or where it names none that of its file."""
+    return f"{file.parent.name}/{file.stem}" if record.task == UNNAMED else record.task
+
+
+def _metric(config: RunConfig, task: Task) -> str:
+    """What ``evaluate.metric`` says of a task; of one that is called as its file also what it says of ``default``."""
+    metrics = config.evaluate.metric
+    unnamed = metrics.get(UNNAMED, task.metric) if task.records[0].task == UNNAMED else task.metric
+    return metrics.get(task.name, unnamed)
 
 
 def check_measured(config: RunConfig) -> None:
@@ -123,9 +138,10 @@ def check_metrics(config: RunConfig) -> None:
         return
     known = {stage.name for stage in config.data.sequence}
     files = [*asked.source, *asked.target, *asked.validation, *asked.validation_source]
-    known |= {record.task for file in files for record in read(file, images=asked.images, check_images=False)}
-    if config.data.validation:
-        known |= {record.task for record in training_rows(config, check_images=False).aside}
+    rows = [(file, record) for file in files for record in read(file, images=asked.images, check_images=False)]
+    if config.data.validation and config.data.train:
+        rows += [(config.data.train, record) for record in training_rows(config, check_images=False).aside]
+    known |= {name for file, record in rows for name in (record.task, _task(file, record))}
     for name in asked.metric:
         if name not in known:
             told = f"is of a task that no question has; they are of {', '.join(sorted(known))}."
@@ -151,9 +167,11 @@ def check_lengths(records: Iterable[Record], model: nn.Module, processor) -> Non
             )
 
 
-def rehearsed(config: RunConfig, trained: Sequence[Record]) -> list[tuple[Record, Record]]:
-    """The questions of ``config.evaluate`` that are ``trained`` on, each with the row that asks it."""
-    return shared([record for side in held_out(config) for task in side for record in task.records], trained)
+def rehearsed(config: RunConfig, trained: Sequence[Record]) -> list[tuple[str, Record, Record]]:
+    """The questions of ``config.evaluate`` that are ``trained`` on: task, question, and the row that asks it."""
+    asked = {id(record): (task.name, record) for side in held_out(config) for task in side for record in task.records}
+    found = shared([record for _, record in asked.values()], trained)
+    return [(asked[id(question)][0], question, row) for question, row in found]
 
 
 def check_tasks(config: RunConfig, known: Sequence[str], tasks: Iterable[Task]) -> None:

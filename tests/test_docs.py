@@ -5,13 +5,20 @@ from __future__ import annotations
 import dataclasses
 import re
 import runpy
+import shlex
 import sys
 from pathlib import Path
 
 import pytest
+import yaml
 from peft import LoraConfig
+from typer.main import get_command
 
 from lorasculpt import METHODS
+from lorasculpt.cli import app
+from lorasculpt.comparison import labels
+from lorasculpt.config import RunConfig
+from lorasculpt.run.model import check_method
 
 ROOT = Path(__file__).parents[1]
 
@@ -169,3 +176,38 @@ def test_a_docstring_that_lacks_something_is_refused(pages, monkeypatch, old, ne
 def test_restructured_text_becomes_markdown(pages):
     source = "``a < b``, :class:`Context`, :math:`x < |y|`, 1 < 2"
     assert pages["markdown"](source) == "`a < b`, `Context`, $`x < |y|`$, 1 &lt; 2"
+
+
+# --- what a user types or writes ------------------------------------------------------------------------------------
+
+
+def fenced(page: str, kind: str) -> list[str]:
+    return re.findall(rf"^```{kind}\n(.*?)^```", (ROOT / page).read_text(encoding="utf-8"), re.MULTILINE | re.DOTALL)
+
+
+@pytest.mark.parametrize("page", ["README.md", "docs/guide.md"])
+def test_every_command_can_be_typed(page, tmp_path):
+    (tmp_path / "run.yaml").write_text("base: a/b\noutput: out\ndata: {train: a.jsonl}\n")
+    lines = [line for block in fenced(page, "sh") for line in block.splitlines() if line.startswith("lorasculpt ")]
+    assert len(lines) > 5
+    for line in lines:
+        command, words = get_command(app), shlex.split(line, comments=True)[1:]
+        while hasattr(command, "commands"):
+            command, words = command.commands[words[0]], words[1:]
+        given = command.make_context(line, words).params  # options that there are, arguments that are needed
+        RunConfig.load(tmp_path / "run.yaml", given.get("overrides") or [])
+
+
+@pytest.mark.parametrize("page", ["README.md", "docs/guide.md"])
+def test_every_file_can_be_read(page, tmp_path):
+    blocks = fenced(page, "yaml")
+    whole = yaml.safe_load(blocks[0])
+    for block in blocks:
+        for part in re.split(r"^# or .*$", block, flags=re.MULTILINE):
+            settings = whole | yaml.safe_load(part)
+            if "sequence" not in settings["data"]:
+                settings["data"] = whole["data"] | settings["data"] | {"general": "general.jsonl"}
+            (tmp_path / "run.yaml").write_text(yaml.safe_dump(settings))
+            config = RunConfig.load(tmp_path / "run.yaml")
+            check_method(config)
+            labels.read(config, list(config.methods), 3, (2e-4, 5e-4))

@@ -32,7 +32,7 @@ METHODS: dict[str, dict[str, Any]] = {
 STEPS = 160  # two minutes a run on two cores with fast bf16, eight on two threads of one core without
 REMARK = (
     "Both ran at the learning rate that teaches digits best on a validation set. At a seventh of that rate LoRA "
-    "learned and kept as much as LoRASculpt, over three seeds (results/demo.json)."
+    "learned and kept as much as LoRASculpt (results/demo.json)."
 )
 QUICK = 60  # items behind each number of the quick demo
 WORK = {False: 1.4e14, True: 6.2e14}  # operations in products of the quick and of the full demo

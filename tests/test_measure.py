@@ -227,6 +227,7 @@ def test_questions_that_were_trained_on_are_told(run, tmp_path):
     trained = tmp_path / "data" / "train.jsonl"
     told = " ".join(done("train", file, *asked).split())
     assert f"4 of the questions that are measured are trained on as well, such as {more}:1 ({trained}:1): what" in told
+    assert "are trained on as well" not in done("train", file, *asked, "output=again", "seed=1")  # said once
     sentence = "Asked what was trained on, and so perhaps known by heart: 4 of 6 questions of color."
     assert sentence in " ".join(done("eval", file, *asked).split())
     found = json.loads((tmp_path / "out" / "results.json").read_text())["runs"][0]

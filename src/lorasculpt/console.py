@@ -1,9 +1,17 @@
-"""Tables for a terminal of 80 columns."""
+"""What is said on a terminal: tables of 80 columns, and a sentence once."""
 
 from __future__ import annotations
 
+from functools import cache
+
 from rich import box
 from rich.table import Table
+
+
+@cache
+def say_once(text: str) -> None:
+    """Print ``text``, if this process has not said it yet: the runs of a comparison have much to say in common."""
+    print(text)
 
 
 def numbers(name: str, *heads: str, title: str | None = None) -> Table:

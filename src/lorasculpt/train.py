@@ -30,6 +30,7 @@ from .adapters.clock import ClockCallback
 from .adapters.load import load_projector
 from .adapters.residual import taken, write_plain
 from .config import RunConfig
+from .console import say_once
 from .data.batches import Collator, rows
 from .data.records import Record
 from .errors import UserError
@@ -159,7 +160,7 @@ def _tell_rehearsed(config: RunConfig, trained: Sequence[Record]) -> None:
     """Say it now, and not after hours, where questions are ``trained`` on that are to be measured."""
     if found := rehearsed(config, trained):
         _, question, row = found[0]
-        print(
+        say_once(
             f"{len(found)} of the questions that are measured are trained on as well, such as {question.where} "
             f"({row.where}): what is right there may be known by heart."
         )

@@ -278,8 +278,9 @@ def tells(how: dict[str, Any] | None, config: RunConfig) -> bool:
     asked = manner(config)
     if how is None or how == asked:
         return True
-    more = set(how.get("strengths", ())) >= set(asked["strengths"]) != set() and asked["retain"] is None
-    return more and how | {"strengths": asked["strengths"]} == asked
+    wanted = set(asked["strengths"])
+    finer = bool(wanted) and wanted <= set(how.get("strengths", ())) and asked["retain"] is None
+    return finer and how | {"strengths": asked["strengths"]} == asked
 
 
 def places(config: RunConfig) -> dict[str, list[str]]:

@@ -17,7 +17,7 @@ from .config import RunConfig
 from .errors import UserError
 
 WORDS = {"string": "text", "integer": "whole number", "number": "number", "boolean": "true or false", "object": "map"}
-PER_INPUT = {"report_to"}  # settings whose default depends on the machine; their meaning says it
+OF_MACHINE = {"report_to"}  # settings whose default depends on the machine; their meaning says it
 
 
 @dataclass(frozen=True)
@@ -109,6 +109,6 @@ def _default(name: str, field: FieldInfo) -> str:
     if field.is_required():
         return "required"
     value = field.get_default(call_default_factory=True)
-    if value is None or name in PER_INPUT:
+    if value is None or name in OF_MACHINE:
         return ""
     return yaml.safe_dump(value, default_flow_style=True, width=1000).strip().removesuffix("\n...")

@@ -128,9 +128,9 @@ def summary(
     numbers: dict[str, float | list[float]] = {}
     known: dict[str, Estimate] = {}
     for name, values in scores.items():
-        value, ends = task_average(values), average_interval(values)
-        numbers |= {name: value, f"{name}_interval": ends}
-        known[name] = (value, ends[0], ends[1])
+        value, (low, high) = task_average(values), average_interval(values)
+        numbers |= {name: value, f"{name}_interval": [low, high]}
+        known[name] = (value, low, high)
     alike = {side: correlation(scores[f"{side}_before"], scores[f"{side}_after"]) for side in ("source", "target")}
     for name, formula, (first, second), paired, (least, most) in (
         ("retention", retention, ("source_before", "source_after"), alike["source"], (0.0, math.inf)),
@@ -139,6 +139,6 @@ def summary(
         ("average", average, ("source_after", "target_after"), 0.0, (0.0, 1.0)),
     ):
         numbers[name] = float(formula(known[first][0], known[second][0]))
-        low, high = combined(formula, known[first], known[second], paired)
-        numbers[f"{name}_interval"] = [max(least, low), min(high, most)] if low <= high else [low, high]
+        ends = np.clip(combined(formula, known[first], known[second], paired), least, most)
+        numbers[f"{name}_interval"] = ends.tolist()
     return numbers

@@ -457,6 +457,9 @@ def test_what_is_measured_may_change_without_training_again(labelled, tmp_path, 
     record = json.loads(compare.compare(both, **options, out=tmp_path / "again.json").read_text())
     coarser = labelled(text, "evaluate.strengths=[0.5]")  # which the finer curve tells
     assert not planned(coarser, None, 1, [0.01, 0.02]).missing()
+    for tries, missing in ((4, 0), (5, 2)):  # of a curve of as many points, and of more
+        finest = labelled(text, "evaluate.strengths=[0.5]", f"evaluate.refine={tries}")
+        assert len([name for name in planned(finest, None, 1, [0.01, 0.02]).missing() if "test" in name]) == missing
     record["runs"][1]["evaluate"]["refine"] = 1  # the same of a results file whose folders are gone
     (tmp_path / "known.json").write_text(json.dumps(record))
     elsewhere = coarser.model_copy(update={"output": tmp_path / "gone"})

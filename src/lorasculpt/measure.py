@@ -273,14 +273,16 @@ def manner(config: RunConfig) -> dict[str, Any]:
 def tells(how: dict[str, Any] | None, config: RunConfig) -> bool:
     """Whether a run that was measured in the manner ``how`` (None: not told) says all that ``config`` asks.
 
-    Its curve may have strengths that are not asked; a strength that is chosen is chosen among those that are.
+    Its curve may have strengths that are not asked, if it may have as many in all; a strength that is chosen is chosen
+    among those that are.
     """
     asked = manner(config)
     if how is None or how == asked:
         return True
-    wanted = set(asked["strengths"])
-    finer = bool(wanted) and wanted <= set(how.get("strengths", ())) and asked["retain"] is None
-    return finer and how | {"strengths": asked["strengths"]} == asked
+    given, tries = how.get("strengths", []), how.get("refine", 0)
+    enough = len(given) + tries >= len(asked["strengths"]) + asked["refine"]
+    finer = set(given) >= set(asked["strengths"]) and enough and asked["strengths"] and asked["retain"] is None
+    return bool(finer) and how | {key: asked[key] for key in ("strengths", "refine")} == asked
 
 
 def places(config: RunConfig) -> dict[str, list[str]]:

@@ -81,7 +81,8 @@ def plan(work: Path, target: str = "digits", *, others: bool = False) -> Path:
         "validation": [f"data/{target}_validation.jsonl"],
         "validation_source": ["data/source_validation.jsonl"],
         "drift": 64,
-        "strengths": [0.5],  # and up to three more where the curve is known least
+        "strengths": [0.5],  # and up to five more where the curve is known least, so that a steep one is known too
+        "refine": 5,
         "curve": 400,
     }
     path = work / (f"{target}-others.yaml" if others else f"{target}.yaml")

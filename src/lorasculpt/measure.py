@@ -279,10 +279,12 @@ def tells(how: dict[str, Any] | None, config: RunConfig) -> bool:
     asked = manner(config)
     if how is None or how == asked:
         return True
-    given, tries = how.get("strengths", []), how.get("refine", 0)
-    enough = len(given) + tries >= len(asked["strengths"]) + asked["refine"]
-    finer = set(given) >= set(asked["strengths"]) and enough and asked["strengths"] and asked["retain"] is None
-    return bool(finer) and how | {key: asked[key] for key in ("strengths", "refine")} == asked
+
+    def most(one: dict[str, Any]) -> int:
+        return len(one["strengths"]) + one.get("refine", 0) if one["strengths"] else 0
+
+    finer = set(how["strengths"]) >= set(asked["strengths"]) and most(how) >= most(asked) and asked["retain"] is None
+    return finer and how | {key: asked[key] for key in ("strengths", "refine")} == asked
 
 
 def places(config: RunConfig) -> dict[str, list[str]]:

@@ -101,19 +101,19 @@ def dial(
     options: dict[str, Any] = {"precision": precision(config), "batch": asked.batch, "as_task": asked.as_task}
     options["prompts"] = drift_prompts(config, model, processor, options["precision"])
     options["max_new_tokens"] = asked.max_new_tokens
-    points: list[dict[str, Any]] = []
-    base: list[dict[str, Any]] = []
+    options["progress"] = "adapter" if progress else None
+    base = curve(model, processor, source, target, [0.0], **options)
+    points = [point | {"density": 1.0} for point in base]
     strengths = sorted({*asked.strengths, 1.0})
-    for density, turned in [(1.0, [0.0]), *((density, strengths) for density in densities)]:
-        words = "adapter" if density == 1 else f"density {density:g}"
-        options["progress"] = words if progress else None
+    for density in densities:
+        if progress and density != 1:
+            options["progress"] = f"density {density:g}"
         with nullcontext() if density == 1 else _holding(model, pruned[density]):
-            found = curve(model, processor, source, target, turned, **options)
-            for _ in range(asked.refine if asked.strengths and base else 0):
+            found = curve(model, processor, source, target, strengths, **options)
+            for _ in range(asked.refine if asked.strengths else 0):
                 if (between := closer([*base, *found], retain)) is None:
                     break
                 found += curve(model, processor, source, target, [between], **options)
-        base = base or found
         found.sort(key=lambda point: point["strength"])
         points += [point | {"density": density} for point in found]
     chosen = within(points, retain)

@@ -15,6 +15,7 @@ from safetensors.torch import load_file
 
 from lorasculpt import METHODS, UserError, cli
 from lorasculpt.adapters.load import load as load_adapter
+from lorasculpt.adapters.origin import origin
 from lorasculpt.config import RunConfig
 from lorasculpt.data.batches import Collator
 from lorasculpt.data.records import Record
@@ -60,6 +61,7 @@ def test_from_config_to_an_adapter_that_stock_peft_loads(run, tmp_path):
     kept = {name: int(torch.count_nonzero(value)) / value.numel() for name, value in weights(adapter).items()}
     assert all(share == pytest.approx(0.2, abs=0.01) for share in kept.values())
     assert {name.split(".")[-2] for name in kept} == {"lora_A", "lora_B"}
+    assert json.loads((adapter / "base.json").read_text()) == origin(load(config.base)[0], config.base)
 
     results = measure(config, progress=False)
     record = json.loads(results.read_text())["runs"][0]

@@ -28,6 +28,7 @@ from transformers import AutoConfig
 from .adapters.layers import full
 from .adapters.load import PROJECTOR_FILE, load_projector
 from .adapters.load import load as load_adapter
+from .adapters.origin import ORIGIN_FILE, pass_origin_on
 from .adapters.plain import Pair, read_adapter, read_config
 from .adapters.update import UpdateConfig, updates
 from .errors import UserError
@@ -169,6 +170,7 @@ def export(
         if lora and to == "lora":
             dtype = dtype or known_dtype(lora.pairs[0].A.dtype)
             _write_lora(lora, written, str(base), dtype, task)
+            pass_origin_on(folder, written)
             del live, model
             gc.collect()  # one base in memory at a time, also where a method's hooks hold it in a ring
             found = _logits(_attach(PeftModel.from_pretrained, load(str(base), **trusted)[0], written), inputs)
@@ -397,7 +399,12 @@ def save_model(model: nn.Module, processor: Any, out: Path, dtype: str) -> None:
 
 
 def another_base(adapter_folder: str | Path, base: str | Path) -> str | None:
-    """The base that an adapter says it was trained on, where that is not called ``base``; None also if it says none."""
+    """The base that an adapter says it was trained on, where that is not called ``base``.
+
+    None also if it says none, or has kept of its base what tells another one (`lorasculpt.adapters.origin`).
+    """
+    if (Path(adapter_folder) / ORIGIN_FILE).is_file():
+        return None
     said = PeftConfig.from_pretrained(str(adapter_folder)).base_model_name_or_path
     same = not said or said == str(base) or Path(said).resolve() == Path(base).resolve()
     return None if same else said

@@ -28,6 +28,7 @@ from . import card
 from .adapters.beside import beside
 from .adapters.clock import ClockCallback
 from .adapters.load import load_projector
+from .adapters.origin import origin, write_origin
 from .adapters.residual import taken, write_plain
 from .config import RunConfig
 from .console import say_once
@@ -102,6 +103,7 @@ def train(
     check_method(named)
     model, processor = loaded(config)
     check_lengths(records, model, processor)
+    base = origin(model, config.base)
     if start is None:
         prepare(model, processor, named, records)
     model = (start or attach)(model, named)
@@ -149,7 +151,7 @@ def train(
         if trainer.is_world_process_zero():
             dtype = next(name for name, known in DTYPES.items() if known == autocast)
             made = {"machine": machine(trainer.args.device), "precision": dtype, "data": given.data}
-            _write(config, trainer, cost.record() | made, others, whole)
+            _write(config, trainer, cost.record() | made, base, others, whole)
     if trainer.is_world_process_zero():
         push(config, adapter)
     trainer.accelerator.wait_for_everyone()  # what is returned is there for all
@@ -170,6 +172,7 @@ def _write(
     config: RunConfig,
     trainer: SFTTrainer,
     made: dict[str, Any],
+    base: dict[str, Any],
     others: dict[str, Tensor],
     whole: dict[str, Tensor] | None,
 ) -> None:
@@ -179,6 +182,7 @@ def _write(
         config: the run.
         trainer: what trained it.
         made: what is known of how, for ``training.json``.
+        base: what is kept of it (`lorasculpt.adapters.origin`).
         others: weights that go beside those of the adapter.
         whole: the weights, where each process holds a part of them.
     """
@@ -192,6 +196,7 @@ def _write(
         write_plain(partial, others)
     if config.projector == "full":
         save_projector(trainer.model, partial)
+    write_origin(partial, base)
     card.write(partial, config, record)
     partial.rename(output / ADAPTER)
     shutil.rmtree(output / ".partial", ignore_errors=True)

@@ -23,10 +23,11 @@ from ..errors import UserError
 from .folder import folder_of
 from .layers import sites
 from .method import SETTINGS_FILE, STATE_FILE, bring_back, methods_of, read_record
+from .origin import ORIGIN_FILE, check_origin
 from .update import updates
 
 PROJECTOR_FILE = "projector.safetensors"
-FILES = (CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME, SETTINGS_FILE, STATE_FILE, PROJECTOR_FILE)
+FILES = (CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME, SETTINGS_FILE, STATE_FILE, PROJECTOR_FILE, ORIGIN_FILE)
 
 
 def load(
@@ -45,7 +46,8 @@ def load(
         hub: ``subfolder``, ``revision``, ``cache_dir``, ``token`` and the like.
 
     Raises:
-        UserError: if ``folder`` holds no adapter, or one of another model.
+        UserError: if ``folder`` holds no adapter, or one of another model, be it of the same shapes
+            (`lorasculpt.adapters.origin`).
     """
     folder = folder_of(folder, FILES, **hub)
     if not (folder / CONFIG_NAME).is_file():
@@ -63,6 +65,7 @@ def load(
     kinds = [kind.__name__ for kind in type(within).__mro__]
     check_family(folder, getattr(getattr(within, "config", None), "model_type", None), kinds)
     if within is base:
+        check_origin(folder, base)
         load_projector(base, folder)
     elif (folder / PROJECTOR_FILE).is_file():
         raise UserError(

@@ -18,6 +18,7 @@ import torch
 from peft.utils import merge_utils
 from torch import Tensor
 
+from ..adapters.origin import differing, recorded
 from ..adapters.plain import Adapter, Pair
 from ..errors import UserError
 from ..ops.masks import magnitude_mask
@@ -337,12 +338,17 @@ def _check_alike(adapters: Sequence[Adapter]) -> None:
     first = {pair.name: (pair.B.shape[0], pair.A.shape[1]) for pair in adapters[0].pairs}
     for other in adapters[1:]:
         found = {pair.name: (pair.B.shape[0], pair.A.shape[1]) for pair in other.pairs}
-        if found == first:
-            continue
-        name = next(name for name in {**first, **found} if first.get(name) != found.get(name))
-        raise UserError(
-            f"{adapters[0].folder} and {other.folder} differ at {name}: merge adapters of the same base and layers."
-        )
+        if found != first:
+            name = next(name for name in {**first, **found} if first.get(name) != found.get(name))
+            raise UserError(
+                f"{adapters[0].folder} and {other.folder} differ at {name}: merge adapters of the same base and layers."
+            )
+        one, another = (recorded(adapter.folder) for adapter in (adapters[0], other))
+        if one and another and differing(one, another):
+            raise UserError(
+                f"{adapters[0].folder} and {other.folder} were trained on different weights, {one['base']} and "
+                f"{another['base']}: merge adapters of the same base."
+            )
 
 
 def _weights(weights: Sequence[float] | None, n: int, default: float) -> list[float]:

@@ -16,6 +16,7 @@ from torch import nn
 from transformers import AutoConfig
 
 from ..adapters.load import PROJECTOR_FILE
+from ..adapters.origin import check_origin, pass_origin_on
 from ..adapters.plain import Adapter, read_adapter
 from ..errors import UserError
 from ..evaluation.strength import MOVING
@@ -105,6 +106,7 @@ def write(
         else:
             adapter, loss = truncate(edited, rank or 1) if isinstance(edited, Update) else (edited, 0.0)
             rank, precision = _write_lora(adapter, folder)
+            pass_origin_on(adapter.folder, folder)
         written = Written(
             out=str(out),
             to="merged" if rank is None else "lora",
@@ -144,6 +146,7 @@ def _write_lora(adapter: Adapter, out: Path) -> tuple[int, str]:
 def _write_merged(update: Update, base: str, out: Path, dtype: str | None, **trusted: Any) -> tuple[str, float]:
     """The model with the update in its weights; returns its precision, and what rounding to it took from the update."""
     model, processor = load(base, **trusted)
+    check_origin(update.adapter.folder, model)
     dtype = dtype or known_dtype(AutoConfig.from_pretrained(base, **trusted).dtype)
     weights = {name: _weight(model, name, base) for name in update}
     lost, all_ = 0.0, 0.0

@@ -1,0 +1,133 @@
+"""Which weights an adapter was trained on: a few numbers of each matrix, by which another base is told.
+
+An adapter fits every model of its base's shapes, and answers nonsense on another one without a word. A name does not
+tell: a folder is moved, and a model is trained further or replaced under its name.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from ..errors import UserError
+from ..files import read_json, write_json
+from .layers import sharded
+
+ORIGIN_FILE = "base.json"
+EACH = 4  # numbers of a matrix, from its first corner to its last
+SMALLEST = 2.0**-24  # that fp16 has, apart from 0
+
+
+def origin(model: PreTrainedModel, name: str | None = None) -> dict[str, Any]:
+    """What is kept of a base that no adapter has touched, as the contents of ``base.json``.
+
+    Of each matrix but those of the vocabulary, which may grow, ``EACH`` numbers. What is quantised, on another
+    process or not there yet is left out.
+
+    Args:
+        model: the base.
+        name: what it is called.
+    """
+    ends = [part() for part in (model.get_input_embeddings, model.get_output_embeddings)]
+    vocabulary = [part.weight for part in ends if part is not None]
+    named = {
+        key: weight
+        for key, weight in model.named_parameters()
+        if weight.ndim == 2
+        and weight.is_floating_point()
+        and not (weight.is_meta or sharded(weight) or any(weight is known for known in vocabulary))
+    }
+    return kept(named, name)
+
+
+def kept(named: Mapping[str, Tensor], name: str | None = None) -> dict[str, Any]:
+    """The contents of ``base.json`` for the matrices ``named`` of the base ``name``."""
+    dtypes = {weight.dtype for weight in named.values()} or {torch.float32}
+    coarsest = str(max(dtypes, key=lambda dtype: torch.finfo(dtype).eps)).removeprefix("torch.")
+    weights = {key: numbers(weight) for key, weight in named.items()}
+    return {"schema": 1, "base": name, "dtype": coarsest, "weights": weights}
+
+
+def write_origin(folder: Path, record: dict[str, Any]) -> None:
+    """Write what :func:`origin` gave into the adapter's ``folder``."""
+    write_json(folder / ORIGIN_FILE, record)
+
+
+def pass_origin_on(adapter: Path, folder: Path) -> None:
+    """Give the adapter in ``folder``, made of another one, what that one knows of its base."""
+    if (adapter / ORIGIN_FILE).is_file():
+        (folder / ORIGIN_FILE).write_bytes((adapter / ORIGIN_FILE).read_bytes())
+
+
+def recorded(folder: Path) -> dict[str, Any] | None:
+    """The contents of ``base.json`` in ``folder``, or None where nobody has kept any.
+
+    Raises:
+        UserError: it cannot be read.
+    """
+    path = folder / ORIGIN_FILE
+    if not path.is_file():
+        return None
+    record = read_json(path)
+    if not {"base", "dtype", "weights"} <= record.keys():
+        raise UserError(f"{path} does not say what its adapter was trained on; copy it again, or remove it.")
+    return record
+
+
+def check_origin(folder: Path, model: PreTrainedModel) -> None:
+    """See that ``model`` is what the adapter in ``folder`` was trained on, where that was written down.
+
+    Args:
+        folder: with the adapter.
+        model: the base, freshly loaded, in any precision.
+
+    Raises:
+        UserError: it is another model.
+    """
+    if (said := recorded(folder)) is not None:
+        check_same(folder, said, origin(model))
+
+
+def check_same(folder: Path, said: dict[str, Any], found: dict[str, Any]) -> None:
+    """See that what the adapter in ``folder`` has ``said`` of its base is what was ``found`` in another.
+
+    Raises:
+        UserError: it is not.
+    """
+    if another := differing(said, found):
+        called = f", {said['base']}" if said["base"] else ""
+        raise UserError(
+            f"the adapter in {folder} was trained on other weights than this base has, such as {another[0]} "
+            f"({len(another)} matrices); name the model it was trained on{called}, or to use it on this one all the "
+            f"same remove {folder / ORIGIN_FILE}."
+        )
+
+
+def differing(one: dict[str, Any], other: dict[str, Any]) -> list[str]:
+    """The matrices whose numbers are not the same in two contents of ``base.json``.
+
+    They may differ by the rounding of the coarser precision where it is not the same. Names that are not in both are
+    passed over, since they change with the versions of transformers.
+    """
+    steps = [torch.finfo(getattr(torch, each["dtype"])).eps for each in (one, other)]
+    step = 0.0 if steps[0] == steps[1] else max(steps)
+    least = SMALLEST if step else 0.0
+    return [
+        key
+        for key, numbers in one["weights"].items()
+        if key in other["weights"]
+        and any(
+            abs(a - b) > step * max(abs(a), abs(b)) + least for a, b in zip(numbers, other["weights"][key], strict=True)
+        )
+    ]
+
+
+def numbers(weight: Tensor) -> list[float]:
+    """What is kept of one matrix: from its first corner to its last, as fp32 has it."""
+    rows, columns = ([i * (size - 1) // (EACH - 1) for i in range(EACH)] for size in weight.shape)
+    return [float(f"{number:.9g}") for number in weight.detach()[rows, columns].float().tolist()]

@@ -162,12 +162,19 @@ def test_a_model_has_one_clock():
     assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
 
 
-def test_a_closed_clock_keeps_no_model():
+@pytest.mark.parametrize("closed", [True, False])
+def test_a_clock_that_is_let_go_keeps_no_model(closed):
     model = llama()
-    clock = Clock(model, sgd(model))
-    clock.close()
+    optimizer = sgd(model)
+    clock = Clock(model, optimizer)
+    clock.begin_step()
+    loss(model, texts()[0]).backward()
+    optimizer.step()
+    clock.end_step()
+    if closed:
+        clock.close()
     held = ref(model), ref(clock)
-    del model, clock
+    del model, optimizer, clock
     gc.collect()
     assert [one() for one in held] == [None, None]
 

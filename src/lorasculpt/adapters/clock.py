@@ -17,9 +17,10 @@ from __future__ import annotations
 
 import os
 import warnings
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
-from weakref import ReferenceType, WeakKeyDictionary, ref
+from weakref import ReferenceType, WeakKeyDictionary, WeakMethod, ref
 
 import torch
 from peft.utils import SAFETENSORS_WEIGHTS_NAME
@@ -92,7 +93,7 @@ class Clock:
         for method in self.methods.values():
             for parameter in method.parameters():
                 if parameter.requires_grad:
-                    self._handles.append(parameter.register_post_accumulate_grad_hook(self._accumulated))
+                    self._handles.append(parameter.register_post_accumulate_grad_hook(_weak(self._accumulated)))
 
     def begin_step(self, micro_batches: int | None = None) -> None:
         """Open the window of one optimizer step, before its first forward pass.
@@ -295,6 +296,17 @@ class ClockCallback(TrainerCallback):
         if self._board is not None:
             self._board.close()
             self._board = None
+
+
+def _weak(method: Callable[[nn.Parameter], None]) -> Callable[[nn.Parameter], None]:
+    """``method``, called as long as its object is there: what a parameter's hooks hold, Python never collects."""
+    weak = WeakMethod(method)
+
+    def call(parameter: nn.Parameter) -> None:
+        if (bound := weak()) is not None:
+            bound(parameter)
+
+    return call
 
 
 def _stepped(optimizer: torch.optim.Optimizer) -> list[nn.Parameter]:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any, TypeAlias
+from typing import Any, TypeAlias, TypeGuard
 
 import torch
 from torch import Tensor, nn
@@ -45,6 +45,7 @@ class Context:
         self.continues = False
         self.weight = torch.ones(())
         self.recorder: Callable[[str, Tensor, Tensor | None], None] | None = None
+        self._span: tuple[int, int] | None = None  # the smallest and the largest of the ids, where tasks are ids
         self._held: Tasks | None = None  # the tasks of a whole generation
         self._passes: int | None = None  # of the generation under way, so far
         self._undo: list[Callable[[], None]] = []
@@ -68,6 +69,8 @@ class Context:
         self.tasks = ids if given is None else given
         if self.tasks is None:
             self.tasks = self._held
+        # once for all layers: a GPU has to be waited for
+        self._span = (int(self.tasks.min()), int(self.tasks.max())) if _some(self.tasks) else None
         words = next((kwargs[key] for key in ("input_ids", "inputs_embeds") if kwargs.get(key) is not None), None)
         words = args[0] if args and words is None else words
         self.batch = len(words) if isinstance(words, Tensor) else None
@@ -106,7 +109,7 @@ class Context:
             )
         if isinstance(self.tasks, Tensor):
             ids = self.tasks.to(x.device)
-            if ids.numel() and not 0 <= int(ids.min()) <= int(ids.max()) < len(known):
+            if self._span is not None and not 0 <= self._span[0] <= self._span[1] < len(known):
                 raise UserError(f"task ids lie from 0 to {len(known) - 1}: this adapter knows {listed}.")
         else:
             several = isinstance(self.tasks, Iterable) and not isinstance(self.tasks, str)
@@ -146,3 +149,8 @@ class Context:
             return self.real(x)
         real, prompt = self.real(x), self.prompt.to(x.device)
         return prompt if real is None else prompt & real
+
+
+def _some(tasks: Tasks | None) -> TypeGuard[Tensor]:
+    """Whether ``tasks`` are ids, and not none at all."""
+    return isinstance(tasks, Tensor) and bool(tasks.numel())

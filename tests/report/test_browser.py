@@ -44,6 +44,18 @@ for (const name of ["forgotten", "learned", "both", "all"]) {
   document.querySelector(`input[value=${name}]`)?.click();
   found.pictures[name] = shown();
 }
+const [, second] = document.querySelectorAll(".legend button");
+const pale = () => [...new Set([...document.querySelectorAll(".of")].filter((each) => each.matches(".pale")).map(
+  (each) => each.classList[1]))].sort();
+const did = (does) => (does(), pale());
+found.alone = [
+  did(() => second.dispatchEvent(new Event("pointerenter"))),
+  did(() => second.dispatchEvent(new Event("pointerleave"))),
+  did(() => second.click()),
+  did(() => second.dispatchEvent(new Event("pointerleave"))),
+  did(() => second.click()),
+];
+found.told = [...document.querySelectorAll(".of.s1 > title")].map((title) => title.textContent);
 found.disabled = [...document.querySelectorAll(".filters input")].filter((each) => each.disabled).length;
 const boxes = [...document.querySelectorAll(".scroll")];
 found.inside = boxes.every((box) => box.getBoundingClientRect().right <= innerWidth);
@@ -113,6 +125,12 @@ def test_sorts_and_filters(page, tmp_path):
     shown = {"forgotten": [False, True, False], "learned": [True, False, False], "both": [False, False, True]}
     assert found["pictures"] == shown | {"all": [True, True, True]}
     assert found["disabled"] == 0
+
+
+def test_a_name_in_the_legend_is_seen_alone(page, tmp_path):
+    found = look(page, tmp_path / "look")
+    assert found["alone"] == [["s0", "s2"], [], ["s0", "s2"], ["s0", "s2"], []]
+    assert set(found["told"]) == {"sparse: target 55.0 %, source 60.0 %", "sparse, seed 0"}
 
 
 @pytest.fixture

@@ -17,7 +17,7 @@ from lorasculpt.config import RunConfig
 from lorasculpt.errors import UserError
 from lorasculpt.evaluation.correlation import drift_and_loss
 from lorasculpt.report import report
-from lorasculpt.report.plots import drawn, legend, tradeoff
+from lorasculpt.report.plots import closer, drawn, legend, near, tradeoff
 from lorasculpt.report.results import Number, against, best, entries, front, over_seeds, read
 from lorasculpt.report.words import bracket, difference, duration, headline, listed, one_by_one, percent, size, verdict
 
@@ -542,11 +542,31 @@ def test_many_have_marks_and_one_legend_and_few_have_curves():
         middle = {"strength": 0.5, "source": entry.curve[1]["source"], "target": entry.curve[1]["target"]}
         entry.curve.insert(1, middle)
     assert len(marks(tradeoff(found), "series-0")) == 5 + 1  # and two on the line
-    assert (svg.count(">m0.95<"), svg.count(">m0.5<")) == (1, 0)
+    assert (svg.count(">m0.1<"), svg.count(">m0.95<"), svg.count(">m0.5<")) == (1, 0, 0)
+    assert closer(found).count(">m0.95<") == 1  # where there is room for it
     looks = [
         (item["colour"], item["mark"]) for item in legend(made(*(run(str(i), (0.3, 0.2), 0.6) for i in range(40))))
     ]
     assert len(set(looks)) == 40
+
+
+def test_those_that_learned_and_kept_are_seen_closer():
+    kept = [run(f"k{i}", (0.75 - i / 100, 0.7), 0.5 + i / 100) for i in range(4)]
+    lost = [run(f"l{i}", (0.1, 0.1), 0.6) for i in range(4)]
+    found = made(*kept, *lost)
+    assert near(found) == [0, 1, 2, 3]
+    svg = closer(found)
+    assert [len(marks(svg, f"series-{i}")) for i in range(8)] == [1, 1, 1, 1, 0, 0, 0, 0]
+    assert re.findall(r">([kl]\d)</text>", svg) == ["k0", "k1", "k2", "k3"]
+    assert "<title>k1: target 51.0 %, source 72.0 %</title>" in svg
+    assert closer(made(*kept)) is None  # few are told apart without it
+    assert closer(made(*kept[:2], *lost, *lost)) is None
+
+
+def test_names_are_never_markup():
+    svg = tradeoff(made(run('<b>"of s9', (0.5, 0.5), 0.5)))
+    assert '<g class="of s0"><title>&lt;b&gt;&quot;of s9: target 50.0 %, source 50.0 %</title>' in svg
+    assert "<b>" not in svg
 
 
 def test_best():

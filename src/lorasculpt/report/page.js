@@ -1,4 +1,24 @@
 "use strict";
+// A name in the legend that is pointed at, or was chosen with a click, leaves the others pale in all plots.
+{
+  const names = [...document.querySelectorAll(".legend button")];
+  const chosen = () => names.find((name) => name.getAttribute("aria-pressed") === "true");
+  const showAlone = (name) => {
+    for (const drawn of document.querySelectorAll(".of")) {
+      drawn.classList.toggle("pale", name !== undefined && !drawn.classList.contains(name.dataset.series));
+    }
+  };
+  for (const name of names) {
+    name.addEventListener("pointerenter", () => showAlone(name));
+    name.addEventListener("pointerleave", () => showAlone(chosen()));
+    name.addEventListener("click", () => {
+      const pressed = name.getAttribute("aria-pressed") === "true";
+      for (const each of names) each.setAttribute("aria-pressed", String(each === name && !pressed));
+      showAlone(chosen());
+    });
+  }
+}
+
 // A click on a column's head sorts by it: names from the first letter, numbers from the largest; a second click turns
 // the order round. What has no number stays at the end.
 for (const table of document.querySelectorAll("table")) {

@@ -1,15 +1,18 @@
 """The plots, as SVG to be put inside a page.
 
-Colours are drawn as place-holders that become CSS variables, so that one picture serves light and dark; text stays text
-in the page's own font. The same numbers give the same bytes.
+Colours are drawn as place-holders that become CSS variables, so that one picture serves light and dark; text stays
+text in the page's own font. What belongs to an entry has its class (``of s3``) and says what it is when it is pointed
+at. The same numbers give the same bytes.
 """
 
 from __future__ import annotations
 
+import html
 import io
 import re
 from itertools import pairwise
 from typing import Any
+from urllib.parse import quote, unquote
 
 import matplotlib as mpl
 import numpy as np
@@ -49,6 +52,7 @@ STYLE = {
 SIDES: dict[str, Any] = {"source": "-", "target": (0, (3, 2))}  # and the dashes of its line
 WIDTH = 4.7  # inches: wide enough for a column of a page, and still readable when a phone shrinks it
 CURVES = 6  # of more entries some have a mark for their end alone
+KEPT, LEARNED = 0.9, 0.5  # what is seen closer: so much of the base's source, and of the best target
 
 
 def colour(i: int) -> str:
@@ -88,17 +92,27 @@ def curved(entries: list[Entry]) -> list[int]:
     return [i for i in drawn(entries) if len(entries[i].curve) > 2]
 
 
+def mine(i: int, text: str) -> dict[str, Any]:
+    """What makes an artist one of the series ``i``, which says ``text`` of itself."""
+    return {"gid": f"of s{i} {quote(text)}"}
+
+
 def svg(figure: Figure, name: str, description: str, natural: bool = False) -> str:
     """``figure`` as an ``<svg>`` element without ids that could clash, dates or fonts.
 
     It takes the width that the page gives it, or with ``natural`` that of its letters at the size they were drawn.
     """
+
+    def group(found: re.Match[str]) -> str:
+        own = re.fullmatch(r"(of s\d+) (.*)", found[1])
+        return f'<g class="{own[1]}"><title>{html.escape(unquote(own[2]))}</title>' if own else "<g>"
+
     with mpl.rc_context({"svg.hashsalt": name}):
         FigureCanvasSVG(figure)
         buffer = io.StringIO()
         figure.savefig(buffer, format="svg", metadata={"Date": None}, transparent=True, bbox_inches="tight")
     text = re.sub(r"<metadata>.*?</metadata>\s*", "", buffer.getvalue(), flags=re.DOTALL)
-    text = re.sub(r'<g id="[^"]*">', "<g>", text[text.index("<svg") :])
+    text = re.sub(r'<g id="([^"]*)">', group, text[text.index("<svg") :])
     box = re.findall(r'viewBox="[^"]*"', text)[0]
     style = f' style="width:{float(box.split()[2]) * 4 / 3:.0f}px"' if natural else ""
     text = re.sub(r"<svg[^>]*>", f'<svg {box}{style} role="img" aria-label="{description}">', text, count=1)
@@ -122,7 +136,12 @@ def _bars(points: list[dict]) -> list[list[Point]]:
 
 
 class _Labels:
-    """Puts small labels beside points, on whichever side collides least with lines and other labels."""
+    """Puts small labels beside points, on whichever side collides least with lines and other labels.
+
+    Where all that is near is taken, farther away, with a line to the point.
+    """
+
+    FAR = 3.5  # times as far
 
     SIDES = (
         (0.6, 0.7, "left"),
@@ -145,24 +164,28 @@ class _Labels:
     def _place(self, points: list[Point]) -> np.ndarray:
         return self.axes.transData.transform(points) * 72 / self.axes.figure.dpi
 
-    def put(self, text: str, point: Point, tint: str, gap: float = 6) -> None:
-        """Write ``text`` beside ``point``, ``gap`` points from it."""
+    def put(self, text: str, point: Point, tint: str, gap: float = 6, **own: Any) -> None:
+        """Write ``text`` beside ``point``, ``gap`` points from it; ``own`` goes to matplotlib."""
         (x, y), half, height = self._place([point])[0], 2.7 * len(text), 4.0
         boxes, offsets = [], []
-        for across, up, align in self.SIDES:
-            dx, dy = across * gap, up * (gap + height)
-            offsets.append((dx, dy, align))
-            boxes.append((x + dx + {"center": 0, "left": half, "right": -half}[align], y + dy, half, height))
+        for far in (1.0, self.FAR):
+            for across, up, align in self.SIDES:
+                dx, dy = far * across * gap, up * (far * gap + height)
+                offsets.append((dx, dy, align))
+                boxes.append((x + dx + {"center": 0, "left": half, "right": -half}[align], y + dy, half, height))
+        (left, low), (right, high) = self.axes.bbox.get_points() * 72 / self.axes.figure.dpi
 
         def collisions(box: tuple[float, float, float, float]) -> float:
             overlap = ((box[2] + w - abs(box[0] - cx), box[3] + h - abs(box[1] - cy)) for cx, cy, w, h in self.taken)
-            return sum(a * b for a, b in overlap if a > 0 and b > 0)
+            beyond = max(0, left - (box[0] - box[2]), box[0] + box[2] - right, low - box[1], box[1] - high)
+            return sum(a * b for a, b in overlap if a > 0 and b > 0) + 4 * height * beyond
 
-        side = min(range(len(boxes)), key=lambda i: collisions(boxes[i]))
+        side = min(range(len(boxes)), key=lambda i: collisions(boxes[i]) + 12 * (i >= len(self.SIDES)))
         dx, dy, align = offsets[side]
-        self.axes.annotate(
-            text, point, (dx, dy - 3), textcoords="offset points", ha=align, va="baseline", size=9, color=tint
-        )
+        line = {"arrowstyle": "-", "color": tint, "linewidth": 0.6, "shrinkA": 0, "shrinkB": 4}
+        how: dict[str, Any] = {"arrowprops": line} if side >= len(self.SIDES) else {}
+        where: dict[str, Any] = {"textcoords": "offset points", "ha": align, "va": "baseline"}
+        self.axes.annotate(text, point, (dx, dy - 3), **where, size=9, color=tint, **how, **own)
         self.taken.append(boxes[side])
 
 
@@ -183,12 +206,52 @@ def _stairs(points: list[Point], corner: Point) -> list[Point]:
     return steps
 
 
+def near(entries: list[Entry]) -> list[int]:
+    """The entries that `closer` shows: of more than ``CURVES`` those that learned and kept, if there are several."""
+    if len(entries) <= CURVES:
+        return []
+    best = max(target for target, _ in ends(entries).values())
+    before = entries[0].numbers["source_before"].value
+    both = ends(entries).values()
+    found = [i for i, (x, y) in enumerate(both) if x >= LEARNED * best and y >= KEPT * before]
+    return found if len(found) > 2 else []
+
+
+def closer(entries: list[Entry]) -> str | None:
+    """The ends of those that are `near`, as in `tradeoff`, with all their names; None without any."""
+    found = near(entries)
+    if not found:
+        return None
+    with mpl.rc_context(STYLE):
+        figure = Figure(figsize=(WIDTH, 4.1), layout="constrained")
+        axes = figure.add_subplot(xlabel="target (%)", ylabel="source (%)")
+        last = {i: entries[i].curve[-1] for i in found}
+        places = {i: (100 * end["target"].value, 100 * end["source"].value) for i, end in last.items()}
+        _limits(axes, np.array(list(places.values())))
+        for i, place in places.items():
+            own = mine(i, _told(entries[i]))
+            for bar in _bars([last[i]]):
+                axes.plot(*zip(*bar, strict=True), color=colour(i), linewidth=1, alpha=0.35, **own)
+            axes.plot(*place, color=colour(i), marker=marker(i), markersize=9, linestyle="none", **own)
+        figure.draw_without_rendering()
+        labels = _Labels(axes, [[place] for place in places.values()], [])
+        for i, place in places.items():
+            labels.put(entries[i].label, place, colour(i), gap=8, **mine(i, _told(entries[i])))
+        return svg(figure, "closer", "Those that learned and kept, closer")
+
+
+def _told(entry: Entry) -> str:
+    """What the mark of an entry's end says of itself."""
+    target, source = (100 * entry.curve[-1][side].value for side in ("target", "source"))
+    return f"{entry.label}: target {target:.1f} %, source {source:.1f} %"
+
+
 def tradeoff(entries: list[Entry]) -> str:
     """Source against target average as each adapter is turned from strength 0 to 1.
 
     Every seed is a small hollow mark. Of several entries the Pareto front is drawn; only of up to three every point
-    has its interval and the strength beside it. Of more than ``CURVES`` those that are `drawn` have their curve and
-    their name beside it, the others a mark for their end.
+    has its interval and the strength beside it. Of more than ``CURVES`` those that are `drawn` have their curve, and
+    their name beside it unless they are `near`; the others have a mark for their end.
     """
     with mpl.rc_context(STYLE):
         figure = Figure(figsize=(WIDTH, 4.1), layout="constrained")
@@ -205,12 +268,12 @@ def tradeoff(entries: list[Entry]) -> str:
         everything = [*lines, *seeds.values(), *(bar for group in bars.values() for bar in group)]
         _limits(axes, np.array([xy[0][0], *(point for group in everything for point in group)]))
         for i, line in enumerate(lines):
-            style: dict[str, Any] = {"color": colour(i), "marker": marker(i)}
+            style: dict[str, Any] = {"color": colour(i), "marker": marker(i), **mine(i, _told(entries[i]))}
             axes.plot(*line[-1], **style, markersize=10 if i in shown else 7, linestyle="none")
             if i in lined:
                 axes.plot(*zip(*line, strict=True), **style, markevery=range(1, len(line)))
             for bar in bars.get(i, ()):
-                axes.plot(*zip(*bar, strict=True), color=colour(i), linewidth=1, alpha=0.45)
+                axes.plot(*zip(*bar, strict=True), **style | {"marker": None, "linewidth": 1, "alpha": 0.45})
             if i in seeds:
                 small = style | {"markersize": 5, "markerfacecolor": "none", "markeredgewidth": 1}
                 axes.plot(*zip(*seeds[i], strict=True), **small, linestyle="none")
@@ -227,11 +290,12 @@ def tradeoff(entries: list[Entry]) -> str:
         labels = _Labels(axes, lines, [bar for group in bars.values() for bar in group])
         labels.put("base", base, INK, gap=9)
         for i, entry in enumerate(entries):
+            own = mine(i, _told(entry))
             places = zip(entry.curve[1:], xy[i][1:], strict=True) if few else ()
             for point, place in places:
-                labels.put(f"{point['strength']:g}", place, colour(i), gap=9 if place is xy[i][-1] else 6)
-            if i in shown and len(shown) < len(entries):
-                labels.put(entry.label, xy[i][-1], colour(i), gap=9)
+                labels.put(f"{point['strength']:g}", place, colour(i), gap=9 if place is xy[i][-1] else 6, **own)
+            if i in shown and len(shown) < len(entries) and i not in near(entries):
+                labels.put(entry.label, xy[i][-1], colour(i), gap=9, **own)
         return svg(figure, "tradeoff", "Source average against target average over adapter strength")
 
 
@@ -274,6 +338,7 @@ def training(entries: list[Entry]) -> str | None:
         found[-1].set(xlabel="optimizer step")
         for i, run in shown:
             style: dict[str, Any] = {"color": colour(i), "alpha": 1 if len(entries[i].runs) == 1 else 0.6}
+            style |= mine(i, f"{entries[i].label}, seed {run['seed']}")
             small = style | {"marker": marker(i), "markersize": 4}
             steps, values = _series(run, "loss")
             if steps:
@@ -313,7 +378,8 @@ def drift(entries: list[Entry]) -> str | None:
             points = (run.get("curve") or ()) if i in shown else ()
             on_curve = [point for point in points if "drift" in point and 0 < point["strength"] < 1]
             line = [(point["drift"], 100 * (before - point["source"])) for point in on_curve]
-            style: dict[str, Any] = {"color": colour(i), "marker": marker(i)}
+            told = f"{entries[i].label}, seed {run['seed']}: drift {end[0]:.3g}, lost {end[1]:.1f} points"
+            style: dict[str, Any] = {"color": colour(i), "marker": marker(i), **mine(i, told)}
             if line:
                 small = {"markersize": 4, "markerfacecolor": "none", "linewidth": 0.8, "alpha": 0.7}
                 axes.plot(*zip(*line, end, strict=True), **style | small)

@@ -78,6 +78,7 @@ def test_what_is_written_is_the_sum_of_all_three_and_does_what_they_do(tmp_path,
     assert sorted(path.name for path in folders[2].iterdir() if path.suffix in (".json", ".safetensors")) == [
         "adapter_config.json",
         "adapter_model.safetensors",
+        "base.json",
     ]
 
 

@@ -25,6 +25,7 @@ from torch import Tensor, nn
 from ..errors import UserError
 from .folder import folder_of
 from .layers import MaskedLinear, Site, sharded, sites
+from .origin import origin, write_origin
 from .settings import check_types
 
 SETTINGS_FILE = "lorasculpt.json"
@@ -175,6 +176,7 @@ class MethodConfig(LoraConfig):
         super().__post_init__()
         self.peft_type = MethodType(self.method.upper())
         self._state: tuple[dict, dict[str, Tensor]] | None = None
+        self._origin: dict[str, Any] | None = None
 
     @classmethod
     def exports(cls) -> tuple[str, ...]:
@@ -214,9 +216,11 @@ class MethodConfig(LoraConfig):
         self._save_record(Path(save_directory), self.settings())
 
     def _save_record(self, folder: Path, settings: dict[str, Any]) -> None:
-        """Write what belongs beside ``adapter_config.json``: the settings that it does not hold, and the state."""
+        """Write what belongs beside ``adapter_config.json``: settings that it does not hold, the state, the base's."""
         values, tensors = self._state or ({}, {})
-        self._state = None
+        if self._origin is not None:
+            write_origin(folder, self._origin)
+        self._state = self._origin = None
         record = {"schema": SCHEMA, "method": self.method, "settings": settings, "state": values}
         (folder / SETTINGS_FILE).write_text(json.dumps(record, indent=2) + "\n")
         if tensors:
@@ -313,6 +317,8 @@ class Methods(BaseTuner):
                 _check_driven(method)
                 method.settle()
             config._state = method.state()
+            if not any(getattr(layer, "merged", False) for layer in tuner.modules()):  # else the base is no longer it
+                config._origin = origin(tuner.model, config.base_model_name_or_path, frozen=True)
         return super()._get_adapter_state_dict(model, config, adapter_name, state_dict, unwanted_adapter_names)
 
     @classmethod

@@ -6,13 +6,13 @@ tell: a folder is moved, and a model is trained further or replaced under its na
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
-from transformers import PreTrainedModel
+from torch import Tensor, nn
 
 from ..errors import UserError
 from ..files import read_json, write_json
@@ -21,26 +21,31 @@ from .layers import sharded
 ORIGIN_FILE = "base.json"
 EACH = 4  # numbers of a matrix, from its first corner to its last
 SMALLEST = 2.0**-24  # that fp16 has, apart from 0
+WRAPPED = re.compile(r"\.(base_layer|original_module)(?=\.)")  # what PEFT puts into the name of a weight
+OTHERS = re.compile(r"\.(lora_\w+|modules_to_save)\.")  # weights beside the base's
 
 
-def origin(model: PreTrainedModel, name: str | None = None) -> dict[str, Any]:
-    """What is kept of a base that no adapter has touched, as the contents of ``base.json``.
+def origin(model: nn.Module, name: str | None = None, *, frozen: bool = False) -> dict[str, Any]:
+    """What is kept of a base, as the contents of ``base.json``.
 
     Of each matrix but those of the vocabulary, which may grow, ``EACH`` numbers. What is quantised, on another
-    process or not there yet is left out.
+    process or not there yet is left out, and so is an adapter.
 
     Args:
-        model: the base.
+        model: the base, as it was before training.
         name: what it is called.
+        frozen: leave out what is being trained, as beside an adapter that trains.
     """
-    ends = [part() for part in (model.get_input_embeddings, model.get_output_embeddings)]
+    ends = [part() for part in (getattr(model, f"get_{side}put_embeddings", None) for side in ("in", "out")) if part]
     vocabulary = [part.weight for part in ends if part is not None]
     named = {
-        key: weight
+        WRAPPED.sub("", key): weight
         for key, weight in model.named_parameters()
         if weight.ndim == 2
         and weight.is_floating_point()
-        and not (weight.is_meta or sharded(weight) or any(weight is known for known in vocabulary))
+        and not OTHERS.search(key)
+        and not (weight.is_meta or sharded(weight) or (frozen and weight.requires_grad))
+        and not any(weight is known for known in vocabulary)
     }
     return kept(named, name)
 
@@ -54,8 +59,9 @@ def kept(named: Mapping[str, Tensor], name: str | None = None) -> dict[str, Any]
 
 
 def write_origin(folder: Path, record: dict[str, Any]) -> None:
-    """Write what :func:`origin` gave into the adapter's ``folder``."""
-    write_json(folder / ORIGIN_FILE, record)
+    """Write what :func:`origin` gave into the adapter's ``folder``, unless that is nothing."""
+    if record["weights"]:
+        write_json(folder / ORIGIN_FILE, record)
 
 
 def pass_origin_on(adapter: Path, folder: Path) -> None:
@@ -79,7 +85,7 @@ def recorded(folder: Path) -> dict[str, Any] | None:
     return record
 
 
-def check_origin(folder: Path, model: PreTrainedModel) -> None:
+def check_origin(folder: Path, model: nn.Module) -> None:
     """See that ``model`` is what the adapter in ``folder`` was trained on, where that was written down.
 
     Args:
@@ -101,10 +107,11 @@ def check_same(folder: Path, said: dict[str, Any], found: dict[str, Any]) -> Non
     """
     if another := differing(said, found):
         called = f", {said['base']}" if said["base"] else ""
+        many = "1 matrix" if len(another) == 1 else f"{len(another)} matrices"
         raise UserError(
-            f"the adapter in {folder} was trained on other weights than this base has, such as {another[0]} "
-            f"({len(another)} matrices); name the model it was trained on{called}, or to use it on this one all the "
-            f"same remove {folder / ORIGIN_FILE}."
+            f"the adapter in {folder} does not fit this base model (which has other weights than the one it was "
+            f"trained on in {many}, such as {another[0]}); name the model it was trained on{called}, or to use it on "
+            f"this one all the same remove {folder / ORIGIN_FILE}."
         )
 
 

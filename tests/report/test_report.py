@@ -607,6 +607,21 @@ def test_several_files_and_another_base(tmp_path):
     assert text.count("<figure>") == 1
 
 
+def test_seeds_in_several_precisions_are_of_one_base(tmp_path):
+    runs = [*seeds("A", [0.3, 0.3, 0.3], [0.5, 0.5, 0.5]), *seeds("B", [0.3, 0.3, 0.3], [0.6, 0.6, 0.6])]
+    for one, precision in zip(runs, ("fp32", "fp32", "bf16", "bf16", "bf16", "fp32"), strict=True):
+        one["precision"] = precision
+        one["summary"]["source_before"] = 0.5 if precision == "bf16" else 0.6
+    text = report(write(tmp_path / "a", *runs), tmp_path / "out").read_text()
+    assert (
+        "B ran in bf16 (2 of 3) and fp32 (1 of 3) precision, A in bf16 (1 of 3) and fp32 (2 of 3): the base answers a "
+        "little differently there"
+    ) in text
+    runs[-1]["summary"]["source_before"] = 0.55
+    text = report(write(tmp_path / "a", *runs), tmp_path / "out").read_text()
+    assert "B starts from another base" in text
+
+
 def test_refuses(tmp_path):
     with pytest.raises(UserError, match=r"results\.json: cannot be read"):
         report(tmp_path, tmp_path)

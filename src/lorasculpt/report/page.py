@@ -6,7 +6,7 @@ import base64
 import io
 import json
 import math
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -375,21 +375,31 @@ def _bases(found: list[Entry], side: str) -> list[str]:
     def started(entry: Entry) -> str:
         return f"{percent(entry.numbers[side].value)}{SPACE}%"
 
+    def precision(run: dict) -> str:
+        return run.get("precision") or "another"
+
     def precisions(entry: Entry) -> str:
-        return listed(sorted({run.get("precision") or "another" for run in entry.runs}))
+        counts = sorted(Counter(map(precision, entry.runs)).items())
+        many = len(entry.runs)
+        return listed([name if count == many else f"{name} ({count} of {many})" for name, count in counts])
+
+    def bases(entry: Entry) -> set[tuple[str, float]]:
+        return {(precision(run), round(run["summary"][side], 9)) for run in entry.runs}
 
     first, alike = found[0], defaultdict(list)
     for entry in found[1:]:
         if abs(entry.numbers[side].value - first.numbers[side].value) > 1e-9:
-            alike[precisions(entry), started(entry)].append(entry.label)
+            both = bases(entry) | bases(first)
+            another = len({name for name, _ in both}) < len(both)  # in one precision a base answers in one way
+            alike[another, precisions(entry), started(entry)].append(entry.label)
     name, notes = side.removesuffix("_before"), []
-    for (precision, before), labels in alike.items():
-        if precision == precisions(first):
+    for (another, ran, before), labels in alike.items():
+        if another:
             starts = "start from another base" if len(labels) > 1 else "starts from another base"
             notes.append(f"{listed(labels)} {starts} ({name} {before} before training): compare with care.")
         else:
             notes.append(
-                f"{listed(labels)} ran in {precision} precision, {first.label} in {precisions(first)}: the base "
+                f"{listed(labels)} ran in {ran} precision, {first.label} in {precisions(first)}: the base "
                 f"answers a little differently there ({name} {before} before training, not {started(first)})."
             )
     return notes

@@ -109,6 +109,17 @@ def test_numbers_are_those_of_the_matrix():
     assert kept({"w": torch.ones(1, 2), "v": torch.ones(2, 1).half()})["dtype"] == "float16"
 
 
+def test_quantised_weights_are_not_compared(adapter):
+    model = llava()
+    for name, weight in model.named_parameters():
+        if "down_proj" in name:
+            weight.data = weight.data.to(torch.float8_e4m3fn)
+    found = origin(model)
+    assert found["weights"].keys() < origin(llava())["weights"].keys()
+    assert found["dtype"] == "float32"
+    assert differing(json.loads((adapter / ORIGIN_FILE).read_text()), found) == []
+
+
 def test_a_vocabulary_may_grow(adapter):
     model = llava()
     model.resize_token_embeddings(model.get_input_embeddings().num_embeddings + 8)

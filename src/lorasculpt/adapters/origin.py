@@ -41,13 +41,17 @@ def origin(model: nn.Module, name: str | None = None, *, frozen: bool = False) -
     named = {
         WRAPPED.sub("", key): weight
         for key, weight in model.named_parameters()
-        if weight.ndim == 2
-        and weight.is_floating_point()
+        if comparable(weight)
         and not OTHERS.search(key)
         and not (weight.is_meta or sharded(weight) or (frozen and weight.requires_grad))
         and not any(weight is known for known in vocabulary)
     }
     return kept(named, name)
+
+
+def comparable(weight: Tensor) -> bool:
+    """Whether ``weight`` is a matrix, and no quantised one, whose numbers mean nothing without their scales."""
+    return weight.ndim == 2 and weight.is_floating_point() and weight.dtype.itemsize > 1
 
 
 def kept(named: Mapping[str, Tensor], name: str | None = None) -> dict[str, Any]:

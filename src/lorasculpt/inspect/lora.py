@@ -23,7 +23,7 @@ from torch import Tensor
 
 from .. import files
 from ..adapters.load import check_family
-from ..adapters.origin import check_same, kept, recorded
+from ..adapters.origin import check_same, comparable, kept, recorded
 from ..adapters.plain import Pair, read_adapter
 from ..console import numbers
 from ..errors import UserError
@@ -131,7 +131,7 @@ def inspect(adapter_folder: str | Path, base: str | Path | None = None) -> Inspe
     keys = weights.match(pair.name for pair in adapter.pairs) if weights else {}
     if weights is not None and (said := recorded(adapter.folder)) is not None:
         read = {f"{name}.weight": weights.read(key) for name, key in keys.items()}
-        plain = {name: weight for name, weight in read.items() if weight.is_floating_point()}  # others are refused
+        plain = {name: weight for name, weight in read.items() if comparable(weight)}
         check_same(adapter.folder, said, kept(plain))
     layers = []
     for pair in adapter.pairs:

@@ -1,5 +1,5 @@
-"""``lorasculpt train | eval | dial | compare | report | play | export | posthoc | inspect | methods | settings |
-demo``.
+"""``lorasculpt fetch | train | eval | dial | compare | report | play | export | posthoc | inspect | methods |
+settings | demo``.
 
 Exit codes: 0 done, 1 something broke here, 2 the input has to be mended (one sentence says what).
 """
@@ -79,6 +79,61 @@ class Cluster(StrEnum):
     """Where ``compare`` can launch jobs."""
 
     slurm = "slurm"
+
+
+@app.command()
+def fetch(
+    source: Annotated[
+        str,
+        typer.Argument(help="A dataset on the Hub, a folder, or a .parquet, .csv or .json file.", show_default=False),
+    ],
+    out: Annotated[Path, typer.Option(help="The folder to write into.", show_default=False)],
+    split: Annotated[str, typer.Option(help="Which part of it.")] = "train",
+    subset: Annotated[str | None, typer.Option(help="Of a dataset that has several.", show_default=False)] = None,
+    columns: Annotated[
+        str | None,
+        typer.Option(help="What theirs are called, such as question=query,answer=label.", show_default=False),
+    ] = None,
+    ask: Annotated[
+        str | None, typer.Option(help="The question of every row, where none is there.", show_default=False)
+    ] = None,
+    limit: Annotated[int | None, typer.Option(help="At most so many rows.", min=1, show_default=False)] = None,
+    shuffle: Annotated[bool, typer.Option("--shuffle", help="Take them in a random order, always the same.")] = False,
+    every_answer: Annotated[
+        bool, typer.Option("--every-answer", help="Keep all answers of a row, as the metric vqa reads them.")
+    ] = False,
+    skip: Annotated[bool, typer.Option("--skip", help="Leave out rows that cannot be used.")] = False,
+) -> None:
+    """Make a data file of a dataset on the Hub or of a table here: OUT/SPLIT.jsonl, its pictures in OUT/images.
+
+        lorasculpt fetch HuggingFaceM4/ChartQA --out charts --columns question=query,answer=label
+        lorasculpt fetch HuggingFaceM4/the_cauldron --subset ai2d --out ai2d --limit 2000
+        lorasculpt fetch pets/ --ask "Which animal is this?" --columns answer=label --out animals
+
+    Rows of question and answer, messages, prompt and completion, conversations, or texts of user and assistant are
+    taken as they are. Of a large dataset only what --limit asks for is read.
+    """
+    from .data.fetch import fetch as go
+
+    named: dict[str, str] = {}
+    for pair in columns.split(",") if columns else []:
+        ours, equal, theirs = pair.partition("=")
+        if not equal or not theirs.strip():
+            raise UserError(f"--columns has {pair!r}; write ours=theirs, such as question=query,answer=label.")
+        named[ours.strip()] = theirs.strip()
+    options: dict[str, Any] = {
+        "limit": limit,
+        "shuffle": shuffle,
+        "ask": ask,
+        "every_answer": every_answer,
+        "skip": skip,
+    }
+    found = go(source, out, subset=subset, split=split, columns=named, **options)
+    if found.left_out:
+        print(f"Columns that were left out: {', '.join(found.left_out)}.")
+    if found.skipped:
+        print(f"Rows that were left out: {found.skipped}.")
+    print(f"data: {found.file} ({found.rows} rows, {found.pictures} pictures)")
 
 
 @app.command()

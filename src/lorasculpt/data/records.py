@@ -89,7 +89,7 @@ def read(
     for line, row in islice(_rows(path), limit):
         where = f"{path}:{line}"
         try:
-            record = _record(row, folder, where)
+            record = record_of(row, folder, where)
             for image in record.images:
                 if check_images and image not in checked:
                     check_image(image)
@@ -265,7 +265,7 @@ def _listed_rows(path: Path, text: str) -> Iterator[tuple[int, Any]]:
 # --- rows to records ----------------------------------------------------------------------------------------------
 
 
-def _record(row: Any, folder: Path, where: str) -> Record:
+def record_of(row: Any, folder: Path, where: str) -> Record:
     """One checked row. Its errors do not name the place: `read` adds it."""
     if not isinstance(row, dict):
         raise UserError(f"a row must be a JSON object, got {type(row).__name__}; write {{...}}")

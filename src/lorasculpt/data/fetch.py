@@ -1,0 +1,259 @@
+"""A dataset of the Hugging Face Hub, or a table on this machine, as a data file with its pictures beside it.
+
+    source → rows → question and answer, in one of the layouts of `records` → folder/<split>.jsonl, folder/images
+
+Rows are read one by one, so that of a large dataset no more is fetched than is asked for.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+from PIL import Image
+from tqdm import tqdm
+
+from ..errors import UserError
+from ..files import whole
+from .images import check_image
+from .records import COMMON, LAYOUTS, record_of
+
+TABLES = {".parquet": "parquet", ".csv": "csv", ".arrow": "arrow", ".json": "json", ".jsonl": "json"}
+OWN = (*LAYOUTS, *sorted(COMMON - {"id", "model", "meta"}))
+"""What a column may be: a part of one of the layouts, or what goes with all of them."""
+PICTURES = "images"
+FEW = 20  # classes that a row can list as choices
+
+
+@dataclass(frozen=True)
+class Fetched:
+    """What was written."""
+
+    file: Path
+    rows: int
+    pictures: int
+    skipped: int
+    """Rows that could not be used."""
+    left_out: tuple[str, ...]
+    """Columns that are none of ours."""
+
+
+def fetch(
+    source: str | Path,
+    out: str | Path,
+    *,
+    subset: str | None = None,
+    split: str = "train",
+    limit: int | None = None,
+    shuffle: bool = False,
+    columns: Mapping[str, str] | None = None,
+    ask: str | None = None,
+    every_answer: bool = False,
+    skip: bool = False,
+    progress: bool = True,
+) -> Fetched:
+    """Write the rows of ``source`` as ``out/<split>.jsonl`` and their pictures into ``out/images``.
+
+    Beside the layouts of `records`, rows may have ``texts``, a list of ``{"user": ..., "assistant": ...}`` about the
+    same pictures: each is a row of its own. A column of pictures is taken for ``image`` if there is one and no other.
+    Classes are told by their names, and up to 20 of them are the ``choices`` of their rows. Of several answers the
+    commonest is taken. What is no column of ours is left out.
+
+    Args:
+        source: a dataset's name on the Hub, a folder that ``datasets`` reads (its own, or pictures in folders called as
+            their classes), or a file: .parquet, .csv, .arrow, .json or .jsonl.
+        out: the folder.
+        subset: of a dataset that has several.
+        split: which part of it.
+        limit: at most so many rows of the source. Default: all.
+        shuffle: take them in a random order, always the same; of what is read on the way, a thousand at a time.
+        columns: what theirs are called, by what ours are: ``{"question": "query", "answer": "label"}``.
+        ask: the question of every row, where there is no column of questions.
+        every_answer: keep all answers of a row, in the form that the metric ``vqa`` reads: ``red|dark red``.
+        skip: leave out rows that cannot be used, instead of stopping at the first.
+        progress: whether to show a progress bar.
+
+    Raises:
+        UserError: the source cannot be read, the file is there already, a column is not, or a row cannot be used.
+    """
+    out, columns = Path(out), dict(columns or {})
+    file = out / f"{split}.jsonl"
+    if file.exists():
+        raise UserError(f"{file} is there already; remove it, or name another folder.")
+    data, features = _opened(str(source), subset, split, shuffle)
+    _check_columns(source, list(features), columns, ask)
+    names = {ours: columns.get(ours, ours) for ours in (*OWN, "texts")}
+    taken = {ours: theirs for ours, theirs in names.items() if theirs in features}
+    pictures = [name for name, feature in features.items() if _is_picture(feature)]
+    if not {"image", "images"} & taken.keys() and len(pictures) == 1:
+        taken["image" if _is_one(features[pictures[0]]) else "images"] = pictures[0]
+    if ask is not None:
+        taken.pop("question", None)
+    classes = {ours: features[theirs].names for ours, theirs in taken.items() if hasattr(features[theirs], "names")}
+    written, skipped, folder = 0, 0, out.resolve()
+    kept: set[str] = set()
+    with whole(file) as partial, partial.open("w", encoding="utf-8") as lines:
+        bar = tqdm(islice(_read_rows(data, source), limit), total=limit, desc="rows", disable=not progress)
+        for number, found in enumerate(bar, start=1):
+            where = f"row {number} of {source}"
+            try:
+                given = {ours: found[theirs] for ours, theirs in taken.items() if found[theirs] is not None}
+                for key in ("image", "images"):
+                    if key in given:
+                        given[key] = _saved(given[key], out)
+                        kept.update([given[key]] if isinstance(given[key], str) else given[key])
+                rows = [_answered(row, classes, ask, every_answer) for row in _apart(given)]
+                for row in rows:
+                    record_of(row, folder, where)
+            except UserError as error:
+                if not skip:
+                    raise UserError(f"{where}: {error} (or leave such rows out: skip, --skip)") from None
+                skipped += 1
+                continue
+            lines.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+            written += len(rows)
+        if not written:
+            raise UserError(f"{source} has no rows that can be used in {split!r}; name another split.")
+    left_out = tuple(name for name in features if name not in taken.values())
+    return Fetched(file, written, len(kept), skipped, left_out)
+
+
+def _opened(
+    source: str, subset: str | None, split: str, shuffle: bool
+) -> tuple[Iterable[dict[str, Any]], Mapping[str, Any]]:
+    """The rows of ``source``, pictures as the bytes of their files, and what its columns hold."""
+    import datasets  # slow to import, and not needed for what is here already
+
+    path = Path(source)
+    try:
+        if path.is_file() or path.suffix in TABLES:
+            if path.suffix not in TABLES:
+                raise UserError(f"{path} is no table that can be read: such end in {', '.join(TABLES)}.")
+            if not path.is_file():
+                raise UserError(f"{path} does not exist; correct the path.")
+            kind, files = TABLES[path.suffix], {split: str(path)}
+            data = datasets.load_dataset(kind, data_files=files, split=split, streaming=True)
+        elif (path / "dataset_dict.json").is_file() or (path / "dataset_info.json").is_file():
+            data = datasets.load_from_disk(source)
+            if isinstance(data, datasets.DatasetDict):
+                if split not in data:
+                    raise UserError(f"{source} has no split {split!r}; it has {', '.join(data)}.")
+                data = data[split]
+        else:
+            data = datasets.load_dataset(source, subset, split=split, streaming=True)
+        if isinstance(data, datasets.IterableDataset) and data.features is None:
+            data = data._resolve_features()
+        for name, feature in data.features.items():
+            if _is_picture(feature):
+                raw = datasets.Image(decode=False)
+                data = data.cast_column(name, raw if _is_one(feature) else datasets.List(raw))
+        features = data.features
+        if shuffle:
+            data = data.shuffle(seed=0)
+    except UserError:
+        raise
+    except Exception as error:  # whatever datasets, the Hub and the way there may say
+        raise UserError(
+            f"{source} cannot be read as a dataset ({_why(error)}); correct the name, subset or split."
+        ) from error
+    return data, features
+
+
+def _why(error: Exception) -> str:
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
+    return " ".join(lines[:2]).rstrip(".")
+
+
+def _read_rows(data: Iterable[dict[str, Any]], source: str | Path) -> Iterator[dict[str, Any]]:
+    try:
+        yield from data
+    except Exception as error:  # a file that was cut short, or a connection
+        raise UserError(f"{source} cannot be read to its end ({_why(error)}); try again, or --limit it.") from error
+
+
+def _is_one(feature: Any) -> bool:
+    return type(feature).__name__ == "Image"
+
+
+def _is_picture(feature: Any) -> bool:
+    """Whether a column holds pictures, one or several a row."""
+    return _is_one(feature) or _is_one(getattr(feature, "feature", None))
+
+
+def _check_columns(source: str | Path, there: Sequence[str], columns: Mapping[str, str], ask: str | None) -> None:
+    for ours, theirs in columns.items():
+        if ours not in OWN:
+            raise UserError(f"{ours!r} is no column of ours; use {', '.join(OWN)}.")
+        if theirs not in there:
+            raise UserError(f"{source} has no column {theirs!r}; it has {', '.join(there)}.")
+    found = {ours for ours in OWN if columns.get(ours, ours) in there} | ({"question"} if ask is not None else set())
+    if "texts" not in there and not any(layout <= found for layout in LAYOUTS.values()):
+        raise UserError(
+            f"{source} has the columns {', '.join(there)}; say which are the question and the answer, such as "
+            "question=query,answer=label (--columns), or what is asked everywhere (--ask)."
+        )
+
+
+def _apart(given: dict[str, Any]) -> Iterator[dict[str, Any]]:
+    """The rows in one: each of several ``texts`` about the same pictures is one."""
+    texts = given.pop("texts", None)
+    if texts is None:
+        yield given
+        return
+    for text in texts:
+        if not isinstance(text, dict) or not {"user", "assistant"} <= text.keys():
+            raise UserError('\'texts\' must be a list of {"user": ..., "assistant": ...}')
+        yield {**given, "question": text["user"], "answer": text["assistant"]}
+
+
+def _answered(
+    row: dict[str, Any], classes: Mapping[str, Sequence[str]], ask: str | None, every_answer: bool
+) -> dict[str, Any]:
+    """``row`` with one answer, in words, and its question."""
+    row = {key: classes[key][value] if key in classes else value for key, value in row.items()}
+    if "answer" in classes and len(classes["answer"]) <= FEW:
+        row.setdefault("choices", list(classes["answer"]))
+    if isinstance(answers := row.get("answer"), list):
+        told = [answer.get("answer", "") if isinstance(answer, dict) else answer for answer in answers]
+        told = [text for text in map(str, told) if text.strip()]
+        if not told:
+            raise UserError("has no answer; add one")
+        row["answer"] = "|".join(told) if every_answer else Counter(told).most_common(1)[0][0]
+    return row if ask is None else {"question": ask, **row}
+
+
+def _saved(value: Any, out: Path) -> Any:
+    """The path in ``out`` of a picture that was written there, or of several."""
+    if isinstance(value, list):
+        return [_saved(one, out) for one in value]
+    if not isinstance(value, dict):
+        raise UserError(f"its picture is {value!r:.60}, neither a file nor the bytes of one")
+    data = value["bytes"] if value.get("bytes") is not None else _read(value["path"])
+    try:
+        with Image.open(io.BytesIO(data)) as image:
+            kind = (image.format or "png").lower().replace("jpeg", "jpg")
+    except Exception as error:  # what Pillow raises, and a picture that is a bomb
+        raise UserError(f"its picture is damaged or none ({error})") from None
+    name = f"{PICTURES}/{hashlib.sha256(data).hexdigest()[:24]}.{kind}"
+    if not (out / name).is_file():
+        with whole(out / name) as partial:
+            partial.write_bytes(data)
+    check_image(out / name)
+    return name
+
+
+def _read(path: str) -> bytes:
+    import fsspec  # what datasets opens files with
+
+    try:
+        with fsspec.open(path, "rb") as file:
+            return file.read()
+    except Exception as error:
+        raise UserError(f"its picture {path} cannot be read ({error})") from None

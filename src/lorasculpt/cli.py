@@ -106,12 +106,12 @@ def fetch(
 ) -> None:
     """Make a data file of a dataset on the Hub or of a table here: OUT/SPLIT.jsonl, its pictures in OUT/images.
 
-        lorasculpt fetch HuggingFaceM4/ChartQA --out charts --columns question=query,answer=label
-        lorasculpt fetch HuggingFaceM4/the_cauldron --subset ai2d --out ai2d --limit 2000
-        lorasculpt fetch pets/ --ask "Which animal is this?" --columns answer=label --out animals
-
     Rows of question and answer, messages, prompt and completion, conversations, or texts of user and assistant are
     taken as they are. Of a large dataset only what --limit asks for is read.
+
+        lorasculpt fetch HuggingFaceM4/ChartQA --out charts --columns question=query,answer=label
+        lorasculpt fetch HuggingFaceM4/the_cauldron --subset ai2d --out ai2d --limit 2000
+        lorasculpt fetch pets --out animals --columns answer=label --ask "Which animal is this?"
     """
     from .data.fetch import fetch as go
 
@@ -121,14 +121,8 @@ def fetch(
         if not equal or not theirs.strip():
             raise UserError(f"--columns has {pair!r}; write ours=theirs, such as question=query,answer=label.")
         named[ours.strip()] = theirs.strip()
-    options: dict[str, Any] = {
-        "limit": limit,
-        "shuffle": shuffle,
-        "ask": ask,
-        "every_answer": every_answer,
-        "skip": skip,
-    }
-    found = go(source, out, subset=subset, split=split, columns=named, **options)
+    options: dict[str, Any] = {"subset": subset, "split": split, "limit": limit, "shuffle": shuffle, "ask": ask}
+    found = go(source, out, columns=named, every_answer=every_answer, skip=skip, **options)
     if found.left_out:
         print(f"Columns that were left out: {', '.join(found.left_out)}.")
     if found.skipped:

@@ -384,6 +384,12 @@ def test_olora_turns_away_from_the_earlier_one(tmp_path):
 # --- folders --------------------------------------------------------------------------------------------------------
 
 
+def base() -> nn.Module:
+    """The one that `net` adapts."""
+    torch.manual_seed(0)
+    return Net()
+
+
 def test_what_comes_out_is_a_plain_lora(model, penalty, tmp_path):
     x, (folder, again) = torch.ones(1, 5), (tmp_path / "out", tmp_path / "again")
     model.save_pretrained(folder)
@@ -392,11 +398,6 @@ def test_what_comes_out_is_a_plain_lora(model, penalty, tmp_path):
         "A.weight",
         "B.weight",
     }
-
-    def base():
-        torch.manual_seed(0)
-        return Net()
-
     assert torch.equal(PeftModel.from_pretrained(base(), folder)(x), model(x))
     back = lorasculpt.load(base(), folder, trainable=True)
     assert back.peft_config["default"].settings() == model.peft_config["default"].settings()
@@ -407,7 +408,7 @@ def test_what_comes_out_is_a_plain_lora(model, penalty, tmp_path):
 def test_earlier_loras_are_needed_for_training_alone(tmp_path):
     model = net("olora", earlier=[tmp_path / "gone"])
     model.save_pretrained(tmp_path / "out")
-    assert lorasculpt.load(Net(), tmp_path / "out")(torch.ones(1, 5)).isfinite().all()
+    assert lorasculpt.load(base(), tmp_path / "out")(torch.ones(1, 5)).isfinite().all()
     with pytest.raises(UserError, match=r"gone, which holds no adapter: there is no adapter_model\.safetensors\.$"):
         Clock(model, torch.optim.SGD(model.parameters()))
 
@@ -429,7 +430,7 @@ def test_the_fisher_information_is_needed_for_training_alone(fisher, tmp_path):
     ]:
         model = net("ewc", **settings)
         model.save_pretrained(tmp_path / "out")
-        assert lorasculpt.load(Net(), tmp_path / "out")(torch.ones(1, 5)).isfinite().all()
+        assert lorasculpt.load(base(), tmp_path / "out")(torch.ones(1, 5)).isfinite().all()
         with pytest.raises(UserError, match=message):
             Clock(model, torch.optim.SGD(model.parameters()))
 

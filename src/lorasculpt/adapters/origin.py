@@ -141,4 +141,5 @@ def differing(one: dict[str, Any], other: dict[str, Any]) -> list[str]:
 def numbers(weight: Tensor) -> list[float]:
     """What is kept of one matrix: from its first corner to its last, as fp32 has it."""
     rows, columns = ([i * (size - 1) // (EACH - 1) for i in range(EACH)] for size in weight.shape)
-    return [float(f"{number:.9g}") for number in weight.detach()[rows, columns].float().tolist()]
+    found = torch.stack([weight.detach()[row, column] for row, column in zip(rows, columns, strict=True)])
+    return [float(f"{number:.9g}") for number in found.float().tolist()]

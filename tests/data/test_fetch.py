@@ -130,6 +130,25 @@ def test_messages_and_answers_with_their_people(tmp_path):
     assert rows(found.file) == [{"question": "b?", "answer": "red"}]
 
 
+def test_a_table_may_name_its_pictures(tmp_path):
+    (tmp_path / "in" / "scans").mkdir(parents=True)
+    picture(70).save(tmp_path / "in" / "scans" / "1.png")
+    picture(80).save(tmp_path / "secret.png")
+    table = tmp_path / "in" / "rows.csv"
+    table.write_text("image,question,answer\nscans/1.png,What?,41.90\n")
+    found = fetch(table, tmp_path / "out", progress=False)
+    assert shades(found.file) == [70]
+    assert rows(found.file)[0]["answer"] == 41.9
+    for path, said in (
+        ("../secret.png", r"image '\.\./secret\.png' lies outside"),
+        ("scans/2.png", r"its picture .*2\.png cannot be read"),
+    ):
+        table = tmp_path / "in" / "rows.parquet"
+        Dataset.from_dict({"image": [path], "question": ["What?"], "answer": ["a"]}).to_parquet(table)
+        with pytest.raises(UserError, match=f"row 1 of .*: {said}"):
+            fetch(table, tmp_path / "more", progress=False)
+
+
 def test_many_classes_are_no_choices(tmp_path):
     label = ClassLabel(names=[f"kind {i}" for i in range(21)])
     made = Dataset.from_dict({"question": ["a?"], "answer": [20]}, Features(question=Value("string"), answer=label))

@@ -23,7 +23,7 @@ from tqdm import tqdm
 from ..errors import UserError
 from ..files import whole
 from .images import check_image
-from .records import COMMON, LAYOUTS, record_of
+from .records import COMMON, LAYOUTS, image_in, record_of
 
 TABLES = {".parquet": "parquet", ".csv": "csv", ".arrow": "arrow", ".json": "json", ".jsonl": "json"}
 OWN = (*LAYOUTS, *sorted(COMMON - {"id", "model", "meta"}))
@@ -62,9 +62,9 @@ def fetch(
     """Write the rows of ``source`` as ``out/<split>.jsonl`` and their pictures into ``out/images``.
 
     Beside the layouts of `records`, rows may have ``texts``, a list of ``{"user": ..., "assistant": ...}`` about the
-    same pictures: each is a row of its own. A column of pictures is taken for ``image`` if there is one and no other.
-    Classes are told by their names, and up to 20 of them are the ``choices`` of their rows. Of several answers the
-    commonest is taken. What is no column of ours is left out.
+    same pictures: each is a row of its own. A column of pictures is taken for ``image`` if there is one and no other,
+    and in a table a picture may be a path from there. Classes are told by their names, and up to 20 of them are the
+    ``choices`` of their rows. Of several answers the commonest is taken. What is no column of ours is left out.
 
     Args:
         source: a dataset's name on the Hub, a folder that ``datasets`` reads (its own, or pictures in folders called as
@@ -98,6 +98,7 @@ def fetch(
         taken.pop("question", None)
     classes = {ours: features[theirs].names for ours, theirs in taken.items() if hasattr(features[theirs], "names")}
     written, skipped, folder = 0, 0, out.resolve()
+    beside = Path(source).parent.resolve() if Path(source).is_file() else None
     kept: set[str] = set()
     with whole(file) as partial, partial.open("w", encoding="utf-8") as lines:
         bar = tqdm(islice(_read_rows(data, source), limit), total=limit, desc="rows", disable=not progress)
@@ -107,7 +108,7 @@ def fetch(
                 given = {ours: found[theirs] for ours, theirs in taken.items() if found[theirs] is not None}
                 for key in ("image", "images"):
                     if key in given:
-                        given[key] = _saved(given[key], out)
+                        given[key] = _saved(given[key], out, beside)
                         kept.update([given[key]] if isinstance(given[key], str) else given[key])
                 rows = [_answered(row, classes, ask, every_answer) for row in _apart(given)]
                 for row in rows:
@@ -229,13 +230,22 @@ def _answered(
     return row if ask is None else {"question": ask, **row}
 
 
-def _saved(value: Any, out: Path) -> Any:
-    """The path in ``out`` of a picture that was written there, or of several."""
+def _saved(value: Any, out: Path, beside: Path | None) -> Any:
+    """The path in ``out`` of a picture that was written there, or of several.
+
+    Args:
+        value: what a row has: a picture's file or its bytes, or a path.
+        out: the folder.
+        beside: the folder that paths are relative to and may not leave; None where there is none.
+    """
     if isinstance(value, list):
-        return [_saved(one, out) for one in value]
-    if not isinstance(value, dict):
+        return [_saved(one, out, beside) for one in value]
+    if isinstance(value, str) and beside is not None:
+        data = _read(str(image_in(beside, value)))
+    elif isinstance(value, dict):
+        data = value["bytes"] if value.get("bytes") is not None else _read(value["path"])
+    else:
         raise UserError(f"its picture is {value!r:.60}, neither a file nor the bytes of one")
-    data = value["bytes"] if value.get("bytes") is not None else _read(value["path"])
     try:
         with Image.open(io.BytesIO(data)) as image:
             kind = (image.format or "png").lower().replace("jpeg", "jpg")

@@ -287,7 +287,7 @@ def record_of(row: Any, folder: Path, where: str) -> Record:
     return Record(
         prompt=tuple(turns[:-1]),
         answer=answer,
-        images=tuple(_image(path, folder) for path in paths),
+        images=tuple(image_in(folder, path) for path in paths),
         task=task,
         choices=choices,
         where=where,
@@ -396,7 +396,7 @@ def _strings(row: dict[str, Any], key: str) -> list[str]:
     return [str(value) for value in values]
 
 
-def _image(path: str, folder: Path) -> Path:
+def image_in(folder: Path, path: str) -> Path:
     """The absolute path of an image, links followed, which lies inside ``folder``."""
     full = (folder / path).resolve()
     if not full.is_relative_to(folder):

@@ -130,6 +130,18 @@ def test_messages_and_answers_with_their_people(tmp_path):
     assert rows(found.file) == [{"question": "b?", "answer": "red"}]
 
 
+def test_one_layout_of_several_is_taken(tmp_path):
+    messages = [{"role": "user", "content": "a?"}, {"role": "assistant", "content": "A"}]
+    both = Dataset.from_dict({"prompt": ["a?"], "messages": [messages], "short": ["b?"], "answer": ["B"]})
+    both.to_parquet(tmp_path / "a.parquet")
+    found = fetch(tmp_path / "a.parquet", tmp_path / "found", progress=False)
+    assert (rows(found.file), found.left_out) == ([{"messages": messages}], ("prompt", "short", "answer"))
+    told = fetch(tmp_path / "a.parquet", tmp_path / "told", columns={"question": "short"}, progress=False)
+    assert rows(told.file) == [{"question": "b?", "answer": "B"}]
+    asked = fetch(tmp_path / "a.parquet", tmp_path / "asked", ask="c?", progress=False)
+    assert rows(asked.file) == [{"question": "c?", "answer": "B"}]
+
+
 def test_a_table_may_name_its_pictures(tmp_path):
     (tmp_path / "in" / "scans").mkdir(parents=True)
     picture(70).save(tmp_path / "in" / "scans" / "1.png")

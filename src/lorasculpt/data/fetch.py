@@ -28,6 +28,7 @@ from .records import COMMON, LAYOUTS, image_in, record_of
 TABLES = {".parquet": "parquet", ".csv": "csv", ".arrow": "arrow", ".json": "json", ".jsonl": "json"}
 OWN = (*LAYOUTS, *sorted(COMMON - {"id", "model", "meta"}))
 """What a column may be: a part of one of the layouts, or what goes with all of them."""
+TEXTS = "texts"  # a layout that becomes rows of questions and answers
 PICTURES = "images"
 FEW = 20  # classes that a row can list as choices
 
@@ -88,14 +89,7 @@ def fetch(
     if file.exists():
         raise UserError(f"{file} is there already; remove it, or name another folder.")
     data, features = _opened(str(source), subset, split, shuffle)
-    _check_columns(source, list(features), columns, ask)
-    names = {ours: columns.get(ours, ours) for ours in (*OWN, "texts")}
-    taken = {ours: theirs for ours, theirs in names.items() if theirs in features}
-    pictures = [name for name, feature in features.items() if _is_picture(feature)]
-    if not {"image", "images"} & taken.keys() and len(pictures) == 1:
-        taken["image" if _is_one(features[pictures[0]]) else "images"] = pictures[0]
-    if ask is not None:
-        taken.pop("question", None)
+    taken = _columns(source, features, columns, ask)
     classes = {ours: features[theirs].names for ours, theirs in taken.items() if hasattr(features[theirs], "names")}
     written, skipped, folder = 0, 0, out.resolve()
     beside = Path(source).parent.resolve() if Path(source).is_file() else None
@@ -188,23 +182,41 @@ def _is_picture(feature: Any) -> bool:
     return _is_one(feature) or _is_one(getattr(feature, "feature", None))
 
 
-def _check_columns(source: str | Path, there: Sequence[str], columns: Mapping[str, str], ask: str | None) -> None:
+def _columns(
+    source: str | Path, features: Mapping[str, Any], columns: Mapping[str, str], ask: str | None
+) -> dict[str, str]:
+    """Which of their columns are taken, by what they are called here: those of one layout, and what goes with all."""
     for ours, theirs in columns.items():
         if ours not in OWN:
             raise UserError(f"{ours!r} is no column of ours; use {', '.join(OWN)}.")
-        if theirs not in there:
-            raise UserError(f"{source} has no column {theirs!r}; it has {', '.join(there)}.")
-    found = {ours for ours in OWN if columns.get(ours, ours) in there} | ({"question"} if ask is not None else set())
-    if "texts" not in there and not any(layout <= found for layout in LAYOUTS.values()):
+        if theirs not in features:
+            raise UserError(f"{source} has no column {theirs!r}; it has {', '.join(features)}.")
+    names = {ours: columns.get(ours, ours) for ours in (*OWN, TEXTS)}
+    there = {ours for ours, theirs in names.items() if theirs in features} | (
+        {"question"} if ask is not None else set()
+    )
+    named = [
+        layout for layout in LAYOUTS.values() if layout & columns.keys() or (ask is not None and "question" in layout)
+    ]
+    layouts = [*named, {TEXTS}, *LAYOUTS.values()]  # what is told goes before what is found
+    layout = next((keys for keys in layouts if keys <= there), None)
+    if layout is None:
         raise UserError(
-            f"{source} has the columns {', '.join(there)}; say which are the question and the answer, such as "
+            f"{source} has the columns {', '.join(features)}; say which are the question and the answer, such as "
             "question=query,answer=label (--columns), or what is asked everywhere (--ask)."
         )
+    taken = {ours: theirs for ours, theirs in names.items() if theirs in features and ours in COMMON | layout}
+    pictures = [name for name, feature in features.items() if _is_picture(feature)]
+    if not {"image", "images"} & taken.keys() and len(pictures) == 1:
+        taken["image" if _is_one(features[pictures[0]]) else "images"] = pictures[0]
+    if ask is not None:
+        taken.pop("question", None)
+    return taken
 
 
 def _apart(given: dict[str, Any]) -> Iterator[dict[str, Any]]:
     """The rows in one: each of several ``texts`` about the same pictures is one."""
-    texts = given.pop("texts", None)
+    texts = given.pop(TEXTS, None)
     if texts is None:
         yield given
         return

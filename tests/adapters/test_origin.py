@@ -100,13 +100,13 @@ def test_a_base_that_holds_the_update_is_not_kept(tmp_path):
 
 def test_numbers_are_those_of_the_matrix():
     weight = torch.arange(35.0).view(5, 7)
-    assert kept({"w": weight}, "b") == {
+    assert kept([("w", weight)], "b") == {
         "schema": 1,
         "base": "b",
         "dtype": "float32",
         "weights": {"w": [weight[0, 0], weight[1, 2], weight[2, 4], weight[4, 6]]},
     }
-    assert kept({"w": torch.ones(1, 2), "v": torch.ones(2, 1).half()})["dtype"] == "float16"
+    assert kept([("w", torch.ones(1, 2)), ("v", torch.ones(2, 1).half())])["dtype"] == "float16"
 
 
 def test_quantised_weights_are_not_compared(adapter):

@@ -7,7 +7,7 @@ tell: a folder is moved, and a model is trained further or replaced under its na
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -38,14 +38,13 @@ def origin(model: nn.Module, name: str | None = None, *, frozen: bool = False) -
     """
     ends = [part() for part in (getattr(model, f"get_{side}put_embeddings", None) for side in ("in", "out")) if part]
     vocabulary = [part.weight for part in ends if part is not None]
-    named = {
-        WRAPPED.sub("", key): weight
+    named = (
+        (WRAPPED.sub("", key), weight)
         for key, weight in model.named_parameters()
-        if comparable(weight)
-        and not OTHERS.search(key)
+        if not OTHERS.search(key)
         and not (weight.is_meta or sharded(weight) or (frozen and weight.requires_grad))
         and not any(weight is known for known in vocabulary)
-    }
+    )
     return kept(named, name)
 
 
@@ -54,12 +53,18 @@ def comparable(weight: Tensor) -> bool:
     return weight.ndim == 2 and weight.is_floating_point() and weight.dtype.itemsize > 1
 
 
-def kept(named: Mapping[str, Tensor], name: str | None = None) -> dict[str, Any]:
-    """The contents of ``base.json`` for the matrices ``named`` of the base ``name``."""
-    dtypes = {weight.dtype for weight in named.values()} or {torch.float32}
-    coarsest = str(max(dtypes, key=lambda dtype: torch.finfo(dtype).eps)).removeprefix("torch.")
-    weights = {key: numbers(weight) for key, weight in named.items()}
-    return {"schema": 1, "base": name, "dtype": coarsest, "weights": weights}
+def kept(named: Iterable[tuple[str, Tensor]], name: str | None = None) -> dict[str, Any]:
+    """The contents of ``base.json`` for those that are `comparable` of the weights ``named``, of the base ``name``.
+
+    They are taken one by one: together they may be larger than the memory.
+    """
+    coarsest, weights = torch.float64, {}
+    for key, weight in named:
+        if comparable(weight):
+            coarsest = max(coarsest, weight.dtype, key=lambda dtype: torch.finfo(dtype).eps)
+            weights[key] = numbers(weight)
+    dtype = str(coarsest if weights else torch.float32).removeprefix("torch.")
+    return {"schema": 1, "base": name, "dtype": dtype, "weights": weights}
 
 
 def write_origin(folder: Path, record: dict[str, Any]) -> None:
@@ -130,10 +135,10 @@ def differing(one: dict[str, Any], other: dict[str, Any]) -> list[str]:
     least = SMALLEST if step else 0.0
     return [
         key
-        for key, numbers in one["weights"].items()
+        for key, values in one["weights"].items()
         if key in other["weights"]
         and any(
-            abs(a - b) > step * max(abs(a), abs(b)) + least for a, b in zip(numbers, other["weights"][key], strict=True)
+            abs(a - b) > step * max(abs(a), abs(b)) + least for a, b in zip(values, other["weights"][key], strict=True)
         )
     ]
 

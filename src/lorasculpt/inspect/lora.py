@@ -23,7 +23,7 @@ from torch import Tensor
 
 from .. import files
 from ..adapters.load import check_family
-from ..adapters.origin import check_same, comparable, kept, recorded
+from ..adapters.origin import check_same, kept, recorded
 from ..adapters.plain import Pair, read_adapter
 from ..console import numbers
 from ..errors import UserError
@@ -130,9 +130,7 @@ def inspect(adapter_folder: str | Path, base: str | Path | None = None) -> Inspe
         check_family(adapter.folder, told.get("model_type"), told.get("architectures") or [])
     keys = weights.match(pair.name for pair in adapter.pairs) if weights else {}
     if weights is not None and (said := recorded(adapter.folder)) is not None:
-        read = {f"{name}.weight": weights.read(key) for name, key in keys.items()}
-        plain = {name: weight for name, weight in read.items() if comparable(weight)}
-        check_same(adapter.folder, said, kept(plain))
+        check_same(adapter.folder, said, kept((f"{name}.weight", weights.read(key)) for name, key in keys.items()))
     layers = []
     for pair in adapter.pairs:
         against = _against(pair, weights, keys[pair.name], adapter.config) if weights else {}

@@ -227,16 +227,16 @@ def closer(entries: list[Entry]) -> str | None:
         axes = figure.add_subplot(xlabel="target (%)", ylabel="source (%)")
         last = {i: entries[i].curve[-1] for i in found}
         places = {i: (100 * end["target"].value, 100 * end["source"].value) for i, end in last.items()}
+        own = {i: mine(i, _told(entries[i])) for i in found}
         _limits(axes, np.array(list(places.values())))
         for i, place in places.items():
-            own = mine(i, _told(entries[i]))
             for bar in _bars([last[i]]):
-                axes.plot(*zip(*bar, strict=True), color=colour(i), linewidth=1, alpha=0.35, **own)
-            axes.plot(*place, color=colour(i), marker=marker(i), markersize=9, linestyle="none", **own)
+                axes.plot(*zip(*bar, strict=True), color=colour(i), linewidth=1, alpha=0.35, **own[i])
+            axes.plot(*place, color=colour(i), marker=marker(i), markersize=9, linestyle="none", **own[i])
         figure.draw_without_rendering()
         labels = _Labels(axes, [[place] for place in places.values()], [])
         for i, place in places.items():
-            labels.put(entries[i].label, place, colour(i), gap=8, **mine(i, _told(entries[i])))
+            labels.put(entries[i].label, place, colour(i), gap=8, **own[i])
         return svg(figure, "closer", "Those that learned and kept, closer")
 
 
@@ -257,6 +257,8 @@ def tradeoff(entries: list[Entry]) -> str:
         figure = Figure(figsize=(WIDTH, 4.1), layout="constrained")
         axes = figure.add_subplot(xlabel="target: what it was taught (%)", ylabel="source: what it knew (%)")
         few, shown, lined = len(entries) <= 3, drawn(entries), curved(entries)
+        named = set(shown) - set(near(entries)) if len(shown) < len(entries) else set()
+        own = [mine(i, _told(entry)) for i, entry in enumerate(entries)]
         xy = [[(100 * p["target"].value, 100 * p["source"].value) for p in entry.curve] for entry in entries]
         seeds = {
             i: [(100 * run["summary"]["target_after"], 100 * run["summary"]["source_after"]) for run in entries[i].runs]
@@ -268,7 +270,7 @@ def tradeoff(entries: list[Entry]) -> str:
         everything = [*lines, *seeds.values(), *(bar for group in bars.values() for bar in group)]
         _limits(axes, np.array([xy[0][0], *(point for group in everything for point in group)]))
         for i, line in enumerate(lines):
-            style: dict[str, Any] = {"color": colour(i), "marker": marker(i), **mine(i, _told(entries[i]))}
+            style: dict[str, Any] = {"color": colour(i), "marker": marker(i), **own[i]}
             axes.plot(*line[-1], **style, markersize=10 if i in shown else 7, linestyle="none")
             if i in lined:
                 axes.plot(*zip(*line, strict=True), **style, markevery=range(1, len(line)))
@@ -290,12 +292,11 @@ def tradeoff(entries: list[Entry]) -> str:
         labels = _Labels(axes, lines, [bar for group in bars.values() for bar in group])
         labels.put("base", base, INK, gap=9)
         for i, entry in enumerate(entries):
-            own = mine(i, _told(entry))
             places = zip(entry.curve[1:], xy[i][1:], strict=True) if few else ()
             for point, place in places:
-                labels.put(f"{point['strength']:g}", place, colour(i), gap=9 if place is xy[i][-1] else 6, **own)
-            if i in shown and len(shown) < len(entries) and i not in near(entries):
-                labels.put(entry.label, xy[i][-1], colour(i), gap=9, **own)
+                labels.put(f"{point['strength']:g}", place, colour(i), gap=9 if place is xy[i][-1] else 6, **own[i])
+            if i in named:
+                labels.put(entry.label, xy[i][-1], colour(i), gap=9, **own[i])
         return svg(figure, "tradeoff", "Source average against target average over adapter strength")
 
 

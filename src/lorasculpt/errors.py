@@ -1,4 +1,4 @@
-"""The one exception that means *the user can mend this*."""
+"""The one exception that means *the user can mend this*, and what others say in a sentence of its."""
 
 from __future__ import annotations
 
@@ -12,3 +12,9 @@ class UserError(Exception):
 
 class Diverged(UserError):
     """The weights that were trained are not finite any more; the run left no adapter."""
+
+
+def gist(error: Exception, lines: int = 1) -> str:
+    """The first ``lines`` of what ``error`` says, to stand within a sentence; its type where it says nothing."""
+    said = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
+    return " ".join(said[:lines]).rstrip(".")

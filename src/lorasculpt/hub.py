@@ -12,6 +12,7 @@ from pathlib import Path
 from huggingface_hub import HfApi
 
 from .config import RunConfig
+from .errors import gist
 
 
 def on_hub(base: str) -> bool:
@@ -38,7 +39,7 @@ def push(config: RunConfig, adapter: Path) -> None:
         words = f"{config.method['name']}, by lorasculpt"
         hub.upload_folder(repo_id=repo, folder_path=adapter, revision=revision, commit_message=words)
     except Exception as error:  # whatever the Hub and the way there may say: the training is done
-        why = (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")
+        why = gist(error)
         raise config.error(
             "training.arguments.push_to_hub",
             f"did not work ({why}); the adapter is whole in {adapter}: mend that, with hf auth login if need be, and "

@@ -11,7 +11,7 @@ from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
 
-from ..errors import UserError
+from ..errors import UserError, gist
 
 DOWNLOADING = inspect.signature(snapshot_download).parameters
 
@@ -42,7 +42,7 @@ def folder_of(name: str | Path, files: Sequence[str], subfolder: str | None = No
     try:
         return Path(snapshot_download(str(name), **kept, allow_patterns=patterns), inside)
     except Exception as error:  # whatever the Hub and the way there may say
-        why = (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")
+        why = gist(error)
         raise UserError(
             f"{name} is no folder here, and the Hub does not give it ({why}): correct the name, or see to it that you "
             "may read it, with hf auth login."

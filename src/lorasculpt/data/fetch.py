@@ -20,7 +20,7 @@ from typing import Any
 from PIL import Image
 from tqdm import tqdm
 
-from ..errors import UserError
+from ..errors import UserError, gist
 from ..files import whole
 from .images import check_image
 from .records import COMMON, LAYOUTS, image_in, record_of
@@ -156,21 +156,16 @@ def _opened(
         raise
     except Exception as error:  # whatever datasets, the Hub and the way there may say
         raise UserError(
-            f"{source} cannot be read as a dataset ({_why(error)}); correct the name, subset or split."
+            f"{source} cannot be read as a dataset ({gist(error, 2)}); correct the name, subset or split."
         ) from error
     return data, features
-
-
-def _why(error: Exception) -> str:
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
-    return " ".join(lines[:2]).rstrip(".")
 
 
 def _read_rows(data: Iterable[dict[str, Any]], source: str | Path) -> Iterator[dict[str, Any]]:
     try:
         yield from data
     except Exception as error:  # a file that was cut short, or a connection
-        raise UserError(f"{source} cannot be read to its end ({_why(error)}); try again, or --limit it.") from error
+        raise UserError(f"{source} cannot be read to its end ({gist(error, 2)}); try again, or --limit it.") from error
 
 
 def _is_one(feature: Any) -> bool:

@@ -255,8 +255,13 @@ def cell(found: dict[str, float | None], unit: int = 100, digits: int = 1) -> st
     value, high = found["mean"], found["high"]
     if value is None:
         return "-"
-    spread = "" if high is None else f" ±{unit * (high - value):.{digits}f}"
+    spread = "" if high is None else f" {_half(unit * (high - value), digits)}"
     return f"{unit * value:.{digits}f}{spread}"
+
+
+def _half(width: float, digits: int) -> str:
+    """``±2.0``, and ``±94`` from ten on: what is known so badly needs no fraction, and it is two seeds' as a rule."""
+    return f"±{width:.{digits if width < 9.95 else 0}f}"
 
 
 def _ranked(found: dict[str, Any], words: str) -> str:
@@ -273,4 +278,4 @@ def tested(found: dict[str, float | None] | None) -> tuple[str, str]:
     difference, high, p = found["difference"], found["high"], found["p"]
     assert difference is not None  # of two pairs or more everything but t and p is known
     assert high is not None
-    return f"{100 * difference:+.1f} ±{100 * (high - difference):.1f}", chance(p).removeprefix("p ")
+    return f"{100 * difference:+.1f} {_half(100 * (high - difference), 1)}", chance(p).removeprefix("p ")

@@ -44,7 +44,8 @@ results: .venv/.installed-dev
 	$(BIN)/lorasculpt demo results
 	$(BIN)/lorasculpt demo results --target flags
 	$(BIN)/lorasculpt demo results --others
-	$(BIN)/lorasculpt demo tasks
+	$(BIN)/lorasculpt demo results --target tasks
+	$(BIN)/lorasculpt demo results --target sequence
 	$(BIN)/lorasculpt demo study
 	$(BIN)/python scripts/results
 

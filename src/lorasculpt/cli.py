@@ -511,7 +511,7 @@ def demo(
     if context.invoked_subcommand is None:
         from .demo.run import demo as go
 
-        _summary(go(out, target=_target(target), full=full))
+        _summary(go(out, target=_learned(target), full=full))
 
 
 @demo_app.command()
@@ -537,21 +537,32 @@ def results(
     out: Annotated[
         Path | None,
         typer.Option(
-            help="The file to write. Default: results/demo.json, with --target flags results/flags.json, with --others "
+            help="The file to write. Default: results/demo.json, of another target results/TARGET.json, with --others "
             "results/others.json.",
             show_default=False,
         ),
     ] = None,
-    target: Annotated[str, typer.Option(help="What is learned: digits, or flags (harder).")] = "digits",
+    target: Annotated[
+        str,
+        typer.Option(
+            help="What is learned: digits; flags (harder); tasks, these two and a third at once, with the methods that "
+            "are made for several; sequence, the three in turn."
+        ),
+    ] = "digits",
     others: Annotated[bool, typer.Option("--others", help="More baselines, beside LoRA and LoRASculpt.")] = False,
 ) -> None:
     """Make the project's own evidence: LoRA, LoRASculpt and what it is compared with, several seeds (many hours).
 
     Rates are chosen on validation sets. It goes on where it was stopped; what is done can be read at any time.
     """
+    from .demo.results import SEVERAL, TARGETS
     from .demo.results import results as go
 
-    print(f"results: {go(work, out, target=_target(target), others=others)}")
+    if target not in TARGETS:
+        raise UserError(f"there is no target {target!r}; use one of {', '.join(TARGETS)}.")
+    if others and target in SEVERAL:
+        raise UserError(f"--others are beside one task; leave it out, or use another target than {target}.")
+    print(f"results: {go(work, out, target=target, others=others)}")
 
 
 @demo_app.command()
@@ -576,18 +587,7 @@ def study(
     print(f"results: {go(work, out)}")
 
 
-@demo_app.command()
-def tasks(
-    work: Annotated[Path, typer.Option(help="Where the runs go; what is done there is not done again.")] = Path("runs"),
-    out: Annotated[Path, typer.Option(help="The file to write.")] = Path("results/tasks.json"),
-) -> None:
-    """Teach three tasks at once with each multi-task method, and in turn with AM-LoRA and with LoRA (about an hour)."""
-    from .demo.study import tasks as go
-
-    print(f"results: {go(work, out)}")
-
-
-def _target(name: str) -> str:
+def _learned(name: str) -> str:
     from .demo.world import TARGETS
 
     if name not in TARGETS:

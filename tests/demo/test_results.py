@@ -10,12 +10,13 @@ from pathlib import Path
 from types import ModuleType
 
 import pytest
-from commands import done
+from commands import done, refused
 
+from lorasculpt.compare import planned
 from lorasculpt.comparison.plan import Comparison
 from lorasculpt.comparison.table import table
 from lorasculpt.config import RunConfig
-from lorasculpt.demo import results, run
+from lorasculpt.demo import results, run, several
 from lorasculpt.kinds import KINDS
 
 ROOT = Path(__file__).parents[2]
@@ -60,6 +61,33 @@ def test_the_comparison_can_be_made_as_it_is_planned(target, others, tmp_path, m
     assert [path.name for path in first.config.evaluate.source] == ["source_validation.jsonl"]
 
 
+@pytest.mark.parametrize("target", ["tasks", "sequence"])
+def test_so_can_those_of_several_tasks(target, tmp_path, monkeypatch):
+    monkeypatch.setattr(run.base, "folder", lambda: tmp_path)
+    (tmp_path / "data").mkdir()
+    for file in ("kept", "three_tasks", *(f"{task}_{s}" for task in several.TASKS for s in ("few", "held_out"))):
+        row = {"question": f"What is {file}?", "answer": "data", "task": file.removesuffix("_held_out")}
+        (tmp_path / "data" / f"{file}.jsonl").write_text(json.dumps(row) + "\n")
+    config = RunConfig.load(results.plan(tmp_path, target))
+    comparison = planned(config, None, 1, results.rates_of(target), tmp_path / "none.json")
+    methods = {"tasks": several.TOGETHER, "sequence": several.IN_TURN}[target]
+    assert comparison.missing() == [f"test/{label}-seed0" for label in methods]
+    assert {run.rate for run in comparison.tests()} == {several.RATE}
+    names = {run.label: run.config.method["name"] for run in comparison.tests()}
+    assert names["lora"] == "lora"
+    assert names.get("mixlora-prompt", "mixlora") == "mixlora"
+
+
+def test_the_held_out_questions_of_several_tasks_are_no_training_questions():
+    found = several.items()
+    tested = [item for task in several.TASKS for item in found[f"{task}_held_out"]]
+    assert len(found["three_tasks"]) == len(several.TASKS) * several.EACH
+    assert len(tested) == len(several.TASKS) * several.HELD_OUT
+    assert {item.task for item in found["kept"]} == set(several.KEPT)
+    taught, measured = ({item.image for item in some} for some in (found["three_tasks"], [*tested, *found["kept"]]))
+    assert not taught & (measured - {None})
+
+
 @pytest.mark.parametrize(
     ("options", "file"),
     [
@@ -67,6 +95,8 @@ def test_the_comparison_can_be_made_as_it_is_planned(target, others, tmp_path, m
         (("--target", "flags"), "flags"),
         (("--others",), "others"),
         (("--target", "flags", "--others"), "flags-others"),
+        (("--target", "tasks"), "tasks"),
+        (("--target", "sequence"), "sequence"),
     ],
 )
 def test_each_comparison_has_a_file_of_its_own(options, file, monkeypatch):
@@ -77,6 +107,11 @@ def test_each_comparison_has_a_file_of_its_own(options, file, monkeypatch):
     assert f"results: results/{file}.json" in done("demo", "results", *options)
     assert "results: mine.json" in done("demo", "results", "--out", "mine.json", *options)
     assert asked == [Path("results") / f"{file}.json", Path("mine.json")]
+
+
+def test_what_is_no_target_is_told():
+    assert "use one of digits, flags, tasks, sequence" in refused("demo", "results", "--target", "shapes")
+    assert "--others are beside one task" in refused("demo", "results", "--target", "tasks", "--others")
 
 
 @pytest.fixture

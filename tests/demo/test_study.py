@@ -25,8 +25,7 @@ def built(made: dict, folder) -> RunConfig:
     path.write_text(yaml.safe_dump(made))
     config = RunConfig.load(path)
     method = dict(config.method)
-    kind = {"lora": LoraConfig, **METHODS}[method.pop("name")]
-    kind(**method | ({"tasks": ["one"]} if getattr(kind, "multitask", False) else {}))
+    {"lora": LoraConfig, **METHODS}[method.pop("name")](**method)
     return config
 
 
@@ -38,13 +37,6 @@ def test_a_change_changes_what_it_says(label, folder):
         assert config.method[key] == value
     assert config.training.steps == changes.get("steps", run.STEPS)
     assert config.training.lr == changes.get("lr", run.METHODS[name]["lr"])
-
-
-@pytest.mark.parametrize("name", study.TOGETHER)
-def test_three_tasks_at_once(name, folder):
-    config = built(study._several(name, study.TOGETHER[name]), folder)
-    assert [path.name for path in config.evaluate.target] == [f"{task}_held_out.jsonl" for task in study.TASKS]
-    assert (config.evaluate.as_task is not None) == (name == "mtl_lora")
 
 
 def test_a_finished_run_is_not_done_again(folder, monkeypatch):

@@ -1,9 +1,10 @@
-"""The project's own evidence on the demo's base: one `lorasculpt.compare` for each target task.
+"""The project's own evidence on the demo's base: one `lorasculpt.compare` for each target.
 
 ``lorasculpt demo results`` makes ``results/demo.json`` (digits), with ``--target flags`` ``results/flags.json``, with
-``--others`` ``results/others.json`` (digits, more baselines). All it adds to ``lorasculpt compare`` is the data and the
-YAML file, which it leaves in its folder to be read or run. It goes on where it was stopped, be it on another machine:
-what the file has is not done again. The file says whether it is complete.
+``--others`` ``results/others.json`` (digits, more baselines), with ``--target tasks`` and ``--target sequence`` what
+several tasks do (`lorasculpt.demo.several`). All it adds to ``lorasculpt compare`` is the data and the YAML file, which
+it leaves in its folder to be read or run. It goes on where it was stopped, be it on another machine: what the file has
+is not done again. The file says whether it is complete.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ import yaml
 from ..compare import compare
 from ..config import RunConfig
 from ..models.tower import remembering
-from . import world
+from . import several, world
 from .run import METHODS, settings, write_data
 
 RATES = (2e-4, 5e-4, 1.5e-3)
@@ -63,6 +64,8 @@ OTHERS: dict[str, dict[str, Any]] = {label: COMPARED[label] for label in ("lora"
     "osf": {"rates": WHOLE},
     "shira": {},
 }
+SEVERAL = {"tasks": several.together, "sequence": several.in_turn}
+TARGETS = (*world.TARGETS, *SEVERAL)
 
 
 def plan(work: Path, target: str = "digits", *, others: bool = False) -> Path:
@@ -70,11 +73,19 @@ def plan(work: Path, target: str = "digits", *, others: bool = False) -> Path:
 
     ``others`` makes it that of OTHERS, which shares the runs of the methods that both have.
     """
+    made = SEVERAL[target](work) if target in SEVERAL else _single(work, target, OTHERS if others else COMPARED)
+    path = work / (f"{target}-others.yaml" if others else f"{target}.yaml")
+    path.write_text(yaml.safe_dump(made, sort_keys=False))
+    return path
+
+
+def _single(work: Path, target: str, methods: dict[str, dict[str, Any]]) -> dict[str, Any]:
+    """The YAML of the comparison of ``methods`` on one task."""
     write_data(work / "data", target)
     if not (work / "data" / GENERAL).is_file():  # of the drawings and words that the base has seen
         world.write(work / "data", random.Random(GENERAL).sample(world.source_items("train"), 1000), GENERAL)
     made = settings("lora", target=target, output=target, limit=500)
-    made["methods"] = OTHERS if others else COMPARED
+    made["methods"] = methods
     made["data"]["general"] = f"data/{GENERAL}"
     made["training"].pop("lr")  # each label has its own
     made["evaluate"] |= {
@@ -85,9 +96,12 @@ def plan(work: Path, target: str = "digits", *, others: bool = False) -> Path:
         "refine": 5,
         "curve": 400,
     }
-    path = work / (f"{target}-others.yaml" if others else f"{target}.yaml")
-    path.write_text(yaml.safe_dump(made, sort_keys=False))
-    return path
+    return made
+
+
+def rates_of(target: str) -> tuple[float, ...]:
+    """The learning rates of a label that says nothing of them."""
+    return (several.RATE,) if target in SEVERAL else RATES
 
 
 def file_of(target: str = "digits", *, others: bool = False) -> Path:
@@ -98,11 +112,11 @@ def file_of(target: str = "digits", *, others: bool = False) -> Path:
 
 
 def results(work: Path, path: Path | None = None, *, target: str = "digits", others: bool = False) -> Path:
-    """Do what is still missing in ``work`` for the target task ``target`` and write ``path`` (default: `file_of`)."""
+    """Do what is still missing in ``work`` for ``target`` and write ``path`` (default: `file_of`)."""
     path = path or file_of(target, others=others)
     config = RunConfig.load(plan(work, target, others=others))
     with remembering():
-        compare(config, seeds=SEEDS, rates=RATES, out=path)
+        compare(config, seeds=SEEDS, rates=rates_of(target), out=path)
     return path
 
 

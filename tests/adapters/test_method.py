@@ -37,6 +37,7 @@ from lorasculpt import METHODS, Clock, LoRASculptConfig, method_logs
 from lorasculpt.adapters.layers import MaskedLinear, sites
 from lorasculpt.adapters.method import REFUSED, SUPPORTED, looks_sculpted, methods_of
 from lorasculpt.adapters.update import UpdateConfig, updates
+from lorasculpt.models.parts import target_regex
 
 STOCK = {field.name: field for field in dataclasses.fields(LoraConfig)}
 
@@ -67,7 +68,7 @@ OTHER = {
 # --- what is saved --------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("method", ["lorasculpt", "spider"])
+@pytest.mark.parametrize("method", [name for name, row in CASES.items() if row.config.clock])
 def test_an_adapter_that_no_clock_has_seen_says_so(tmp_path, method):
     model, _ = start("llama", method)
     model.save_pretrained(tmp_path / "fresh")  # of a fresh one there is nothing to say
@@ -77,6 +78,15 @@ def test_an_adapter_that_no_clock_has_seen_says_so(tmp_path, method):
     told = f"adapter 'default' was trained without a clock, so not as {method}: give a trainer callbacks="
     with pytest.warns(UserWarning, match=told):
         model.save_pretrained(tmp_path / "trained")
+
+
+@pytest.mark.parametrize(("method", "settings"), [("full", {"select": "all", "round_steps": None}), ("mtl_lora", {})])
+def test_a_method_that_any_loop_trains_needs_none(tmp_path, method, settings):
+    model, _ = start("llama", method, **settings)
+    optimizer = sgd(model)
+    loss(model, texts()[0]).backward()
+    optimizer.step()
+    model.save_pretrained(tmp_path)
 
 
 def test_weights_of_before_pruning_are_saved_and_merged_as_they_act(tmp_path):
@@ -317,6 +327,32 @@ def test_only_the_adapter_that_trains_is_touched(active, idle):
     assert methods_of(model)[idle].step == 0
     assert methods_of(model)[active].pruned
     assert all((~mask).any() for mask in masks(model, active).values())
+
+
+def test_an_adapter_that_came_later_counts_its_own_steps():
+    model, _ = start("llama", prune_step=2)
+    train(model, [texts()] * 3)
+    model.add_adapter("other", CASES["lorasculpt"](target_modules=["q_proj", "v_proj"], prune_step=2))
+    model.base_model.set_adapter(["default", "other"])
+    train(model, [texts()])
+    assert {name: (method.step, method.pruned) for name, method in methods_of(model).items()} == {
+        "default": (4, True),
+        "other": (1, False),
+    }
+    train(model, [texts()])
+    assert methods_of(model)["other"].pruned
+
+
+def test_a_frozen_adapter_beside_the_one_in_training_balances_nothing():
+    model, _ = start("llama", "mosld")
+    model.add_adapter("other", CASES["mosld"](target_modules=target_regex(model, "language")))
+    model.base_model.set_adapter(["default", "other"])
+    for update in updates(model).values():
+        update.requires_grad_(False)
+    train(model, [texts()] * 2)
+    noted = {name: [bool(u.noted) for u in updates(model, name).values()] for name in ("default", "other")}
+    assert not any(noted["default"])
+    assert all(noted["other"])
 
 
 def test_numbers_of_several_adapters_carry_their_names():

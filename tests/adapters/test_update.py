@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import json
 
 import pico
 import pytest
 import torch
+import transformers as hf
 from accelerate.utils import slice_tensors
 from contract import CASES, adapt, equal, sft, start, texts, weights
 from peft import get_peft_model
 from torch import nn
+from torch.nn import functional as F
 
 from lorasculpt import FullConfig, MTLLoRAConfig, SpiderConfig, UserError, load
 from lorasculpt.adapters.context import TASK_IDS
@@ -111,6 +114,72 @@ def test_rows_that_are_no_samples_take_one_task(family, alike, asked):
             return
         with pytest.raises(UserError, match="there use one task in a batch, or scope: language"):
             model(**batch, task=["odd", "even"])
+
+
+def test_a_tower_with_as_many_pictures_as_samples_knows_whose_they_are(asked):
+    """Of two samples one has both pictures: the first picture is not the first sample's."""
+    base, processor = pico.build("llava")
+    model = stirred(adapt(base, "mtl_lora", target_modules=target_regex(base, "all")))
+    with_two = dataclasses.replace(asked[0], images=asked[0].images * 2)
+    table, collate = rows([dataclasses.replace(asked[0], images=()), with_two]), Collator(processor)
+    batch = collate([table[0], table[1]])
+    with torch.no_grad(), pytest.raises(UserError, match="there use one task in a batch, or scope: language"):
+        model(**batch, task=["odd", "even"])
+
+
+@pytest.fixture
+def flattened() -> nn.Module:
+    """A mixture of experts whose shared expert takes the tokens of all rows as one row."""
+    torch.manual_seed(0)
+    config = hf.Qwen2MoeConfig(
+        vocab_size=400,
+        hidden_size=16,
+        intermediate_size=16,
+        moe_intermediate_size=8,
+        shared_expert_intermediate_size=8,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=2,
+        num_experts=2,
+        num_experts_per_tok=1,
+    )
+    return hf.Qwen2MoeForCausalLM(config)
+
+
+SHARED = r".*\.shared_expert\.\w+_proj"
+
+
+def test_rows_that_come_as_one_are_told_apart(flattened):
+    model = stirred(adapt(flattened, "mtl_lora", target_modules=SHARED))
+    found = logits(model, task=["odd", "even"] * 2)
+    for row, task in enumerate(["odd", "even"] * 2):
+        torch.testing.assert_close(found[row : row + 1], logits(model, IDS[row : row + 1], task=task))
+    assert not torch.allclose(logits(model, task="odd"), logits(model, task="even"), atol=1e-4)
+    expected = generate(model, IDS[1:2], task="even", **GREEDY)
+    assert torch.equal(generate(model, IDS, task=["odd", "even"] * 2, **GREEDY)[1:2], expected)
+
+
+@pytest.mark.parametrize("method", ["mosld", "malora", "smora", "loramoe"])
+def test_padding_of_rows_that_come_as_one_is_not_routed(method, flattened):
+    """What is noted of a batch does not depend on how far it is padded."""
+    model = stirred(adapt(flattened, method, target_modules=SHARED)).train()
+    ids = IDS[:2]
+    padded = {"input_ids": F.pad(ids, (5, 0)), "attention_mask": F.pad(torch.ones_like(ids), (5, 0))}
+    noted = []
+    for given in ({"input_ids": ids, "attention_mask": torch.ones_like(ids)}, padded):
+        model.zero_grad()
+        for update in updates(model).values():
+            update.noted = {}
+        model(**given, task=["odd", "even"] if method == "loramoe" else None).logits.sum().backward()
+        noted.append([update.noted for update in updates(model).values()])
+    for plain, more in zip(*noted, strict=True):
+        assert plain["tokens"] == more["tokens"] == ids.numel()
+        torch.testing.assert_close(plain["loss"], more["loss"], rtol=1e-4, atol=1e-6)
+
+
+def test_an_adapter_for_each_row_is_refused(model):
+    with pytest.raises(UserError, match="adapter_names, an adapter for each row, is for LoRA alone"):
+        model(input_ids=IDS, task="odd", adapter_names=["default"] * 4)
 
 
 def test_tasks_of_an_earlier_pass_are_forgotten(model):

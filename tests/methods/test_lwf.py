@@ -228,6 +228,26 @@ def test_with_weight_0_it_is_lora_bit_for_bit():
     assert method_logs(model) == {}
 
 
+@pytest.mark.parametrize("saved", ["multi_modal_projector", "embed_tokens", "lm_head"])
+def test_what_is_saved_beside_the_adapter_is_held_back_too(saved, asked):
+    base, processor = pico.build("llava")
+    with torch.no_grad():
+        base.get_output_embeddings().weight.mul_(20)
+    model = adapt(base, "lwf", modules_to_save=[saved], temperature=1.0).train()
+    given = batches(processor, asked, 2)[0]
+    shifted = (given["labels"][:, 1:] != -100).nonzero(as_tuple=True)
+    with torch.no_grad():
+        before = model(**given).logits[shifted].log_softmax(-1)
+        for name, parameter in model.named_parameters():
+            if "modules_to_save" in name:
+                parameter.add_(0.2 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(1)))
+        after = model(**given).logits[shifted].log_softmax(-1)
+    expected = float(F.kl_div(after, before, reduction="batchmean", log_target=True))
+    _, logs = gradients(model, [given])
+    assert expected > 1e-3
+    assert logs["distillation"] == pytest.approx(expected, rel=1e-3)
+
+
 def test_a_larger_weight_stays_nearer_to_the_base():
     found = []
     for weight in (0.0, 1.0, 10.0):

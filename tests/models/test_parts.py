@@ -43,6 +43,17 @@ def outline(family: str) -> nn.Module:
         return getattr(hf, CLASSES[family])(config)
 
 
+@pytest.mark.filterwarnings("ignore")
+def test_routers_and_gates_of_one_output_are_left_out():
+    """Llama 4's router is a linear that returns two things, and Qwen's shared expert has a gate of one output."""
+    llama4 = linears(outline("llama4"), "language")
+    assert not any("router" in name for name in llama4)
+    assert any(name.endswith("feed_forward.shared_expert.up_proj") for name in llama4)
+    qwen = linears(outline("qwen3_5_moe"), "language")
+    assert not any(name.endswith("shared_expert_gate") for name in qwen)
+    assert any(name.endswith("shared_expert.up_proj") for name in qwen)
+
+
 @pytest.mark.filterwarnings("ignore")  # what a family's default configuration warns about is not the matter here
 @pytest.mark.parametrize("family", sorted(FAMILIES.keys() - NEED_TIMM))
 def test_the_table_names_modules_that_exist(family: str) -> None:

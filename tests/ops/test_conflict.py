@@ -112,6 +112,14 @@ def test_a_typical_entry_of_a_random_matrix():
     assert float(typical) == pytest.approx(np.tanh(1 / np.log(512 / 0.6745)), rel=1e-2)  # 0.6745: median of |N(0, 1)|
 
 
+def test_a_weight_of_zeros_is_as_light_as_can_be():
+    """A block that was put into a model untrained, as LLaMA-Pro does."""
+    found = awareness(torch.zeros(2, 3), torch.zeros(()), 1.0)
+    assert torch.equal(found, awareness(torch.zeros(2, 3), 7.0, 1.0))
+    assert torch.equal(found, awareness(torch.zeros(2, 3), 0.0, 1.0))
+    assert found.isfinite().all()
+
+
 def test_awareness_grows_with_the_weight_and_with_omega():
     magnitudes = torch.logspace(-8, 0, 50)[None]
     values = awareness(magnitudes, 1.0, 1.0)

@@ -187,7 +187,7 @@ class Clock:
             for method in self.methods.values():
                 method.gradient = norms
         for method in self.methods.values():
-            method.after_step(self.step)
+            method.after_step(method.step + 1)  # one that was added later has taken fewer
 
     def state_dict(self) -> dict[str, Any]:
         """The step, and what every method needs to go on."""

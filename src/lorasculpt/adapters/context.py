@@ -28,6 +28,7 @@ class Context:
     Attributes:
         tasks: the task of each sample as given: names, or ids (batch,); one name stands for the whole batch.
         batch: how many rows the language model gets: samples, times beams or returned sequences.
+        length: how many tokens each of them has in this pass.
         padding: (batch, keys) True where a token is real, over all the keys that attention sees; None: all are real.
         prompt: (batch, length) True where a token belongs to the prompt, where labels tell; None: they do not.
         decoding: whether keys of earlier tokens come from a cache.
@@ -39,6 +40,7 @@ class Context:
     def __init__(self) -> None:
         self.tasks: Tasks | None = None
         self.batch: int | None = None
+        self.length: int | None = None
         self.padding: Tensor | None = None
         self.prompt: Tensor | None = None
         self.decoding = False
@@ -46,6 +48,9 @@ class Context:
         self.weight = torch.ones(())
         self.recorder: Callable[[str, Tensor, Tensor | None], None] | None = None
         self._span: tuple[int, int] | None = None  # the smallest and the largest of the ids, where tasks are ids
+        self._pictured: bool | None = None  # whether every sample has a picture; None: nobody has asked
+        self._words: Tensor | None = None  # (batch, length) the ids of this pass's tokens, where it is given any
+        self._image: int | None = None  # the id that stands for pictures
         self._held: Tasks | None = None  # the tasks of a whole generation
         self._passes: int | None = None  # of the generation under way, so far
         self._undo: list[Callable[[], None]] = []
@@ -74,6 +79,10 @@ class Context:
         words = next((kwargs[key] for key in ("input_ids", "inputs_embeds") if kwargs.get(key) is not None), None)
         words = args[0] if args and words is None else words
         self.batch = len(words) if isinstance(words, Tensor) else None
+        self.length = words.shape[1] if isinstance(words, Tensor) and words.dim() > 1 else None
+        self._words = words if isinstance(words, Tensor) and not words.is_floating_point() else None
+        config, self._pictured = getattr(model, "config", None), None
+        self._image = getattr(config, "image_token_id", getattr(config, "image_token_index", None))
         mask = kwargs.get("attention_mask")
         self.padding = mask.bool() if isinstance(mask, Tensor) and mask.dim() == 2 else None
         labels = kwargs.get("labels")
@@ -95,8 +104,11 @@ class Context:
 
     # --- what layers ask --------------------------------------------------------------------------------------------
 
-    def task_ids(self, x: Tensor, known: Sequence[str]) -> Tensor:
+    def task_ids(self, x: Tensor, known: Sequence[str], language: bool = True) -> Tensor:
         """The task of every row of ``x`` (rows, ...) as its place in ``known``: (rows,).
+
+        ``language``: whether ``x`` is of a layer of the language model, whose rows are samples. Elsewhere they are
+        pictures or tiles of these, and are those of the samples only if each sample has one.
 
         Raises:
             UserError: if there is no task, an unknown one, or not one for every row.
@@ -118,21 +130,38 @@ class Context:
             if unknown:
                 raise UserError(f"there is no task {unknown[0]!r}; this adapter knows the names {listed}.")
             ids = torch.tensor([known.index(name) for name in names], device=x.device)
-        return self._rows(ids, x)
+        return self._rows(ids, x, language)
 
-    def _rows(self, ids: Tensor, x: Tensor) -> Tensor:
+    def _rows(self, ids: Tensor, x: Tensor, language: bool) -> Tensor:
         """One id for every row of ``x``: beams and returned sequences follow their sample."""
         rows, samples = x.shape[0], len(ids)
-        if rows == samples:
+        if rows == samples and (language or self._all_pictured()):
             return ids
         if samples == 1 or bool((ids == ids[0]).all()):
             return ids[:1].expand(rows)
-        if rows == self.batch and rows % samples == 0:
+        if language and rows == self.batch and rows % samples == 0:
             return ids.repeat_interleave(rows // samples)
         raise UserError(
             f"{samples} tasks were given for {rows} rows: give one for each sample. In a layer outside the language "
             "model rows are not samples, so there use one task in a batch, or scope: language."
         )
+
+    def _all_pictured(self) -> bool:
+        """Whether every sample of this pass is known to have a picture: if there are as many, each has one."""
+        if self._pictured is None:
+            words, image = self._words, self._image
+            known = words is not None and image is not None
+            self._pictured = known and bool(torch.eq(words, image).any(1).all())
+        return self._pictured
+
+    def apart(self, x: Tensor) -> Tensor:
+        """``x`` of a layer of the language model as (rows, length, features), also where all rows come as one.
+
+        The experts that all tokens share in a mixture of experts take them so.
+        """
+        if x.dim() != 2 or not self.batch or not self.length or len(x) != self.batch * self.length:
+            return x
+        return x.unflatten(0, (self.batch, self.length))
 
     def real(self, x: Tensor) -> Tensor | None:
         """(rows, length) True where a token of ``x`` (rows, length, features) is real; None if all are."""

@@ -25,6 +25,9 @@ class DenseUpdate(Update):
     def forward(self, x: Tensor) -> Tensor:
         return F.linear(x, self.D)
 
+    def moved(self) -> bool:
+        return bool(self.D.detach().any())
+
     def weight(self, task: int | None = None) -> Tensor:
         return self.D
 

@@ -11,6 +11,7 @@ import copy
 import dataclasses
 import json
 import re
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -26,6 +27,8 @@ from peft.utils import CONFIG_NAME, TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_M
 from peft.utils.other import transpose
 from torch import Tensor, nn
 
+from ..errors import UserError
+from ..models.parts import in_language
 from ..ops.routing import switch_balance, token_sums
 from .carrier import across, carry
 from .context import Context
@@ -36,13 +39,17 @@ from .method import SETTINGS_FILE, Method, MethodConfig, Methods, read_record, r
 
 @dataclasses.dataclass(frozen=True)
 class Place:
-    """Where an update sits: ``name`` in the base model, its features, and its ``layer`` of how many ``layers``."""
+    """Where an update sits: ``name`` in the base model, its features, and its ``layer`` of how many ``layers``.
+
+    ``language``: whether it lies in the language model, so that the rows it gets are samples.
+    """
 
     name: str
     in_features: int
     out_features: int
     layer: int | None = None
     layers: int | None = None
+    language: bool = True
 
 
 class Update(nn.Module):
@@ -104,7 +111,7 @@ class Update(nn.Module):
 
     def task_ids(self, x: Tensor) -> Tensor:
         """(rows,) the task of every row of ``x``, as its place in ``config.tasks``."""
-        return self.context.task_ids(x, self.config.tasks)
+        return self.context.task_ids(x, self.config.tasks, self.place.language)
 
     def routed(self, output: Tensor, gate: Tensor, loss: Tensor | None = None) -> Tensor:
         """``output``, with what its routing was noted and ``loss`` on its way to the router.
@@ -114,8 +121,8 @@ class Update(nn.Module):
             gate: (..., experts) the weight of every expert for every token (or for every row), at least 0.
             loss: the auxiliary loss of this micro-batch in fp32, already weighted, of the batch of all processes.
         """
-        watched = self.context.recorder is not None
-        if not (watched or (self.training and torch.is_grad_enabled())):
+        watched, learning = self.context.recorder is not None, self._learning()
+        if not (watched or learning):
             return output
         with torch.no_grad():
             load, real = gate.detach().float(), self.context.real(output)
@@ -124,7 +131,7 @@ class Update(nn.Module):
         if self.context.recorder is not None:
             per_row = load.sum(1) if load.dim() == 3 else load
             self.context.recorder(self.place.name, per_row, self._recorded_tasks(per_row))
-        if not (self.training and torch.is_grad_enabled()):
+        if not learning:
             return output
         with torch.no_grad():
             flat = load.flatten(0, -2)
@@ -143,12 +150,20 @@ class Update(nn.Module):
             gate: (..., experts), 0 for the experts that a token is not sent to.
             probability: (..., experts) the softmax over all experts.
         """
-        if not (weight and self.training and torch.is_grad_enabled()):
+        if not (weight and self._learning()):
             return None  # an answer has no other process to wait for
         real, experts = self.context.real(gate), gate.shape[-1]
         chosen, tokens = token_sums((gate > 0).to(probability), real)
         sums = across(torch.cat([chosen, token_sums(probability, real)[0], tokens[None]]))
         return weight * switch_balance(*sums.split([experts, experts, 1]))
+
+    def _learning(self) -> bool:
+        """Whether this pass is one of its training: a frozen adapter beside the one in training has no part in it."""
+        return self.training and torch.is_grad_enabled() and any(p.requires_grad for p in self.parameters())
+
+    def moved(self) -> bool:
+        """Whether it was trained since it was made or loaded; of an update that routes its backward passes tell."""
+        return bool(self.noted)
 
     def _recorded_tasks(self, x: Tensor) -> Tensor | None:
         return self.task_ids(x) if self.config.tasks and self.context.tasks is not None else None
@@ -175,7 +190,7 @@ class UpdateMethod(Method):
         return [parameter for update in self.updates.values() for parameter in update.parameters()]
 
     def moved(self):
-        return False  # what a fresh one is differs from method to method
+        return any(update.moved() for update in self.updates.values())
 
     def open(self, weight):
         self.context.weight.fill_(weight)
@@ -318,8 +333,9 @@ class UpdateLayer(nn.Module, BaseTunerLayer):
         for adapter in self.active_adapters:
             if adapter in self.lora_update:
                 update = self.lora_update[adapter]
-                dtype = next(update.parameters()).dtype
-                output = output + update(self._cast_input_dtype(x, dtype)).to(output.dtype)
+                given = self._cast_input_dtype(x, next(update.parameters()).dtype)
+                given = update.context.apart(given) if update.place.language else given
+                output = output + update(given).reshape(output.shape).to(output.dtype)
         return output
 
     def _freeze_non_trainable_peft_weights(self, adapter_names=None) -> None:
@@ -402,7 +418,8 @@ class UpdateModel(Methods):
                 f"{current_key} is a {type(base).__name__}, which {type(peft_config).__name__} cannot adapt: target "
                 "linear layers only."
             )
-        place = Place(current_key, features[0], features[1], *_depth(self.model, current_key))
+        language = in_language(self.model, current_key)
+        place = Place(current_key, features[0], features[1], *_depth(self.model, current_key), language)
         update = peft_config.update(peft_config, place, self.context, base)
         if isinstance(target, UpdateLayer):
             target.add(adapter_name, update)
@@ -413,6 +430,14 @@ class UpdateModel(Methods):
         adapted = UpdateLayer(target)
         adapted.add(adapter_name, update)
         self._replace_module(parent, target_name, adapted, target)
+
+    @contextmanager
+    def _enable_peft_forward_hooks(self, *args, **kwargs):
+        if kwargs.get("adapter_names") is not None:
+            raise UserError(
+                "adapter_names, an adapter for each row, is for LoRA alone: set_adapter chooses one for the batch."
+            )
+        yield
 
     def _unload_and_optionally_merge(self, merge=True, *args, **kwargs):
         if merge:

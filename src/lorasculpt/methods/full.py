@@ -122,6 +122,9 @@ class Full(UpdateMethod):
             for name, update in self.updates.items():
                 update.D.mul_(self._mask(name, update))  # (2), where D is 0 off the mask
 
+    def moved(self):
+        return self.config.select != "all" and super().moved()  # all of it is trained by any loop
+
     def _mask(self, name: str, update: Update) -> Tensor:
         if name not in self._masks:
             self._masks[name] = sharded_like(small(update.base_weight(), self.config.share), update.D)  # (4)

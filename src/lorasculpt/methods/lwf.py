@@ -34,6 +34,7 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
+from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import Tensor
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
@@ -66,12 +67,17 @@ class LwF(Method):
         self.teacher = Teacher(self.base, self._body(), self._compare) if self.config.weight else None
 
     def _body(self):
-        """What is run twice: the language model if all adapters are inside, or else everything but the head."""
+        """What is run twice: the language model if all that is trained is inside, or else everything but the head.
+
+        What a modules_to_save holds may act before it, as embeddings and projectors do.
+        """
+        head = self.base.get_output_embeddings()
+        saved = [m for m in self.base.modules() if isinstance(m, AuxiliaryTrainingWrapper) and m is not head]
         try:
             language = parts(self.base).language
         except UserError:  # a family that nobody knows
             language = None
-        if language and all(name.startswith(f"{language}.") for name in self.sites):
+        if language and not saved and all(name.startswith(f"{language}.") for name in self.sites):
             return self.base.get_submodule(language)
         return self.base.base_model
 

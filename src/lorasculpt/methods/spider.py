@@ -114,9 +114,6 @@ class Spider(UpdateMethod):
     def state(self):
         return super().state()[0], {name: G.to("cpu", copy=True) for name, G in self.sums.items()}
 
-    def moved(self):
-        return any(bool(update.D.detach().any()) for update in self.updates.values())
-
     def has_tensors(self, values):
         return values["step"] > 0
 

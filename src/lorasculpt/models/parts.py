@@ -93,7 +93,8 @@ def parts(model: nn.Module) -> Parts:
 def linears(model: nn.Module, scope: str) -> dict[str, nn.Linear]:
     """The linear layers of a scope by their full names in the base model, in its order; never the head.
 
-    Under PEFT an adapted layer is named and returned as it was before it was adapted.
+    Routers and gates of one output are left out: a low rank of them means nothing. Under PEFT an adapted layer is named
+    and returned as it was before it was adapted.
 
     Args:
         scope: ``"language"``, ``"vision"``, ``"projector"`` or ``"all"``, which is the three together.
@@ -112,6 +113,8 @@ def linears(model: nn.Module, scope: str) -> dict[str, nn.Linear]:
         # nn.MultiheadAttention reads the weight of its out_proj and never calls it, so an adapter there does nothing
         and not isinstance(layer, NonDynamicallyQuantizableLinear)
         and layer is not head
+        and layer.out_features > 1
+        and not type(layer).__name__.endswith("Router")  # Llama 4's is a linear that returns two things
         and (part := _part(name, names)) is not None
         and scope in (part, "all")
     }
@@ -133,6 +136,14 @@ def target_regex(model: nn.Module, scope: str) -> str:
     if {name for name in everything if re.fullmatch(pattern, name)} != wanted:
         raise UserError(f"no pattern matches exactly the {scope} layers of this model; list them in target_modules")
     return pattern
+
+
+def in_language(model: nn.Module, name: str) -> bool:
+    """Whether ``name`` lies in the language part of the base ``model``, as all does in a model that is not known."""
+    try:
+        return _inside(name, parts(model).language) if isinstance(model, PreTrainedModel) else True
+    except UserError:
+        return True
 
 
 def _base(model: nn.Module) -> PreTrainedModel:

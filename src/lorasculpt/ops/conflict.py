@@ -25,10 +25,10 @@ def awareness(weight: Tensor, norm: Tensor | float, omega: float) -> Tensor:
 
     Args:
         weight: rows of W, (rows, n).
-        norm: ||W||_F of the *whole* matrix.
+        norm: ||W||_F of the *whole* matrix. Where it is 0, of an untrained block, M is that of a weight of 0.
         omega: steepness, > 0; 1 in the paper's code.
     """
-    magnitude = (weight.float() / norm).abs() + EPS
+    magnitude = (weight.float() / (norm + (norm == 0))).abs() + EPS
     return torch.tanh(omega * (1 / torch.log(magnitude)).abs())
 
 

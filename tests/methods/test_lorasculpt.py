@@ -105,7 +105,7 @@ def test_the_defaults_are_those_of_the_released_code():
 
 def test_an_impossible_density_is_refused_before_training():
     model = llama(density=0.001)
-    with pytest.raises(ValueError, match="keeps no entry"):
+    with pytest.raises(ValueError, match=r"self_attn\.\w+: a density of \S+ keeps no entry"):
         Clock(model, sgd(model))
 
 

@@ -83,7 +83,7 @@ def correlation(before: Scores, after: Scores) -> float:
     return float(both[0, 1] / spread) if spread > 0 else 0.0
 
 
-def combined(formula: Formula, first: Estimate, second: Estimate, correlation: float = 0.0) -> list[float]:
+def combined(formula: Formula, first: Estimate, second: Estimate, rho: float = 0.0) -> list[float]:
     """95 % interval of ``formula(first, second)``: what it comes to on the ellipse that their two intervals span.
 
     The ellipse leans as the estimates are correlated. Of a sum the ends are those of MOVER: the squares of both halves
@@ -92,7 +92,7 @@ def combined(formula: Formula, first: Estimate, second: Estimate, correlation: f
     Args:
         formula: of two arrays.
         first, second: ``(value, low, high)`` of each.
-        correlation: of the two estimates.
+        rho: correlation of the two estimates.
 
     References:
         Zou and Donner, "Construction of confidence limits about effect measures: a general approach", Statistics in
@@ -101,7 +101,7 @@ def combined(formula: Formula, first: Estimate, second: Estimate, correlation: f
     """
     angle = np.linspace(0, 2 * np.pi, 721)
     x = np.cos(angle)
-    y = correlation * x + math.sqrt(max(0.0, 1 - correlation**2)) * np.sin(angle)
+    y = rho * x + math.sqrt(max(0.0, 1 - rho**2)) * np.sin(angle)
 
     def moved(estimate: Estimate, by: np.ndarray) -> np.ndarray:
         value, low, high = estimate

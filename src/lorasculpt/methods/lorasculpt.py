@@ -64,8 +64,12 @@ class Sculpt(Method):
         self._norms: dict[str, Tensor] = {}
         self._cmr: dict[str, float] = {}
         self._density: dict[str, float] = {}
-        for leaf, density in self._leaves():
-            kept(leaf.weight.numel(), density)  # an impossible density is refused before training, not at step T_0
+        for name, site in self.sites.items():  # an impossible density is refused before training, not at step T_0
+            for leaf, density in self._pair(site):
+                try:
+                    kept(leaf.weight.numel(), density)
+                except ValueError as error:
+                    raise ValueError(f"{name}: {error}") from None
         language = [name for name in self.sites if not _in_connector(name)]
         if config.cmr_weight and language and not self._penalised():
             names = sorted({name.rpartition(".")[2] for name in language})
@@ -79,9 +83,10 @@ class Sculpt(Method):
     def _leaves(self) -> Iterator[tuple[nn.Linear, float]]:
         """Every masked leaf of equation (1), which PEFT computes through them, with the density it is pruned to."""
         for site in self.sites.values():
-            density_a, density_b = self.config.densities(site.a.weight.shape[0])
-            yield site.a, density_a
-            yield site.b, density_b
+            yield from self._pair(site)
+
+    def _pair(self, site: Site) -> Iterator[tuple[nn.Linear, float]]:
+        return zip((site.a, site.b), self.config.densities(site.a.weight.shape[0]), strict=True)
 
     def begin(self, total_steps):
         if self.prune_step is None:

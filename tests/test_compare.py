@@ -33,6 +33,7 @@ from lorasculpt.posthoc.edits import delta_of
 from lorasculpt.provenance import versions
 from lorasculpt.report import report
 from lorasculpt.run import records
+from lorasculpt.run.folder import write_record
 from lorasculpt.sequence import transfer
 from lorasculpt.train import train
 
@@ -116,6 +117,29 @@ def test_a_stopped_comparison_goes_on(run, tmp_path, monkeypatch):
     assert sparse["time"]["mean"] > 0
     assert str(tmp_path) not in (tmp_path / "all.json").read_text()
     assert "lorasculpt" in report(tmp_path / "all.json", tmp_path / "page").read_text()
+
+
+def test_rows_that_were_changed_make_no_part_of_a_comparison(run, tmp_path, monkeypatch):
+    """What is trained on: all anew. What is asked: measured anew, with the adapters that are there."""
+    config, options = run(), {"seeds": 1, "rates": [0.01], "progress": False}
+    path = compare.compare(config, ["lora"], **options)
+    first = json.loads(path.read_text())["runs"][0]
+    test, data = tmp_path / "test" / "train.jsonl", tmp_path / "data" / "train.jsonl"
+    asked, taught = test.read_text(), data.read_text()
+    test.write_text(asked.replace("What", "Which"))
+    with monkeypatch.context() as patch:
+        patch.setattr("lorasculpt.train.SFTTrainer", lambda **_: pytest.fail("trained again"))
+        second = json.loads(compare.compare(config, ["lora"], **options).read_text())["runs"][0]
+    assert second["questions"] != first["questions"]
+    assert second["data"] == first["data"]
+    shutil.rmtree(config.output / "test")
+    assert planned(config, ["lora"], 1, [0.01], path).missing() == []
+    test.write_text(asked)
+    assert planned(config, ["lora"], 1, [0.01], path).missing() == ["test/lora-seed0"]
+    compare.compare(config, ["lora"], **options)
+    data.write_text(taught.replace("What", "Which"))
+    with pytest.raises(UserError, match=r"data has other rows than .*lora-lr0\.01-seed0 was trained on; name another"):
+        compare.compare(config, METHODS, **options)
 
 
 def test_the_results_file_alone_is_enough_to_go_on_from(labelled, tmp_path, capsys, monkeypatch):
@@ -373,7 +397,7 @@ def measured_by(scores, **fields):
         made = entry(config.method["name"], *scores(rate), config.seed, lr=rate, **fields)
         made["settings"] = shape(config)
         config.output.mkdir(parents=True, exist_ok=True)
-        (config.output / "run.yaml").write_text(config.to_yaml())
+        write_record(config)
         content = {"schema": 1, "versions": versions(), "runs": [made]}
         (config.output / "results.json").write_text(json.dumps(content))
         return config.output / "results.json"

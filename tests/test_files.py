@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 from contextlib import contextmanager, suppress
 from pickle import UnpicklingError
 
@@ -17,6 +18,7 @@ from safetensors.torch import load_file, save_file
 from lorasculpt import UserError, files
 from lorasculpt.adapters.clock import ClockCallback
 from lorasculpt.config import RunConfig
+from lorasculpt.run.folder import HEAD, check_trained
 from lorasculpt.train import train
 
 resource = pytest.importorskip("resource")  # Windows has none
@@ -174,6 +176,83 @@ def test_how_a_run_is_watched_may_change_while_it_stands(run):
     assert train(RunConfig.load(run, ["training.save_every=3", "training.log_every=2"]), progress=False) == adapter
     with pytest.raises(UserError, match=r"holds another run \(training\.lr is another in .*run\.yaml\)"):
         train(RunConfig.load(run, ["training.lr=1e-3"]), progress=False)
+
+
+@pytest.mark.parametrize("settings", [("method.prune_step=400",), ("training.lr=1e36", "training.max_grad_norm=0")])
+def test_nothing_is_removed_that_no_run_has_written(run, settings):
+    """A file called as a run's own record, in the folder where its owner keeps everything."""
+    home = run.parent
+    (home / "notes.txt").write_text("mine")
+    run.write_text("# my run\n" + run.read_text().replace("output: out", "output: ."))
+    before = sorted(home.rglob("*")), run.read_text()
+    assert "run.yaml no run has written; choose an empty folder, such as" in refused("train", run, *settings)
+    assert (sorted(home.rglob("*")), run.read_text()) == before
+    # and beside a run of its own, which it may be
+    out = home / "runs"
+    train(RunConfig.load(run, ["output=runs", "training.save_every=null"]), progress=False)
+    (out / "notes.txt").write_text("mine")
+    for path in (out / "adapter").iterdir():
+        path.unlink()
+    (out / "adapter").rmdir()
+    (out / "run.yaml").write_text(HEAD + RunConfig.load(run, ["output=runs", *settings]).to_yaml())
+    refused("train", run, "output=runs", *settings)
+    assert (out / "notes.txt").read_text() == "mine"
+
+
+def test_a_run_that_was_killed_before_it_wrote_anything_begins(run):
+    out = run.parent / "out"
+    out.mkdir()
+    (out / ".run.yaml.ab12cd34").write_text("base: ha")
+    (out / "mine").write_text("")
+    assert "holds something else" in refused("train", run)
+    (out / "mine").unlink()
+    train(RunConfig.load(run), progress=False)
+    assert not list(out.glob(".run.yaml*"))
+
+
+def test_a_run_may_be_moved_with_its_data(run, tmp_path):
+    here, there = tmp_path / "here", tmp_path / "further" / "there"
+    here.mkdir()
+    shutil.move(run.parent / "data", here / "data")
+    text = run.read_text().replace(str(run.parent / "data"), "data")
+    (here / "run.yaml").write_text(text)
+    train(RunConfig.load(here / "run.yaml", ["training.steps=3"]), progress=False)
+    there.parent.mkdir()
+    here.rename(there)
+    moved = RunConfig.load(there / "run.yaml", ["training.steps=3"])
+    assert train(moved, progress=False) == there / "out" / "adapter"
+    check_trained(moved)
+    shutil.copytree(there / "data", there / "other")
+    other = RunConfig.load(there / "run.yaml", ["training.steps=3", "data.train=other/train.jsonl"])
+    with pytest.raises(UserError, match=r"holds another run \(data\.train is another in"):
+        train(other, progress=False)
+    with pytest.raises(UserError, match=r"data\.train is .*other.*, but .* was trained with"):
+        check_trained(other)
+
+
+def test_other_rows_are_another_run(run, monkeypatch):
+    """Under the same name: what is finished is not theirs, and what was interrupted does not go on with them."""
+    begin = ClockCallback.on_step_begin
+
+    def stop(self, args, state, control, **kwargs):
+        if state.global_step == 2:
+            raise KeyboardInterrupt
+        return begin(self, args, state, control, **kwargs)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(ClockCallback, "on_step_begin", stop)
+        with pytest.raises(KeyboardInterrupt):
+            train(RunConfig.load(run), progress=False)
+    file = run.parent / "data" / "train.jsonl"
+    rows = file.read_text()
+    file.write_text(rows.replace('"red"', '"green"'))
+    assert "data.train has other rows than" in refused("train", run)
+    file.write_text(rows)
+    train(RunConfig.load(run), progress=False)
+    file.write_text(rows.replace('"red"', '"green"'))
+    assert "data.train has other rows than" in refused("train", run)
+    file.unlink()
+    train(RunConfig.load(run), progress=False)
 
 
 def test_the_end_is_no_checkpoint(run):

@@ -15,6 +15,7 @@ from lorasculpt.evaluation import strength
 from lorasculpt.evaluation.budget import within
 from lorasculpt.measure import _curves, measure, retained
 from lorasculpt.models.load import load
+from lorasculpt.run.folder import write_record
 from lorasculpt.run.records import check_metrics, held_out
 from lorasculpt.train import train
 
@@ -188,7 +189,7 @@ def test_what_has_no_such_adapter(run):
         with pytest.raises(UserError, match=words):
             measure(run("method.use_dora=true", "output=dora", *overrides), progress=False)
     whole = run("method.use_dora=true", "output=dora", "evaluate.drift=4", "projector=full")
-    (whole.output / "run.yaml").write_text(whole.to_yaml())
+    write_record(whole)
     with pytest.raises(UserError, match=r"projector.* is full, so there is no drift"):
         measure(whole, progress=False)
 

@@ -21,8 +21,7 @@ from .evaluation.run import ask, scored
 from .evaluation.tasks import Task
 from .files import write_json
 from .provenance import machine
-
-ANSWERS_FILE = "base-answers.json"
+from .run.folder import ANSWERS_FILE
 
 
 def ask_base(

@@ -29,7 +29,7 @@ from .posthoc.files import RECORD
 from .provenance import versions
 from .run.folder import ADAPTER, LOG_FILE, check_trained
 from .run.model import loaded, precision
-from .run.records import check_metrics, check_tasks, drift_prompts, held_out, rehearsed, training_rows
+from .run.records import check_metrics, check_tasks, drift_prompts, held_out, questions, rehearsed, training_rows
 from .run.trainer import PUSHING
 
 RESULTS_FILE, RETAINED = "results.json", "adapter-retained"
@@ -110,6 +110,7 @@ def measure(
     run = {
         **_trained_as(config, training),
         "evaluate": how,
+        "questions": questions([*source, *target]),
         **comparison(before, after),
         **({"drift": drifted} if drifted else {}),
         "curve": points if obstacle is None else [],

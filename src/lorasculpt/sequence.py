@@ -23,7 +23,6 @@ from __future__ import annotations
 import json
 import random
 import re
-import shutil
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from statistics import mean
@@ -43,9 +42,9 @@ from .data.records import read
 from .errors import Diverged, UserError
 from .evaluation import Task, evaluate
 from .evaluation.summary import task_average
-from .files import write_json, write_text
+from .files import write_json
 from .provenance import versions
-from .run.folder import ADAPTER, RUN_FILE, came_to_nothing, check_output, diverged, leave_diverged
+from .run.folder import ADAPTER, came_to_nothing, check_output, clear, diverged, leave_diverged, write_record
 from .run.model import attach, kind_of, loaded, precision, several_processes, thaw_projector
 from .run.records import held_out
 from .switch import add_task
@@ -80,7 +79,7 @@ def learn(config: RunConfig, *, progress: bool = True) -> tuple[Path, Path]:
     check_output(config.output, config)
     measured = _Matrix(config, progress)
     config.output.mkdir(parents=True, exist_ok=True)
-    write_text(config.output / RUN_FILE, config.to_yaml())
+    write_record(config)
     stages = stages_of(config)
     names = [stage.name for stage in config.data.sequence]
     try:
@@ -96,12 +95,14 @@ def learn(config: RunConfig, *, progress: bool = True) -> tuple[Path, Path]:
             following = names[number + 1] if grows and stage is not stages[-1] else None
             measured.after(names[number], adapter, following)
     except Diverged:
-        found = {**(diverged(stage.output) or {}), "task": names[number]}
-        leave_diverged(config, found, alone=not number and came_to_nothing(stage.output))
+        found, nothing = {**(diverged(stage.output) or {}), "task": names[number]}, came_to_nothing(stage.output)
+        if alone := not number and nothing:
+            clear(stage.output)
+        leave_diverged(config, found, alone=alone)
         raise
     except UserError:
         if not any(stage.output.exists() for stage in stages):
-            shutil.rmtree(config.output)  # nothing has run: leave the folder free for the mended file
+            clear(config.output)  # nothing has run: leave the folder free for the mended file
         raise
     return adapter, measured.path
 

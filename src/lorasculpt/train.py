@@ -35,19 +35,22 @@ from .console import say_once
 from .data.batches import Collator, rows
 from .data.records import Record
 from .errors import UserError
-from .files import write_json, write_text
+from .files import write_json
 from .hub import push
 from .models.head import answers_alone
 from .provenance import machine
 from .run.callbacks import Cost, Keep, Measure
 from .run.folder import (
     ADAPTER,
+    COST_FILE,
     DIVERGED_FILE,
     LOG_FILE,
-    RUN_FILE,
     check_output,
+    check_rows,
+    clear,
     last_checkpoint,
     telling_where_it_goes_on,
+    write_record,
 )
 from .run.model import (
     DTYPES,
@@ -91,6 +94,8 @@ def train(
     check_output(output, config)
     adapter = output / ADAPTER
     if (adapter / "adapter_config.json").is_file():
+        if config.data.train.is_file():
+            check_rows(config, output / LOG_FILE, training_rows(config, check_images=False).data)
         push(config, adapter)
         return adapter
     set_seed(config.seed)
@@ -112,6 +117,7 @@ def train(
     measured = [Measure(config, model, processor, autocast)] if config.evaluate.every else []
     resume = last_checkpoint(output)
     if resume is not None:
+        check_rows(config, resume / COST_FILE, given.data)
         load_projector(model.get_base_model(), resume)  # the trainer restores the adapter alone
     clock = ClockCallback(resume)
     trained = [(parameter, parameter.data) for parameter in model.parameters() if parameter.requires_grad]
@@ -129,10 +135,10 @@ def train(
             parameter.data = value.to(parameter.device)
     clock.lead(trainer)
     cost = Cost(trainer.args.device, resume)
-    for callback in (Keep(config, cost), *measured):
+    for callback in (Keep(config, cost, given.data), *measured):
         trainer.add_callback(callback)
     with telling_where_it_goes_on(output):
-        write_text(output / RUN_FILE, config.to_yaml())
+        write_record(config)
         (output / DIVERGED_FILE).unlink(missing_ok=True)
         try:
             inform(config, trainer.model, processor, records, autocast, progress)
@@ -143,7 +149,7 @@ def train(
             key = blamed(config, error) if isinstance(error, ValueError) else None
             if resume is not None or trainer.state.global_step or (key is None and not isinstance(error, UserError)):
                 raise
-            shutil.rmtree(output)  # nothing has run: leave the folder free for the mended file
+            clear(output)  # nothing has run: leave the folder free for the mended file
             if key is None:
                 raise
             raise refusal(config, error, key) from error

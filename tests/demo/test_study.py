@@ -11,6 +11,7 @@ from peft import LoraConfig
 from lorasculpt import METHODS, UserError
 from lorasculpt.config import RunConfig
 from lorasculpt.demo import run, study
+from lorasculpt.run.folder import write_record
 
 
 @pytest.fixture(autouse=True)
@@ -44,7 +45,7 @@ def test_a_finished_run_is_not_done_again(folder, monkeypatch):
     numbers |= {"precision": "fp32", "adapter_bytes": 1, "trainable": 2, "gallery": "left out"}
     made = run.settings("lora", output="done")
     (folder / "done").mkdir()
-    (folder / "done" / "run.yaml").write_text(built(made, folder).to_yaml())
+    write_record(built(made, folder))
     (folder / "done" / "results.json").write_text(json.dumps({"versions": {"torch": "1.0"}, "runs": [numbers]}))
     monkeypatch.setattr(study, "train", lambda config: pytest.fail("trained again"))
     entry = study._measured(folder / "run.yaml", made)

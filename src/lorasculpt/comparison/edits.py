@@ -20,9 +20,8 @@ from .. import posthoc
 from ..adapters.plain import Adapter
 from ..config import RunConfig
 from ..errors import UserError
-from ..files import write_text
 from ..posthoc.files import RECORD
-from ..run.folder import ADAPTER, LOG_FILE, RUN_FILE, check_output
+from ..run.folder import ADAPTER, LOG_FILE, check_output, write_record
 
 Positive = Annotated[int, Field(ge=1)]
 
@@ -185,7 +184,7 @@ def prepare(edit: Edit, config: RunConfig, parent: Path) -> None:
     """
     check_output(config.output, config)
     check(edit, config)
-    write_text(config.output / RUN_FILE, config.to_yaml())
+    write_record(config)
     shutil.copy(parent / LOG_FILE, config.output / LOG_FILE)
 
 

@@ -19,7 +19,7 @@ from ..files import write_text
 from ..measure import measure, measured, shape, tells
 from ..provenance import versions
 from ..run.folder import DRIFT_FILE, RUN_FILE, check_output, diverged, same_run
-from ..run.records import check_metrics, general, held_out, training_rows
+from ..run.records import check_metrics, general, held_out, questions, training_rows
 from ..train import train
 from . import edits, known, labels
 from .edits import Edit
@@ -114,6 +114,7 @@ class Comparison:
             general(config)  # a row that is measured is told now, not after the trials
         self._known = known.read(results, self.rows) if results else Known()
         self._results: dict[Path, dict[str, Any]] = {}
+        self._told: dict[bool, str] = {}
         self._texts: Path | None = None  # what it says by itself, for the drift
 
     def _check(self, config: RunConfig) -> None:
@@ -178,6 +179,10 @@ class Comparison:
         folder = run.config.output
         if folder not in self._results:
             if (found := self._read(run)) is not None:
+                if not self._same_data(found):
+                    raise self.config.error(
+                        "data", f"has other rows than {folder} was trained on; name another output, or remove it."
+                    )
                 kept = {key: value for key, value in found.items() if key != "gallery"}
                 self._results[folder] = kept | {"label": run.label}
             elif (found := self._recorded(run)) is not None:
@@ -208,13 +213,26 @@ class Comparison:
     def _same_questions(self, found: dict[str, Any]) -> bool:
         """Whether a run of the results file was asked as many questions as are asked here, with these answers."""
         numbers = tuple({name: task["n"] for name, task in found[side].items()} for side in ("source", "target"))
-        return numbers == self._numbers and found == self._beside_majority(found)
+        same = numbers == self._numbers and found == self._beside_majority(found)
+        return same and found.get("questions") in (None, self._questions(trial=False))
+
+    def _questions(self, *, trial: bool) -> str:
+        """What tells the questions of today's tests, or trials, from others."""
+        if trial not in self._told:
+            data, changes = self._asked("validation" if trial else "test")
+            asked = {"data": self.config.data, "evaluate": self.config.evaluate}
+            parts = {key: asked[key].model_copy(update=each) for key, each in zip(asked, (data, changes), strict=True)}
+            source, target = held_out(self.config.model_copy(update=parts))
+            self._told[trial] = questions([*source, *target])
+        return self._told[trial]
 
     def _read(self, run: Run) -> dict[str, Any] | None:
         """What was measured in ``run``, with the versions that it was made with, which may not be those of today."""
         if (content := measured(run.config)) is None:
             return self._diverged(run)
         check_output(run.config.output, run.config)
+        if content["runs"][0].get("questions", "") not in ("", self._questions(trial=run.trial)):
+            return None  # and is measured again
         if run.edit:
             edits.check(run.edit, run.config)
         edited = {"edit": run.edit.made(run.config)} if run.edit else {}

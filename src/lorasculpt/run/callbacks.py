@@ -54,8 +54,8 @@ class Keep(TrainerCallback):
     The one that a trainer makes at the very end is left out: the adapter is written then.
     """
 
-    def __init__(self, config: RunConfig, cost: Cost):
-        self.config, self.output, self.cost = config, config.output, cost
+    def __init__(self, config: RunConfig, cost: Cost, data: str):
+        self.config, self.output, self.cost, self.data = config, config.output, cost, data
 
     def on_train_begin(self, args, state, control, model=None, **kwargs):
         weights = sum(p.numel() * p.element_size() for p in model.parameters() if p.requires_grad)
@@ -106,7 +106,7 @@ class Keep(TrainerCallback):
         made = Path(args.output_dir) / f"checkpoint-{state.global_step}"
         if self.config.projector == "full":
             save_projector(model, made)
-        (made / COST_FILE).write_text(json.dumps(self.cost.record()) + "\n")
+        (made / COST_FILE).write_text(json.dumps(self.cost.record() | {"data": self.data}) + "\n")
         made.rename(self.output / made.name)
         for old in checkpoints(self.output)[: -self.config.training.keep]:
             shutil.rmtree(old)

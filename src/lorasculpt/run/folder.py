@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import sys
 from collections.abc import Iterator
@@ -14,30 +15,58 @@ from tqdm import tqdm
 
 from ..config import WATCHING, RunConfig
 from ..errors import UserError
-from ..files import disk_full, write_json, write_text
+from ..files import disk_full, read_json, write_json, write_text
 
 RUN_FILE, LOG_FILE, ADAPTER, DIVERGED_FILE = "run.yaml", "training.json", "adapter", "diverged.json"
 DRIFT_FILE, CORDA_FILE, FISHER_FILE = "drift.jsonl", "corda.jsonl", "fisher.safetensors"  # made of the base
+ANSWERS_FILE = "base-answers.json"  # the base's own, asked once
 COST_FILE = "cost.json"  # of each checkpoint
+HEAD = "# What this run is made with, written by lorasculpt: to change it, edit the file that it was started with.\n"
 
 
 def check_output(output: Path, config: RunConfig) -> None:
     """See that ``output`` is free or already this run's, and clear what an interrupted checkpoint left there.
 
     It is this run's if all is the same but how it is watched, and what is measured once it is trained. A run that came
-    to nothing leaves it free.
+    to nothing leaves it free, and so does one that was killed before it had written anything.
     """
     path = output / RUN_FILE
     if path.is_file():
+        if not path.read_text(encoding="utf-8").startswith(HEAD):  # somebody starts a run with it
+            raise config.error(
+                "output",
+                f"is {output}, whose {RUN_FILE} no run has written; choose an empty folder, such as {output / 'run'}.",
+            )
         if not same_run(output, config) and not came_to_nothing(output):
             raise config.error(
                 "output",
                 f"is {output}, which holds another run ({_differing(path, config)} is another in {path}); choose "
                 "another folder.",
             )
-    elif output.is_dir() and any(output.iterdir()):
-        raise config.error("output", f"is {output}, which holds something else; choose an empty folder.")
+    elif output.is_dir() and (found := list(output.iterdir())):
+        for each in found:
+            if each.name.startswith(f".{RUN_FILE}."):
+                each.unlink(missing_ok=True)
+        if any(output.iterdir()):
+            raise config.error("output", f"is {output}, which holds something else; choose an empty folder.")
     shutil.rmtree(output / ".partial", ignore_errors=True)
+
+
+def write_record(config: RunConfig) -> None:
+    """Write what the run is made with into its folder, which is then its own."""
+    write_text(config.output / RUN_FILE, HEAD + config.to_yaml())
+
+
+def clear(output: Path) -> None:
+    """Remove what a run has written that came to nothing, and the folder if nothing else is in it."""
+    if not output.is_dir():
+        return
+    for name in (RUN_FILE, LOG_FILE, DIVERGED_FILE, DRIFT_FILE, CORDA_FILE, FISHER_FILE, ANSWERS_FILE):
+        (output / name).unlink(missing_ok=True)
+    for folder in (output / ".partial", *checkpoints(output)):
+        shutil.rmtree(folder, ignore_errors=True)
+    if not any(output.iterdir()):
+        output.rmdir()
 
 
 def same_run(output: Path, config: RunConfig) -> bool:
@@ -52,7 +81,19 @@ def _differing(path: Path, asked: RunConfig) -> str:
     if not (asked.data.sequence or before.evaluate.every or asked.evaluate.every):  # these measure while they train
         left_out["evaluate"] = True
     own, other = (_flat(each.model_dump(mode="json", exclude=left_out)) for each in (asked, before))
-    return next((key for key in own | other if own.get(key) != other.get(key)), "")
+    folders = asked.output, before.output
+    return next((key for key in own | other if not _alike(own.get(key), other.get(key), *folders)), "")
+
+
+def _alike(own: Any, other: Any, here: Path, there: Path) -> bool:
+    """Whether two settings are the same, or paths that lead from ``here`` as from ``there``: folders are moved."""
+    if isinstance(own, str) and isinstance(other, str) and os.path.isabs(own) and os.path.isabs(other):
+        return own == other or os.path.relpath(own, here) == os.path.relpath(other, there)
+    if isinstance(own, list) and isinstance(other, list):
+        return len(own) == len(other) and all(_alike(a, b, here, there) for a, b in zip(own, other, strict=True))
+    if isinstance(own, dict) and isinstance(other, dict):
+        return own.keys() == other.keys() and all(_alike(own[key], other[key], here, there) for key in own)
+    return own == other
 
 
 def check_trained(config: RunConfig) -> None:
@@ -64,16 +105,29 @@ def check_trained(config: RunConfig) -> None:
     path = config.output / RUN_FILE
     if not path.is_file():
         return
-    trained, asked = (_trained_with(each) for each in (RunConfig.load(path), config))
+    record = RunConfig.load(path)
+    trained, asked = (_trained_with(each) for each in (record, config))
     for key in {**asked, **trained}:
         own, before = asked.get(key), trained.get(key)
-        if own != before:
+        if not _alike(own, before, config.output, record.output):
             was = "without it" if before is None else f"with {before}"
             raise config.error(
                 key,
                 f"is {'not set' if own is None else own}, but {config.output} was trained {was} (see {path}); correct "
                 "it, or name another output.",
             )
+
+
+def check_rows(config: RunConfig, path: Path, data: str) -> None:
+    """See that the rows of today, told by ``data``, are those that the JSON file ``path`` of the run was written with.
+
+    Raises:
+        UserError: they are others.
+    """
+    if path.is_file() and read_json(path).get("data", data) != data:
+        raise config.error(
+            "data.train", f"has other rows than {config.output} was trained on (see {path}); name another output."
+        )
 
 
 def _trained_with(config: RunConfig) -> dict[str, Any]:
@@ -106,8 +160,8 @@ def came_to_nothing(output: Path) -> bool:
 def leave_diverged(config: RunConfig, found: dict[str, Any], *, alone: bool) -> None:
     """Leave what :func:`diverged` reads in the run's folder, where it is to be ``alone`` with the settings."""
     if alone:
-        shutil.rmtree(config.output)
-        write_text(config.output / RUN_FILE, config.to_yaml())
+        clear(config.output)
+        write_record(config)
     write_json(config.output / DIVERGED_FILE, found)
 
 

@@ -6,7 +6,6 @@ import difflib
 import os
 import random
 import re
-import shutil
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -27,12 +26,11 @@ from ..config import RunConfig
 from ..data.records import Record
 from ..errors import UserError
 from ..evaluation import fisher, self_prompts, spoken
-from ..files import write_text
 from ..kinds import KINDS, built, settings_of, started, words
 from ..methods import METHODS
 from ..models.load import autocast_dtype, computing, load
 from ..models.parts import parts, target_regex
-from .folder import CORDA_FILE, FISHER_FILE, RUN_FILE
+from .folder import CORDA_FILE, FISHER_FILE, clear, write_record
 from .records import general
 
 DTYPES = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}  # of autocast
@@ -108,7 +106,7 @@ def prepare(model: nn.Module, processor, config: RunConfig, records: Sequence[Re
             corda.prepare(model, processor, made, texts[: corda.TEXTS], autocast)
     except UserError:
         if fresh:  # nothing has run: leave the folder free for the mended file
-            shutil.rmtree(config.output, ignore_errors=True)
+            clear(config.output)
         raise
 
 
@@ -117,7 +115,7 @@ def _said(
 ) -> list[Record]:
     """What the base writes, kept in the run's folder: a run that goes on must begin with the same texts."""
     images = list(dict.fromkeys(record.images[0] for record in records if record.images))
-    write_text(config.output / RUN_FILE, config.to_yaml())
+    write_record(config)
     path, batch = config.output / CORDA_FILE, config.evaluate.batch
     prompts = self_prompts(
         model, processor, corda.TEXTS, config.seed, images, path=path, batch=batch, precision=autocast

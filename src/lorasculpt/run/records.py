@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import os
 import random
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -76,6 +77,13 @@ def general(config: RunConfig) -> list[Record]:
             "row from data.general."
         )
     return records
+
+
+def questions(tasks: Iterable[Task]) -> str:
+    """What tells the questions of ``tasks`` from others: their :func:`~lorasculpt.data.records.fingerprint`."""
+    records = [record for task in tasks for record in task.records]
+    folders = [image.parent for record in records for image in record.images]
+    return fingerprint(records, os.path.commonpath(folders) if folders else Path())
 
 
 def held_out(config: RunConfig, limit: int | None = None, *, each: int | None = None) -> tuple[list[Task], list[Task]]:

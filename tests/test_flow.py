@@ -199,6 +199,22 @@ def test_a_full_projector_is_trained_saved_and_brought_back(run):
     assert set(weights(adapter)) == {name for name in weights(adapter) if ".lora_" in name}
 
 
+def test_a_full_projector_of_a_base_in_half_precision_is_trained_in_full(run):
+    """A step of 2e-5 is less than what bfloat16 can tell of most weights."""
+    half = ("projector=full", "dtype=bfloat16", "training.lr=1e-4")
+    with pytest.raises(
+        UserError, match=r"trained in fp32, but the base is in bfloat16 and training\.precision is fp32"
+    ):
+        train(run(*half), progress=False)
+    config = run(*half, "training.precision=bf16")
+    adapter = train(config, progress=False)
+    base = dict(load(config.base)[0].named_parameters())
+    for name, value in load_file(adapter / "projector.safetensors").items():
+        assert value.dtype == torch.float32
+        assert (value != base[name].bfloat16().float()).float().mean() > 0.9
+    measure(config, progress=False)
+
+
 @pytest.mark.parametrize("projector", ["lora", "full"])
 def test_a_projector_learns_at_its_own_rate(run, monkeypatch, projector):
     trainers = []

@@ -80,6 +80,17 @@ def test_an_adapter_that_no_clock_has_seen_says_so(tmp_path, method):
         model.save_pretrained(tmp_path / "trained")
 
 
+def test_an_adapter_that_was_made_of_others_was_not_trained(tmp_path):
+    model, _ = start("llama", prune_step=1)
+    train(model, [texts()] * 2)
+    model.add_adapter("two", CASES["lorasculpt"](target_modules=target_regex(model, "language"), prune_step=1))
+    model.set_adapter("two")
+    train(model, [texts()] * 2)
+    model.add_weighted_adapter(["default", "two"], [0.5, 0.5], "both", combination_type="cat")
+    model.save_pretrained(tmp_path, selected_adapters=["both"])
+    assert (tmp_path / "both" / "adapter_model.safetensors").is_file()
+
+
 @pytest.mark.parametrize(("method", "settings"), [("full", {"select": "all", "round_steps": None}), ("mtl_lora", {})])
 def test_a_method_that_any_loop_trains_needs_none(tmp_path, method, settings):
     model, _ = start("llama", method, **settings)

@@ -21,6 +21,7 @@ from lorasculpt.adapters.context import TASK_IDS
 from lorasculpt.adapters.update import UpdateConfig, context_of, known_tasks, updates
 from lorasculpt.data.batches import Collator, rows
 from lorasculpt.data.records import Record, read
+from lorasculpt.evaluation.prompts import chat, encode
 from lorasculpt.models.parts import target_regex
 
 TASKS = ["even", "odd"]
@@ -217,6 +218,22 @@ def test_beams_and_returned_sequences_follow_their_sample(model, beams, returned
     assert torch.equal(together, torch.cat(apart))
     alike = generate(model, IDS, task="odd", **options)
     assert not torch.equal(together, alike)
+
+
+@pytest.mark.parametrize("family", ["llava", "idefics3"])
+@pytest.mark.parametrize("method", ["mtl_lora", "mixlora"])
+def test_pictures_are_seen_for_the_question_that_is_asked(method, family, asked):
+    """Generation has them seen before its first pass: by a tower that must not go by the pass before."""
+    base, processor = pico.build(family)
+    model = stirred(adapt(base, method, target_modules=["q_proj", "v_proj"]))
+    for size, task in ((2, "odd"), (2, "even"), (3, "odd")):
+        given = encode(model, processor, asked[:size], [chat(processor, record) for record in asked[:size]])
+        told = {"task": task} if method == "mtl_lora" else {}
+        options = GREEDY | {"max_new_tokens": 1, "min_new_tokens": 1, "output_logits": True}
+        with torch.no_grad():
+            said = model.generate(**given, **told, **options, return_dict_in_generate=True, pad_token_id=1).logits[0]
+            found = model(**given, **told).logits
+        torch.testing.assert_close(said, found[:, -1], rtol=1e-4, atol=1e-5)
 
 
 def test_padding_on_the_left_changes_no_answer(model):

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import copy
 import math
 
 import pico
@@ -24,7 +25,7 @@ from peft import get_peft_model
 from torch import nn
 from transformers import Trainer, TrainingArguments
 
-from lorasculpt import Clock, ClockCallback, LoRASculptConfig, method_logs
+from lorasculpt import Clock, ClockCallback, LoRASculptConfig, UserError, method_logs
 from lorasculpt.adapters.layers import sites
 from lorasculpt.adapters.method import methods_of
 
@@ -101,6 +102,31 @@ def test_the_defaults_are_those_of_the_released_code():
     assert (config.density, config.prune_step, config.cmr_weight, config.omega) == (0.1, 100, 1e-3, 1.0)
     assert config.cmr_modules == list(PENALISED)
     assert (config.cmr_connector_weight, config.rescale) == (0.0, False)
+
+
+def test_weights_that_were_pruned_are_not_trained_without_their_masks():
+    """As of a loop that keeps the model and the optimizer, and not the clock."""
+    model = llama(prune_step=1)
+    clock = Clock(model, optimizer := sgd(model))
+    train(model, [texts()] * 2, optimizer, clock=clock)
+    weights, state = copy.deepcopy(model.state_dict()), clock.state_dict()
+    again = llama(prune_step=1)
+    again.load_state_dict(weights)
+    with pytest.raises(UserError, match=r"register_for_checkpointing\(clock\)"):
+        Clock(again, sgd(again)).begin_step()
+    clock = Clock(again, sgd(again))
+    clock.load_state_dict(state)
+    clock.begin_step()
+    assert methods_of(again)["default"].pruned
+
+
+def test_what_was_stopped_before_it_was_pruned_goes_on():
+    model = llama(prune_step=6)
+    train(model, [texts()] * 4, total_steps=8)
+    with pytest.raises(ValueError, match=r"prune_step=6 is not before the end of training \(6 steps\)"):
+        Clock(model, sgd(model), total_steps=2)
+    train(model, [texts()] * 2, total_steps=5)
+    assert methods_of(model)["default"].pruned
 
 
 def test_an_impossible_density_is_refused_before_training():

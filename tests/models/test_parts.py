@@ -13,7 +13,7 @@ from torch import nn
 from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES as CLASSES
 
 from lorasculpt.errors import UserError
-from lorasculpt.models.parts import FAMILIES, SCOPES, Parts, linears, parts, target_regex
+from lorasculpt.models.parts import FAMILIES, SCOPES, Parts, left_out, linears, parts, target_regex
 
 NEED_TIMM = {"fast_vlm", "gemma3n", "perception_lm"}
 LANGUAGE = {"q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"}
@@ -52,6 +52,14 @@ def test_routers_and_gates_of_one_output_are_left_out():
     qwen = linears(outline("qwen3_5_moe"), "language")
     assert not any(name.endswith("shared_expert_gate") for name in qwen)
     assert any(name.endswith("shared_expert.up_proj") for name in qwen)
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_what_no_linear_holds_is_known():
+    """Experts of one tensor, of which a mixture mostly consists."""
+    assert left_out(outline("llava")) == 0
+    assert left_out(outline("gemma3")) == 0
+    assert 0.9 < left_out(outline("qwen3_vl_moe")) < 1
 
 
 @pytest.mark.filterwarnings("ignore")  # what a family's default configuration warns about is not the matter here

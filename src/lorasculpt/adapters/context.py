@@ -71,18 +71,9 @@ class Context:
 
     def _enter(self, model: nn.Module, args: tuple, kwargs: dict[str, Any]):
         given, ids = kwargs.pop("task", None), kwargs.pop(TASK_IDS, None)
-        self.tasks = ids if given is None else given
-        if self.tasks is None:
-            self.tasks = self._held
-        # once for all layers: a GPU has to be waited for
-        self._span = (int(self.tasks.min()), int(self.tasks.max())) if _some(self.tasks) else None
+        given = ids if given is None else given
         words = next((kwargs[key] for key in ("input_ids", "inputs_embeds") if kwargs.get(key) is not None), None)
-        words = args[0] if args and words is None else words
-        self.batch = len(words) if isinstance(words, Tensor) else None
-        self.length = words.shape[1] if isinstance(words, Tensor) and words.dim() > 1 else None
-        self._words = words if isinstance(words, Tensor) and not words.is_floating_point() else None
-        config, self._pictured = getattr(model, "config", None), None
-        self._image = getattr(config, "image_token_id", getattr(config, "image_token_index", None))
+        self._begin(model, self._held if given is None else given, args[0] if args and words is None else words)
         mask = kwargs.get("attention_mask")
         self.padding = mask.bool() if isinstance(mask, Tensor) and mask.dim() == 2 else None
         labels = kwargs.get("labels")
@@ -94,9 +85,25 @@ class Context:
             self._passes += 1
         return args, kwargs
 
+    def _begin(self, model: nn.Module, tasks: Tasks | None, words: Any) -> None:
+        """A pass begins, of ``words`` (batch, length) or their embeddings, about which nothing else is known yet."""
+        self.tasks = tasks
+        # once for all layers: a GPU has to be waited for
+        self._span = (int(tasks.min()), int(tasks.max())) if _some(tasks) else None
+        self.batch = len(words) if isinstance(words, Tensor) else None
+        self.length = words.shape[1] if isinstance(words, Tensor) and words.dim() > 1 else None
+        self._words = words if isinstance(words, Tensor) and not words.is_floating_point() else None
+        config, self._pictured = getattr(model, "config", None), None
+        self._image = getattr(config, "image_token_id", getattr(config, "image_token_index", None))
+        self.padding = self.prompt = None
+        self.decoding = self.continues = False
+
     def _generate(self, model: nn.Module, *args, task: Tasks | None = None, **kwargs):
         ids = kwargs.pop(TASK_IDS, None)
         self._held, self._passes = ids if task is None else task, 0
+        # transformers has the pictures seen before the first pass, by a tower that may be adapted
+        words = next((kwargs[key] for key in ("input_ids", "inputs") if kwargs.get(key) is not None), None)
+        self._begin(model, self._held, args[0] if args and words is None else words)
         try:
             return type(model).generate(model, *args, **kwargs)
         finally:

@@ -64,6 +64,10 @@ REFUSED = {
 }
 
 
+FULL = 0.9
+"""Share of an A from which on its entries count as not pruned: a dense training leaves no zeros."""
+
+
 class MethodType(str):
     """A PEFT type of our own: a string with the ``value`` and ``name`` that PEFT's closed enum has."""
 
@@ -89,6 +93,7 @@ class Method:
         self.sites: dict[str, Site] = sites(model, adapter)
         self.step = 0  # optimizer steps taken
         self.gradient: tuple[Tensor, Tensor] | None = None  # squared norms: the task's, the penalties'
+        self.combined = False  # whether its weights were made of other adapters
         self.uncertain = False  # whether ``loaded`` could not tell all of its state from the weights
 
     def begin(self, total_steps: int | None) -> None:
@@ -283,7 +288,7 @@ def bring_back(method: Method, folder: Path) -> None:
 
 def _check_driven(method: Method) -> None:
     """Warn where an adapter was trained as a plain LoRA, without the clock that its method needs."""
-    if method.config.clock and not method.step and method.moved():
+    if method.config.clock and not (method.step or method.combined) and method.moved():
         warnings.warn(
             f"adapter {method.adapter!r} was trained without a clock, so not as {method.config.method}: give a trainer "
             "callbacks=[lorasculpt.ClockCallback()], or drive a lorasculpt.Clock in your own loop.",
@@ -346,6 +351,10 @@ class MethodModel(Methods, LoraModel):
                 )
             leaves[adapter_name] = MaskedLinear.of(leaves[adapter_name])
 
+    def add_weighted_adapter(self, adapters, weights, adapter_name, *args, **kwargs):
+        super().add_weighted_adapter(adapters, weights, adapter_name, *args, **kwargs)
+        self.methods[adapter_name].combined = True
+
     def merge_adapter(self, *args, **kwargs):
         self._settle()
         super().merge_adapter(*args, **kwargs)
@@ -393,6 +402,6 @@ def looks_sculpted(model: nn.Module) -> bool:
         if isinstance(module, LoraModel) and not isinstance(module, MethodModel):
             for adapter in module.peft_config:
                 A = [site.A for site in sites(module, adapter).values()]
-                if A and all(torch.count_nonzero(a) < 0.9 * a.numel() for a in A):
+                if A and all(torch.count_nonzero(a) < FULL * a.numel() for a in A):
                     return True
     return False

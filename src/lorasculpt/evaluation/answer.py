@@ -11,18 +11,12 @@ from tqdm import tqdm
 from ..adapters.update import known_tasks
 from ..data.batches import prompt_text
 from ..data.records import Record
+from ..models.template import stops
 from .prompts import batches, chat, encode, evaluating, followed, tokenizer_of
 from .tasks import asked_as
 
 # plain argmax, whatever sampling or penalties the model's own generation config suggests
 GREEDY = {"do_sample": False, "num_beams": 1, "temperature": 1.0, "top_p": 1.0, "top_k": 50, "repetition_penalty": 1.0}
-
-
-def stops(model: nn.Module, processor) -> list[int]:
-    """Tokens that end an answer: the model's own, and the tokenizer's end of text."""
-    own, tokenizer = model.generation_config.eos_token_id, tokenizer_of(processor)
-    own = own if isinstance(own, list) else [own]
-    return sorted({token for token in (*own, tokenizer.eos_token_id) if token is not None})
 
 
 def answer(

@@ -27,7 +27,8 @@ from tqdm import tqdm
 from ..data.records import Record
 from ..errors import UserError
 from ..files import whole
-from .answer import GREEDY, asked, stops, task_of
+from ..models.template import stops
+from .answer import GREEDY, asked, task_of
 from .prompts import batches, chat, encode, evaluating, followed, tokenizer_of
 from .score import bounds
 from .strength import moved

@@ -39,8 +39,9 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
-from ..adapters.layers import Site, full, sharded_like
-from ..adapters.method import Method, MethodConfig, register
+from ..adapters.layers import Site, full, sharded, sharded_like
+from ..adapters.method import FULL, Method, MethodConfig, register
+from ..errors import UserError
 from ..models.parts import FAMILIES
 from ..ops.conflict import awareness, conflict
 from ..ops.density import product_density, solve_density
@@ -60,6 +61,7 @@ class Sculpt(Method):
         self.prune_step: int | None = None if isinstance(config.prune_step, float) else config.prune_step
         self.pruned = False
         self.removed: float | None = None  # share of the update's energy that pruning took, where it is known
+        self._seen = False  # whether a step has begun
         self._squared: dict[str, Tensor] = {}
         self._norms: dict[str, Tensor] = {}
         self._cmr: dict[str, float] = {}
@@ -96,7 +98,18 @@ class Sculpt(Method):
                 )
             self.prune_step = self.config.pruned_after(total_steps)
         if total_steps is not None and not self.pruned:
-            self.config.check_steps(total_steps)
+            self.config.check_steps(self.step + total_steps)  # it may be one that was stopped early and goes on
+        self._seen = False
+
+    def open(self, weight):
+        fresh = not (self._seen or self.pruned or self.step or any(map(sharded, self.parameters())))
+        self._seen = True
+        if fresh and all(site.A.count_nonzero() < FULL * site.A.numel() for site in self.sites.values()):
+            raise UserError(
+                "this adapter was pruned and its masks are not here, so training would fill its zeros again: load the "
+                "state of the clock with the weights (clock.load_state_dict, or "
+                "accelerator.register_for_checkpointing(clock) before save_state and load_state)."
+            )
 
     def after_step(self, step):
         super().after_step(step)

@@ -27,6 +27,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_
 
 from ..errors import UserError
 from . import tower
+from .template import complete
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "auto": "auto"}
 QUANTIZATIONS = ("4bit", "8bit")
@@ -44,7 +45,8 @@ def load(
 
     Attention is eager where a CPU computes, which was measured to be faster at the sizes that a CPU can train; else it
     is transformers' own choice, SDPA wherever the family has it. Weights are read from safetensors files alone. A
-    tokenizer without a padding token gets its end token for one: padding is masked everywhere.
+    tokenizer without a padding token gets its end token for one: padding is masked everywhere. A chat template without
+    the first token of a text or the last of an answer gets them (`lorasculpt.models.template`).
 
     Args:
         base: A model folder, or the name of a model on the Hub.
@@ -91,6 +93,7 @@ def load(
     tokenizer = getattr(processor, "tokenizer", processor)
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
+    complete(model, processor)
     return model if hasattr(model, "hf_quantizer") else model.to(device), processor
 
 

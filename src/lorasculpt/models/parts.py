@@ -114,7 +114,7 @@ def linears(model: nn.Module, scope: str) -> dict[str, nn.Linear]:
         and not isinstance(layer, NonDynamicallyQuantizableLinear)
         and layer is not head
         and layer.out_features > 1
-        and not type(layer).__name__.endswith("Router")  # Llama 4's is a linear that returns two things
+        and not (type(layer).__name__.endswith("Router") or "router" in name.split("."))  # Llama 4's returns two things
         and (part := _part(name, names)) is not None
         and scope in (part, "all")
     }
@@ -136,6 +136,18 @@ def target_regex(model: nn.Module, scope: str) -> str:
     if {name for name in everything if re.fullmatch(pattern, name)} != wanted:
         raise UserError(f"no pattern matches exactly the {scope} layers of this model; list them in target_modules")
     return pattern
+
+
+def left_out(model: nn.Module) -> float:
+    """The share of the language model's weights that no linear of its scope holds, such as experts in one tensor."""
+    names = parts(model)
+    held = sum(layer.weight.numel() for layer in linears(model, "language").values())
+    whole = sum(
+        weight.numel()
+        for name, weight in _base(model).named_parameters()
+        if _inside(name, names.language) and weight.ndim > 1 and "embed" not in name
+    )
+    return 1 - held / whole
 
 
 def in_language(model: nn.Module, name: str) -> bool:

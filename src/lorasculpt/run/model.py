@@ -23,13 +23,14 @@ from ..adapters.method import MethodConfig, methods_of
 from ..adapters.settings import must_be
 from ..adapters.update import UpdateConfig
 from ..config import RunConfig
+from ..console import say_once
 from ..data.records import Record
 from ..errors import UserError
 from ..evaluation import fisher, self_prompts, spoken
 from ..kinds import KINDS, built, settings_of, started, words
 from ..methods import METHODS
 from ..models.load import autocast_dtype, computing, load
-from ..models.parts import parts, target_regex
+from ..models.parts import left_out, parts, target_regex
 from .folder import CORDA_FILE, FISHER_FILE, clear, write_record
 from .records import general
 
@@ -44,8 +45,11 @@ def several_processes() -> bool:
 def loaded(config: RunConfig) -> tuple[PreTrainedModel, ProcessorMixin | PreTrainedTokenizerBase]:
     """The base of a run and its processor, where models compute.
 
-    Several processes share the base as the trainer places it: none begins with all of it on its GPU.
+    Several processes share the base as the trainer places it: none begins with all of it on its GPU. A quantised base
+    goes to the current one, which is to be the process's own.
     """
+    if several_processes() and config.quantization and computing().type != "cpu":
+        torch.accelerator.set_device_index(int(os.environ.get("LOCAL_RANK", "0")))
     return load(config.base, **config.loading, device="cpu" if several_processes() else computing())
 
 
@@ -148,6 +152,11 @@ def adapter_config(model: nn.Module, config: RunConfig) -> PeftConfig:
         scope = config.scope or "language"
         scopes = [scope] + (["projector"] if config.projector == "lora" and scope != "all" else [])
         settings["target_modules"] = "|".join(target_regex(model, scope) for scope in scopes)
+        if scope in ("language", "all") and (share := left_out(model)) > 0.01:
+            say_once(
+                f"{share:.0%} of the language model's weights lie in no linear layer, as experts do that are one tensor: "
+                "they stay as they are."
+            )
     with refusing(config):
         return built(config.method, **settings)
 
@@ -314,9 +323,22 @@ def routed(model: PeftModel) -> list[str] | None:
 
 
 def thaw_projector(model: nn.Module, config: RunConfig) -> None:
-    """Let the projector be trained where ``config`` wants it whole."""
+    """Let the projector be trained where ``config`` wants it whole, in fp32 as an adapter is.
+
+    In half precision a step at its small rate is lost in rounding for most weights.
+
+    Raises:
+        UserError: a base in half precision without autocast, in which fp32 weights cannot act.
+    """
     if config.projector == "full":
         for parameter in _projector_of(model).values():
+            if parameter.dtype != torch.float32 and precision(config) is None:
+                raise config.error(
+                    "projector",
+                    f"is full, whose weights are trained in fp32, but the base is in {config.dtype} and "
+                    "training.precision is fp32; set it to bf16, or dtype to float32.",
+                )
+            parameter.data = parameter.data.float()
             parameter.requires_grad_(True)
 
 

@@ -154,8 +154,8 @@ def adapter_config(model: nn.Module, config: RunConfig) -> PeftConfig:
         settings["target_modules"] = "|".join(target_regex(model, scope) for scope in scopes)
         if scope in ("language", "all") and (share := left_out(model)) > 0.01:
             say_once(
-                f"{share:.0%} of the language model's weights lie in no linear layer, as experts do that are one tensor: "
-                "they stay as they are."
+                f"{share:.0%} of the language model's weights lie in no linear layer, as experts do that are one "
+                "tensor: they stay as they are."
             )
     with refusing(config):
         return built(config.method, **settings)

@@ -16,6 +16,7 @@ from trl import SFTConfig
 from lorasculpt import measure, play, train
 from lorasculpt.adapters.load import load as load_adapter
 from lorasculpt.models import load as loading
+from lorasculpt.run import model
 from lorasculpt.run.folder import ADAPTER
 
 COMPUTE = ("run.model", "play", "inspect.update", "posthoc.calibrate")  # the first for all with a run
@@ -139,6 +140,19 @@ def test_of_several_processes_none_begins_on_its_accelerator(run, loaded, monkey
     with pytest.raises(KeyboardInterrupt):
         train.train(run(), progress=False)
     assert loaded == [torch.device("cpu")]
+
+
+def test_a_quantised_base_goes_to_the_process_s_own_accelerator(run, monkeypatch):
+    """bitsandbytes puts it on the current one, which is the first until a trainer is made."""
+    current = []
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    monkeypatch.setattr(model, "computing", lambda: torch.device("cuda"))
+    monkeypatch.setattr(model, "load", lambda *_, **__: list(current))
+    monkeypatch.setattr(torch.accelerator, "set_device_index", current.append)
+    assert model.loaded(run("quantization=4bit")) == [1]
+    assert model.loaded(run()) == [1]  # any other is placed by the trainer
+    assert current == [1]
 
 
 def test_a_base_in_half_precision_has_an_adapter_in_full(run):

@@ -12,6 +12,7 @@ import yaml
 from commands import call, done
 from peft import PeftModel
 from safetensors.torch import load_file
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from lorasculpt import METHODS, UserError, cli
 from lorasculpt.adapters.load import load as load_adapter
@@ -184,6 +185,36 @@ def test_an_error_in_the_middle_of_training_loses_no_checkpoint(run, monkeypatch
     with pytest.raises(ValueError, match="strange"):
         train(config, progress=False)
     assert (config.output / "checkpoint-2" / "adapter_model.safetensors").is_file()
+
+
+def test_what_tensorboard_is_told_stays_for_all_parts_of_a_run(run, monkeypatch):
+    config = run("training.report_to=[tensorboard]", "training.save_every=2")
+
+    def kill(self, args, state, control, **kwargs):
+        if state.global_step == 2:
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr("lorasculpt.adapters.clock.ClockCallback.on_step_begin", _also(kill))
+        with pytest.raises(KeyboardInterrupt):
+            train(config, progress=False)
+    train(config, progress=False)
+    assert len(list((config.output / "logs").iterdir())) == 2
+    events = EventAccumulator(str(config.output / "logs")).Reload()
+    history = [row for row in json.loads((config.output / "training.json").read_text())["history"] if "loss" in row]
+    for key in ("loss", "density_a"):
+        found = events.Scalars(f"train/{key}")
+        assert [event.step for event in found] == [1, 2, 3, 4]
+        assert [event.value for event in found] == pytest.approx([row[key] for row in history])
+    assert not (config.output / ".partial").exists()
+
+
+def test_where_tensorboard_writes_may_be_told_otherwise(run, tmp_path, monkeypatch):
+    monkeypatch.setenv("TENSORBOARD_LOGGING_DIR", str(tmp_path / "elsewhere"))
+    config = run("training.report_to=[tensorboard]", "training.steps=3")
+    train(config, progress=False)
+    assert list((tmp_path / "elsewhere").iterdir())
+    assert not (config.output / "logs").exists()
 
 
 def test_a_full_projector_is_trained_saved_and_brought_back(run):

@@ -169,7 +169,8 @@ class Training(_Section):
         save_every: Steps between checkpoints, from which a run that was stopped goes on; null makes none.
         keep: Newest checkpoints to keep.
         log_every: Steps between log entries.
-        report_to: Trackers by transformers' names. Default: ``[tensorboard]`` where it is installed.
+        report_to: Trackers by transformers' names; TensorBoard's events lie in ``logs`` of ``output``. Default:
+            ``[tensorboard]`` where it is installed.
         workers: Processes that prepare batches; 0 prepares them in the training process.
         arguments: Further arguments of TRL's ``SFTConfig``, such as ``run_name`` or ``neftune_noise_alpha``; those that
             the settings above stand for are refused. With ``push_to_hub: true`` and a ``hub_model_id`` the finished

@@ -2,7 +2,8 @@
 
     run.yaml → records → model + adapter → SFTTrainer + ClockCallback → output/adapter
 
-``output`` holds ``run.yaml`` (what ran), ``checkpoint-<step>`` (whole ones only), ``adapter`` and ``training.json``:
+``output`` holds ``run.yaml`` (what ran), ``checkpoint-<step>`` (whole ones only), ``logs`` (TensorBoard's events, where
+there are any), ``adapter`` and ``training.json``:
 ``seconds``, ``memory_bytes`` (the peak of the main process while it trained, measurements at steps included, over all
 parts of a run that was interrupted; null where it cannot be told) and ``memory_of``, what that is of: ``cuda`` or
 ``process`` (`lorasculpt.memory`); ``machine``, what it ran on, and ``precision``, what ``auto`` came to: ``fp32``,
@@ -67,7 +68,7 @@ from .run.model import (
     with_tasks,
 )
 from .run.records import check_lengths, check_measured, one_pass, rehearsed, training_rows
-from .run.trainer import arguments, check_arguments, on_one_gpu, optimizer
+from .run.trainer import arguments, check_arguments, keep_events, on_one_gpu, optimizer
 
 
 def train(
@@ -134,6 +135,7 @@ def train(
         if parameter.dtype != value.dtype:  # TRL rounds the adapter of a quantised base to bf16
             parameter.data = value.to(parameter.device)
     clock.lead(trainer)
+    keep_events(trainer, config)
     cost = Cost(trainer.args.device, resume)
     for callback in (Keep(config, cost, given.data), *measured):
         trainer.add_callback(callback)

@@ -18,6 +18,7 @@ from ..errors import UserError
 from ..files import disk_full, read_json, write_json, write_text
 
 RUN_FILE, LOG_FILE, ADAPTER, DIVERGED_FILE = "run.yaml", "training.json", "adapter", "diverged.json"
+EVENTS = "logs"  # of TensorBoard, of all parts of a run that was interrupted
 DRIFT_FILE, CORDA_FILE, FISHER_FILE = "drift.jsonl", "corda.jsonl", "fisher.safetensors"  # made of the base
 ANSWERS_FILE = "base-answers.json"  # the base's own, asked once
 COST_FILE = "cost.json"  # of each checkpoint

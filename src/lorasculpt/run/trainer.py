@@ -9,14 +9,19 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers.integrations import INTEGRATION_TO_CALLBACK, get_available_reporting_integrations
-from trl import SFTConfig
+from transformers.integrations import (
+    INTEGRATION_TO_CALLBACK,
+    TensorBoardCallback,
+    get_available_reporting_integrations,
+)
+from trl import SFTConfig, SFTTrainer
 
 from ..adapters.settings import must_be
 from ..config import RunConfig
 from ..errors import UserError
 from ..models.load import computing
 from ..models.parts import parts
+from .folder import EVENTS
 
 # What no one may give under ``training.arguments``, and what stands for it.
 OWN_ARGUMENTS = {
@@ -153,6 +158,13 @@ def on_one_gpu(arguments: SFTConfig, progress: bool) -> SFTConfig:
             print(f"One of {arguments.n_gpu} GPUs trains; for all: accelerate launch -m lorasculpt train ...")
         arguments._n_gpu = 1
     return arguments
+
+
+def keep_events(trainer: SFTTrainer, config: RunConfig) -> None:
+    """Have TensorBoard write where it stays, unless TENSORBOARD_LOGGING_DIR says where: ``.partial`` is cleared."""
+    for callback in trainer.callback_handler.callbacks:
+        if isinstance(callback, TensorBoardCallback) and callback.logging_dir is None:
+            callback.logging_dir = str(config.output / EVENTS)
 
 
 def optimizer(model: nn.Module, config: RunConfig) -> torch.optim.Optimizer | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import io
 import json
 from pathlib import Path
@@ -150,7 +151,7 @@ def test_a_table_may_name_its_pictures(tmp_path):
     table.write_text("image,question,answer\nscans/1.png,What?,41.90\n")
     found = fetch(table, tmp_path / "out", progress=False)
     assert shades(found.file) == [70]
-    assert rows(found.file)[0]["answer"] == 41.9
+    assert rows(found.file)[0]["answer"] == "41.90"
     for path, said in (
         ("../secret.png", r"image '\.\./secret\.png' lies outside"),
         ("scans/2.png", r"its picture .*2\.png cannot be read"),
@@ -159,6 +160,47 @@ def test_a_table_may_name_its_pictures(tmp_path):
         Dataset.from_dict({"image": [path], "question": ["What?"], "answer": ["a"]}).to_parquet(table)
         with pytest.raises(UserError, match=f"row 1 of .*: {said}"):
             fetch(table, tmp_path / "more", progress=False)
+
+
+WRITTEN = ["00123", "10.50", "3", "None", "NA", "True", "1e5", "2024-05-01", "a, b;\nand c", 'so "said"', "Größe"]
+
+
+@pytest.mark.parametrize(
+    ("separator", "encoding"), [(",", "utf-8"), (",", "utf-8-sig"), (";", "utf-8"), ("\t", "utf-8")]
+)
+def test_what_is_in_a_csv_is_text_as_it_is_written(tmp_path, separator, encoding):
+    table = tmp_path / "a.csv"
+    with table.open("w", encoding=encoding, newline="") as file:
+        writer = csv.writer(file, delimiter=separator)
+        writer.writerows([["question", "answer", "task"], *(["What?", answer, ""] for answer in WRITTEN), []])
+    found = fetch(table, tmp_path / "out", progress=False)
+    assert rows(found.file) == [{"question": "What?", "answer": answer} for answer in WRITTEN]
+    assert [record.answer for record in read(found.file)] == WRITTEN
+
+
+def test_a_gap_in_a_csv_changes_nothing_else(tmp_path):
+    (tmp_path / "a.csv").write_text("question,answer\nHow many?,3\nHow many?,\nHow many?\nHow many?,12\n")
+    with pytest.raises(UserError, match=r"row 2 of .*a\.csv: .*answer"):
+        fetch(tmp_path / "a.csv", tmp_path / "out", progress=False)
+    found = fetch(tmp_path / "a.csv", tmp_path / "out", skip=True, progress=False)
+    assert ([row["answer"] for row in rows(found.file)], found.skipped) == (["3", "12"], 2)
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        (b"question,answer\nWhat?,a\nWhat, then?,b\n", ":3: has 3 cells for 2 columns; put double quotes around "),
+        (b'question,answer\nWhat?,"a" b\n', ":2: is no row of a csv file ("),
+        ("question,answer\nWhat?,Größe\n".encode("latin-1"), ": not UTF-8 text; save the file as UTF-8."),
+        (b"question,answer,answer\nWhat?,a,b\n", " has two columns 'answer'; rename one."),
+        (b"", " is empty; its first line names the columns."),
+    ],
+    ids=["cells", "quotes", "encoding", "twice", "empty"],
+)
+def test_a_csv_that_is_none(tmp_path, text, said):
+    (tmp_path / "a.csv").write_bytes(text)
+    assert f"lorasculpt: {tmp_path / 'a.csv'}{said}" in refused("fetch", tmp_path / "a.csv", "--out", tmp_path / "out")
+    assert not (tmp_path / "out" / "train.jsonl").exists()
 
 
 def test_many_classes_are_no_choices(tmp_path):

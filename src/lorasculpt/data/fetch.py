@@ -7,13 +7,14 @@ Rows are read one by one, so that of a large dataset no more is fetched than is 
 
 from __future__ import annotations
 
+import csv
 import hashlib
 import io
 import json
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import islice
+from itertools import islice, zip_longest
 from pathlib import Path
 from typing import Any
 
@@ -66,6 +67,7 @@ def fetch(
     same pictures: each is a row of its own. A column of pictures is taken for ``image`` if there is one and no other,
     and in a table a picture may be a path from there. Classes are told by their names, and up to 20 of them are the
     ``choices`` of their rows. Of several answers the commonest is taken. What is no column of ours is left out.
+    Everything in a csv file is text, as it is written there; an empty cell is none.
 
     Args:
         source: a dataset's name on the Hub, a folder that ``datasets`` reads (its own, or pictures in folders called as
@@ -134,7 +136,11 @@ def _opened(
             if not path.is_file():
                 raise UserError(f"{path} does not exist; correct the path.")
             kind, files = TABLES[path.suffix], {split: str(path)}
-            data = datasets.load_dataset(kind, data_files=files, split=split, streaming=True)
+            if kind == "csv":
+                texts = datasets.Features({name: datasets.Value("string") for name in _header(path)})
+                data = datasets.IterableDataset.from_generator(_csv_rows, texts, gen_kwargs={"path": path})
+            else:
+                data = datasets.load_dataset(kind, data_files=files, split=split, streaming=True)
         elif (path / "dataset_dict.json").is_file() or (path / "dataset_info.json").is_file():
             data = datasets.load_from_disk(source)
             if isinstance(data, datasets.DatasetDict):
@@ -161,9 +167,48 @@ def _opened(
     return data, features
 
 
+def _header(path: Path) -> list[str]:
+    """The names of a csv file's columns."""
+    _, names = next(_csv_lines(path), (1, []))
+    if not names:
+        raise UserError(f"{path} is empty; its first line names the columns.")
+    if twice := next((name for name in names if names.count(name) > 1), None):
+        raise UserError(f"{path} has two columns {twice!r}; rename one.")
+    return names
+
+
+def _csv_rows(path: Path) -> Iterator[dict[str, str | None]]:
+    """Every cell as it is written, an empty one as none: what guesses types makes 123 of 00123, and nothing of NA."""
+    lines = _csv_lines(path)
+    _, names = next(lines)
+    for number, cells in lines:
+        if len(cells) > len(names):
+            raise UserError(
+                f"{path}:{number}: has {len(cells)} cells for {len(names)} columns; put double quotes around a text "
+                "that has the separator in it."
+            )
+        yield {name: cell or None for name, cell in zip_longest(names, cells)}
+
+
+def _csv_lines(path: Path) -> Iterator[tuple[int, list[str]]]:
+    """The cells of all that is not blank, and the line where they end."""
+    with path.open(encoding="utf-8-sig", newline="") as file:
+        try:
+            separator = max(",;\t", key=file.readline().count)
+            file.seek(0)
+            reader = csv.reader(file, delimiter=separator, strict=True)
+            yield from ((reader.line_num, cells) for cells in reader if cells)
+        except UnicodeDecodeError:
+            raise UserError(f"{path}: not UTF-8 text; save the file as UTF-8.") from None
+        except csv.Error as error:
+            raise UserError(f"{path}:{reader.line_num}: is no row of a csv file ({error}); correct it.") from None
+
+
 def _read_rows(data: Iterable[dict[str, Any]], source: str | Path) -> Iterator[dict[str, Any]]:
     try:
         yield from data
+    except UserError:
+        raise
     except Exception as error:  # a file that was cut short, or a connection
         raise UserError(f"{source} cannot be read to its end ({gist(error, 2)}); try again, or --limit it.") from error
 

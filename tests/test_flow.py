@@ -251,7 +251,8 @@ def test_a_projector_learns_at_its_own_rate(run, monkeypatch, projector):
     trainers = []
     monkeypatch.setattr("lorasculpt.train.SFTTrainer.train", lambda self, **options: trainers.append(self))
     rates = ("training.lr=0.01", "training.projector_lr=0.003", "method.cmr_connector_weight=0.1")
-    adapter = train(run(f"projector={projector}", *rates), progress=False)
+    further = "training.arguments={adam_beta1: 0.8, adam_beta2: 0.9, adam_epsilon: 1e-6}"
+    adapter = train(run(f"projector={projector}", *rates, further), progress=False)
     names = {id(parameter): name for name, parameter in trainers[0].model.named_parameters()}
     groups = {
         group["lr"]: {names[id(parameter)] for parameter in group["params"]}
@@ -260,6 +261,7 @@ def test_a_projector_learns_at_its_own_rate(run, monkeypatch, projector):
     trained = {name for name, parameter in trainers[0].model.named_parameters() if parameter.requires_grad}
     own = {name for name in trained if "multi_modal_projector" in name}
     assert groups == {0.01: trained - own, 0.003: own}
+    assert all((group["betas"], group["eps"]) == ((0.8, 0.9), 1e-6) for group in trainers[0].optimizer.param_groups)
     assert own
     assert trained - own
     assert {".lora_" in name for name in own} == {projector == "lora"}

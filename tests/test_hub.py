@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 
 import pytest
 from huggingface_hub import HfApi
 from transformers import Trainer
-from trl import SFTTrainer
+from trl import SFTConfig, SFTTrainer
 
 from lorasculpt import UserError, train
 from lorasculpt.config import RunConfig
@@ -65,6 +66,26 @@ def test_whatever_is_set_here_is_not_taken_from_the_file(run, monkeypatch):
         assert trainer.arguments(run(override), False, None).keys() <= {*trainer.OWN_ARGUMENTS, *trainer.FIXED}
 
 
+TAKEN = """
+    accelerator_config activation_offloading adam_beta1 adam_beta2 adam_epsilon auto_find_batch_size
+    average_tokens_across_devices data_seed dataloader_drop_last dataloader_in_order dataloader_multiprocessing_context
+    dataloader_persistent_workers dataloader_prefetch_factor ddp_backend ddp_broadcast_buffers ddp_bucket_cap_mb
+    ddp_find_unused_parameters ddp_static_graph ddp_timeout debug fsdp fsdp_config full_determinism
+    gradient_checkpointing_kwargs ignore_data_skip include_num_input_tokens_seen label_smoothing_factor
+    liger_kernel_config log_level log_level_replica log_on_each_node logging_first_step logging_nan_inf_filter
+    logging_strategy loss_type lr_scheduler_kwargs neftune_noise_alpha project router_aux_loss_coef run_name
+    skip_memory_metrics tf32 torch_compile torch_compile_backend torch_compile_mode torch_empty_cache_steps
+    trackio_bucket_id trackio_space_id trackio_static_space_id train_sampling_strategy use_liger_kernel
+"""
+
+
+def test_of_every_argument_of_trl_it_is_known_what_comes_of_it():
+    """A new one of another version is looked up: what it does where rows, batches and the base are made here."""
+    lists = (trainer.OWN_ARGUMENTS, trainer.FIXED, trainer.IDLE, trainer.PUSHING, TAKEN.split())
+    found = sorted(name for names in lists for name in names)
+    assert found == sorted(field.name for field in dataclasses.fields(SFTConfig) if field.init)
+
+
 MISTAKES = {
     "dataloader_drop_lats: true": "is no argument of TRL's SFTConfig; did you mean dataloader_drop_last?",
     "qqq: 1": "is no argument of TRL's SFTConfig; see its documentation.",
@@ -72,6 +93,10 @@ MISTAKES = {
     "hub_token: hf_x": "is not taken here; use hf auth login: a token is not for a file.",
     "optim: sgd": "is set by lorasculpt itself; remove it.",
     "neftune_noise_alpha: five": "must be a number or null; got 'five'.",
+    "completion_only_loss: false": "is not taken here: what is learned is the answer of a row, always; remove it.",
+    "train_sampling_strategy: group_by_length": "must be random or sequential, because rows have no length before",
+    "use_liger_kernel: true": "needs liger-kernel, which is not installed; install it, or remove this.",
+    "activation_offloading: true": "needs an accelerator; remove it.",
     "push_to_hub: true": "needs a hub_model_id, such as name/invoices; add it.",
 }
 
@@ -101,6 +126,13 @@ def test_what_the_trainer_refuses_is_told(run, monkeypatch):
     with pytest.raises(ValueError, match="no precision") as error:  # whatever was given
         trainer.arguments(config, False, None)
     assert not isinstance(error.value, UserError)
+
+
+def test_what_the_trainer_refuses_later_is_told_and_leaves_nothing(run):
+    config = run("training.arguments={router_aux_loss_coef: 0.1}")
+    with pytest.raises(UserError, match=r"training.arguments is refused: `router_aux_loss_coef` is set to 0.1 but"):
+        train.train(config, progress=False)
+    assert not config.output.exists()
 
 
 def test_arguments_reach_the_trainer_and_the_finished_adapter_the_hub(run, hub, monkeypatch):

@@ -173,8 +173,9 @@ class Training(_Section):
             ``[tensorboard]`` where it is installed.
         workers: Processes that prepare batches; 0 prepares them in the training process.
         arguments: Further arguments of TRL's ``SFTConfig``, such as ``run_name`` or ``neftune_noise_alpha``; those that
-            the settings above stand for are refused. With ``push_to_hub: true`` and a ``hub_model_id`` the finished
-            adapter is uploaded (``hub_private_repo``, ``hub_revision``). Default: none.
+            the settings above stand for, or of which nothing would come here, are refused. With ``push_to_hub: true``
+            and a ``hub_model_id`` the finished adapter is uploaded (``hub_private_repo``, ``hub_revision``). Default:
+            none.
     """
 
     steps: Positive | None = None

@@ -68,7 +68,7 @@ from .run.model import (
     with_tasks,
 )
 from .run.records import check_lengths, check_measured, one_pass, rehearsed, training_rows
-from .run.trainer import arguments, check_arguments, keep_events, on_one_gpu, optimizer
+from .run.trainer import arguments, check_arguments, keep_events, on_one_gpu, optimizer, telling_what_it_refuses
 
 
 def train(
@@ -122,14 +122,16 @@ def train(
         load_projector(model.get_base_model(), resume)  # the trainer restores the adapter alone
     clock = ClockCallback(resume)
     trained = [(parameter, parameter.data) for parameter in model.parameters() if parameter.requires_grad]
-    trainer = SFTTrainer(
-        model=model,
-        args=on_one_gpu(arguments(config, progress, autocast), progress),
-        train_dataset=rows(records),
-        processing_class=processor,
-        data_collator=Collator(processor, tasks=routed(model)),
-        optimizers=(optimizer(model, config), None),
-    )
+    told = on_one_gpu(arguments(config, progress, autocast), progress)
+    with telling_what_it_refuses(config):
+        trainer = SFTTrainer(
+            model=model,
+            args=told,
+            train_dataset=rows(records),
+            processing_class=processor,
+            data_collator=Collator(processor, tasks=routed(model)),
+            optimizers=(optimizer(model, config, told), None),
+        )
     while trained:  # and none is kept: they may lie on another device than what is trained
         parameter, value = trained.pop()
         if parameter.dtype != value.dtype:  # TRL rounds the adapter of a quantised base to bf16

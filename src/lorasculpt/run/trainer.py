@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from copy import deepcopy
 from typing import Any
 
@@ -14,14 +17,15 @@ from transformers.integrations import (
     TensorBoardCallback,
     get_available_reporting_integrations,
 )
+from transformers.utils import is_liger_kernel_available
 from trl import SFTConfig, SFTTrainer
 
 from ..adapters.settings import must_be
 from ..config import RunConfig
-from ..errors import UserError
+from ..errors import UserError, gist
 from ..models.load import computing
 from ..models.parts import parts
-from .folder import EVENTS
+from .folder import EVENTS, RUN_FILE
 
 # What no one may give under ``training.arguments``, and what stands for it.
 OWN_ARGUMENTS = {
@@ -35,6 +39,8 @@ OWN_ARGUMENTS = {
     "weight_decay": "training.weight_decay",
     "max_grad_norm": "training.max_grad_norm",
     "gradient_checkpointing": "training.checkpointing",
+    "activation_checkpointing": "training.checkpointing",
+    "activation_checkpointing_kwargs": "training.checkpointing",
     "bf16": "training.precision",
     "fp16": "training.precision",
     "logging_steps": "training.log_every",
@@ -43,6 +49,7 @@ OWN_ARGUMENTS = {
     "report_to": "training.report_to",
     "dataloader_num_workers": "training.workers",
     "seed": "seed",
+    "trust_remote_code": "trust_remote_code",
     "output_dir": "output",
     "hub_token": "hf auth login: a token is not for a file",
 }
@@ -58,6 +65,36 @@ FIXED = (
     *("eval_strategy", "eval_on_start", "do_eval", "hub_strategy", "hub_always_push", "resume_from_checkpoint"),
 )
 
+# what the trainer takes and nothing comes of here, or harm, by the reason why
+IDLE = {
+    name: why
+    for why, names in {
+        "what is learned is the answer of a row, always": ("completion_only_loss", "assistant_only_loss"),
+        "a row becomes part of a batch whole, padded to the longest": (
+            *("dataset_text_field", "dataset_num_proc", "truncation_mode", "packing_strategy", "eval_packing"),
+            *("pad_to_multiple_of", "pad_token", "length_column_name", "label_names"),
+        ),
+        "rows are taken in a new order in each pass, unless train_sampling_strategy is sequential": (
+            "shuffle_dataset",
+        ),
+        "it is the base's own, in training as in answering": ("eos_token", "chat_template_path"),
+        "dtype and quantization say how the base is loaded": ("model_init_kwargs",),
+        "AdamW trains, by adam_beta1, adam_beta2 and adam_epsilon": ("optim_args", "optim_target_modules"),
+        "what is measured stands under evaluate": (
+            *("eval_steps", "eval_delay", "per_device_eval_batch_size", "prediction_loss_only", "batch_eval_metrics"),
+            *("eval_do_concat_batches", "eval_use_gather_object", "eval_accumulation_steps", "include_for_metrics"),
+            *("bf16_full_eval", "fp16_full_eval", "metric_for_best_model", "greater_is_better", "do_predict"),
+        ),
+        "training.save_every and training.keep say what is saved": (
+            *("save_on_each_node", "enable_jit_checkpoint", "restore_callback_states_from_checkpoint"),
+        ),
+        "accelerate launch tells processes how they share the work": ("local_rank", "parallelism_config"),
+        "DeepSpeed takes optimizer steps that no hook sees, where fsdp does not": ("deepspeed",),
+        "training has no use for it": ("do_train", "use_cache"),
+    }.items()
+    for name in names
+}
+
 
 def check_arguments(config: RunConfig) -> None:
     """See that ``training.arguments`` are arguments of ``SFTConfig``, of its types, that nothing here stands for.
@@ -68,13 +105,15 @@ def check_arguments(config: RunConfig) -> None:
     _check_trackers(config)
     given = config.training.arguments
     known = [field.name for field in dataclasses.fields(SFTConfig) if field.init]
-    free = [name for name in known if name not in OWN_ARGUMENTS and name not in FIXED]
+    free = [name for name in known if name not in {*OWN_ARGUMENTS, *FIXED, *IDLE}]
     for key in given:
         place = f"training.arguments.{key}"
         if key in OWN_ARGUMENTS:
             raise config.error(place, f"is not taken here; use {OWN_ARGUMENTS[key]}.")
         if key in FIXED:
             raise config.error(place, "is set by lorasculpt itself; remove it.")
+        if key in IDLE:
+            raise config.error(place, f"is not taken here: {IDLE[key]}; remove it.")
         if key not in known:
             close = difflib.get_close_matches(key, free, n=1)
             mend = f"did you mean {close[0]}?" if close else "see its documentation."
@@ -83,6 +122,14 @@ def check_arguments(config: RunConfig) -> None:
             continue  # what transformers takes, and asks for, whatever it is annotated as
         if (taken := must_be(SFTConfig, key, given[key])) is not None:
             raise config.error(place, f"must be {taken}; got {given[key]!r:.80}.")
+    if (order := given.get("train_sampling_strategy", "random")) not in ("random", "sequential"):
+        told = f"must be random or sequential, because rows have no length before they are read; got {order!r}."
+        raise config.error("training.arguments.train_sampling_strategy", told)
+    if given.get("use_liger_kernel") and not is_liger_kernel_available():
+        told = "needs liger-kernel, which is not installed; install it, or remove this."
+        raise config.error("training.arguments.use_liger_kernel", told)
+    if given.get("activation_offloading") and computing().type == "cpu":
+        raise config.error("training.arguments.activation_offloading", "needs an accelerator; remove it.")
     if given.get("push_to_hub") and not given.get("hub_model_id"):
         raise config.error("training.arguments.push_to_hub", "needs a hub_model_id, such as name/invoices; add it.")
 
@@ -160,6 +207,19 @@ def on_one_gpu(arguments: SFTConfig, progress: bool) -> SFTConfig:
     return arguments
 
 
+@contextmanager
+def telling_what_it_refuses(config: RunConfig) -> Iterator[None]:
+    """Where the trainer cannot be made, leave nothing of it, and say what it refuses of ``training.arguments``."""
+    try:
+        yield
+    except Exception as error:
+        if not (config.output / RUN_FILE).is_file():
+            shutil.rmtree(config.output, ignore_errors=True)
+        if not config.training.arguments or not isinstance(error, ValueError):
+            raise
+        raise config.error("training.arguments", f"is refused: {gist(error)}.") from error
+
+
 def keep_events(trainer: SFTTrainer, config: RunConfig) -> None:
     """Have TensorBoard write where it stays, unless TENSORBOARD_LOGGING_DIR says where: ``.partial`` is cleared."""
     for callback in trainer.callback_handler.callbacks:
@@ -167,8 +227,8 @@ def keep_events(trainer: SFTTrainer, config: RunConfig) -> None:
             callback.logging_dir = str(config.output / EVENTS)
 
 
-def optimizer(model: nn.Module, config: RunConfig) -> torch.optim.Optimizer | None:
-    """AdamW with two learning rates: the projector's (adapted or full), and everybody else's.
+def optimizer(model: nn.Module, config: RunConfig, given: SFTConfig) -> torch.optim.Optimizer | None:
+    """AdamW as ``given`` says, with two learning rates: the projector's (adapted or full), and everybody else's.
 
     None where the projector is frozen, or not known: the trainer's own AdamW does, and under FSDP a trainer takes no
     other.
@@ -186,4 +246,5 @@ def optimizer(model: nn.Module, config: RunConfig) -> torch.optim.Optimizer | No
     if not projector:
         return None
     groups = [{"params": others, "lr": settings.lr}, {"params": projector, "lr": settings.projector_lr}]
-    return torch.optim.AdamW(groups, weight_decay=settings.weight_decay)
+    betas = given.adam_beta1, given.adam_beta2
+    return torch.optim.AdamW(groups, betas=betas, eps=given.adam_epsilon, weight_decay=settings.weight_decay)

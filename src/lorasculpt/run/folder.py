@@ -64,7 +64,7 @@ def clear(output: Path) -> None:
         return
     for name in (RUN_FILE, LOG_FILE, DIVERGED_FILE, DRIFT_FILE, CORDA_FILE, FISHER_FILE, ANSWERS_FILE):
         (output / name).unlink(missing_ok=True)
-    for folder in (output / ".partial", *checkpoints(output)):
+    for folder in (output / ".partial", output / EVENTS, *checkpoints(output)):
         shutil.rmtree(folder, ignore_errors=True)
     if not any(output.iterdir()):
         output.rmdir()

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
-import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from copy import deepcopy
@@ -25,7 +24,7 @@ from ..config import RunConfig
 from ..errors import UserError, gist
 from ..models.load import computing
 from ..models.parts import parts
-from .folder import EVENTS, RUN_FILE
+from .folder import EVENTS, RUN_FILE, clear
 
 # What no one may give under ``training.arguments``, and what stands for it.
 OWN_ARGUMENTS = {
@@ -214,7 +213,7 @@ def telling_what_it_refuses(config: RunConfig) -> Iterator[None]:
         yield
     except Exception as error:
         if not (config.output / RUN_FILE).is_file():
-            shutil.rmtree(config.output, ignore_errors=True)
+            clear(config.output)
         if not config.training.arguments or not isinstance(error, ValueError):
             raise
         raise config.error("training.arguments", f"is refused: {gist(error)}.") from error

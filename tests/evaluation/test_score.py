@@ -28,6 +28,23 @@ def record(answer: str, **fields) -> Record:
         ("The", "the"),
         ("", ""),
         ("ＡＢＣ", "abc"),
+        ("दिन।", "दिन"),
+        ("−4", "-4"),
+        ("(-4)", "-4"),
+        ("−$ 4", "-4"),
+        ("$-.50", "-0.50"),
+        ("It costs $4.", "it costs 4"),
+        ("$10-$20", "10 20"),
+        ("10–20", "10 20"),
+        ("50%-60%", "50 60"),
+        ("+5", "5"),
+        ("2+2", "2 + 2"),
+        ("x>-5", "x > -5"),
+        ("1½", "1 1/2"),
+        ("C++.", "c++"),
+        ("wait--no, **cat**", "wait no cat"),
+        ("Côte d'Ivoire", "côte d ivoire"),
+        ("apple ❤️", "apple"),
     ],
 )
 def test_normalise(text, plain):
@@ -41,7 +58,15 @@ def test_normalise(text, plain):
         ("exact", "a cat and a dog", "cat", 0.0),
         ("exact", "", "cat", 0.0),
         ("exact", "4", "-4", 0.0),
+        ("exact", ".5", "0.5", 1.0),
+        ("exact", "½", "1/2", 1.0),
         ("contains", "It is a cat, I think.", "cat", 1.0),
+        ("contains", "这是一只猫", "猫", 1.0),
+        ("contains", "这是一只狗", "猫", 0.0),
+        ("contains", "มันคือแมว", "แมว", 1.0),
+        ("contains", "一共15个。", "15", 1.0),
+        ("contains", "一共15个。", "5", 0.0),
+        ("contains", "I write C++.", "C", 0.0),
         ("contains", "It is a category.", "cat", 0.0),
         ("vqa", "red", "red", 1.0),
         ("vqa", "red", "red|red|blue", 2 / 3),
@@ -55,6 +80,27 @@ def test_normalise(text, plain):
 )
 def test_score(metric, answer, reference, expected):
     assert score([answer], [record(reference)], metric) == [pytest.approx(expected)]
+
+
+@pytest.mark.parametrize(
+    ("one", "other"),
+    [
+        ("दिन", "दान"),
+        ("กิน", "กัน"),
+        ("−4", "4"),
+        ("-$4", "4"),
+        ("$-4", "4"),
+        (".5", "5"),
+        ("C++", "C#"),
+        ("C#", "C"),
+        ("B-", "B+"),
+        ("x > 5", "x < 5"),
+        ("2 + 2", "2 2"),
+        ("10²", "102"),
+    ],
+)
+def test_what_means_another_thing_is_another_answer(one, other):
+    assert score([one, other], [record(other), record(one)]) == [0, 0]
 
 
 def test_score_refuses():

@@ -14,28 +14,71 @@ from ..data.records import Record
 from ..errors import UserError
 
 ARTICLES = {"a", "an", "the"}
-# punctuation, except a separator between digits (3.5, 1,000, 12:30) and the sign of a number (-4)
-PUNCTUATION = re.compile(r"(?!(?<=\d)[.,:/]\d)(?!(?<!\S)-\d)[^\w\s]|_")
+MONEY = "[$¢-¥฿₠-⃀]"
+ALIKE = str.maketrans({"−": "-", "⁄": "/", "\ufe0f": None})  # minus, the stroke of ½, and what only colours an emoji
+SPELLINGS = (  # of a number: -$4 and $-4 are -4, +4 is 4, .5 is 0.5
+    (re.compile(rf"-{MONEY}\s?(?=[.\d])|(?<!\d){MONEY}-(?=[.\d])"), "-"),
+    (re.compile(r"^\+(?=[.\d])"), ""),
+    (re.compile(r"(?<![\w.])\.(?=\d)"), "0."),
+)
+MARK = re.compile(
+    r"""
+    (?P<kept>
+        (?<=\d)[.,:/](?=\d)               # between digits: 3.5, 1,000, 12:30
+        | (?<![^\s(\[{<>=:*"'`])-(?=\d)    # the sign of a number: -4
+        | (?<=\w)[+\#]++(?!\w)             # part of a name: C++, C#
+        | (?<=\w)(?<!\w{3})-(?![\w-])      # of a grade or a blood group: B-
+    )
+    | [^\w\s] | _
+    """,
+    re.VERBOSE,
+)
+# scripts that are written without spaces: Thai and Lao, Burmese, Khmer, Japanese, Chinese
+SPACELESS = re.compile("[\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3040-\u30ff\u3400-\u9fff\U00020000-\U0003ffff]")
 
 
 def normalise(text: str) -> str:
     """``text`` without case, punctuation, articles and spare spaces: 'The  Cat!' -> 'cat'.
 
+    What tells one answer from another stays: vowel signs and other marks of a word, the sign and the point of a number,
+    the signs of arithmetic, ``C++`` and ``B-``. Signs of money, percent and degrees go, as in SQuAD's and VQA's scores.
     A text that is nothing but punctuation or articles stays as it is, in lower case.
+
+    References:
+        Rajpurkar et al., "SQuAD: 100,000+ Questions for Machine Comprehension of Text", 2016: case, punctuation,
+        articles and spaces are what its official script takes away.
     """
-    text = unicodedata.normalize("NFKC", text).casefold().strip()
-    words = [word for word in PUNCTUATION.sub(" ", text).split() if word not in ARTICLES]
+    text = re.sub(r"(?<=\d)(?=[²³¹⁰⁴-⁹¼-¾⅐-⅞])", " ", text)  # NFKC makes 102 of 10²
+    text = unicodedata.normalize("NFKC", text).translate(ALIKE).casefold().strip()
+    plain = text
+    for spelling, usual in SPELLINGS:
+        plain = spelling.sub(usual, plain)
+    words = [word for word in MARK.sub(_mark, plain).split() if word not in ARTICLES]
     return " ".join(words) or text
 
 
+def _mark(found: re.Match) -> str:
+    """What is left of a character that is no letter and no digit."""
+    mark = found[0]
+    kind = unicodedata.category(mark[0])
+    if found["kept"] or kind in ("Mn", "Mc"):
+        return mark
+    return f" {mark} " if kind == "Sm" else " "
+
+
 def exact(answer: str, record: Record) -> float:
-    """1 if the normalised answer is the normalised reference."""
+    """1 if the normalised answer is the normalised reference: case, articles and punctuation do not count."""
     return float(normalise(answer) == normalise(record.answer))
 
 
 def contains(answer: str, record: Record) -> float:
-    """1 if the normalised answer contains the normalised reference as whole words."""
-    return float(f" {normalise(record.answer)} " in f" {normalise(answer)} ")
+    """1 if the normalised answer contains the normalised reference as whole words, or, as in Chinese, as a part."""
+    return float(f" {_words(record.answer)} " in f" {_words(answer)} ")
+
+
+def _words(text: str) -> str:
+    """``text``, normalised, with every letter of a script without spaces as a word of its own."""
+    return " ".join(SPACELESS.sub(r" \g<0> ", normalise(text)).split())
 
 
 def vqa(answer: str, record: Record) -> float:

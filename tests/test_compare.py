@@ -32,6 +32,7 @@ from lorasculpt.measure import shape
 from lorasculpt.posthoc.edits import delta_of
 from lorasculpt.provenance import versions
 from lorasculpt.report import report
+from lorasculpt.report.words import unread
 from lorasculpt.run import records
 from lorasculpt.run.folder import write_record
 from lorasculpt.sequence import transfer
@@ -575,7 +576,7 @@ def test_what_has_one_strength_is_measured_without_a_curve(run, name):
     path = compare.compare(run(), [name], seeds=1, rates=[0.01], progress=False)
     record = json.loads(path.read_text())
     assert record["runs"][0]["curve"] == []
-    assert record["equal_target"] == {"target": None, "against": None, "source": {}, "left_out": []}
+    assert record["equal_target"] == {"target": None, "against": None, "source": {}, "left_out": [], "coarse": {}}
     assert name in report(path, path.parent / "page").with_suffix(".md").read_text()
 
 
@@ -1170,41 +1171,60 @@ def on_curve(label: str, seed: int, *points: tuple[float, float, float]) -> dict
 
 def test_sources_are_compared_where_all_methods_have_learned_the_same():
     runs = [
-        on_curve("dense", 0, (0, 0.8, 0.0), (0.5, 0.6, 0.4), (1, 0.2, 0.8)),
+        on_curve("dense", 0, (0, 0.8, 0.0), (0.5, 0.41, 0.59), (0.75, 0.21, 0.63), (1, 0.2, 0.8)),
         on_curve("lorasculpt", 0, (0, 0.8, 0.0), (0.5, 0.7, 0.3), (1, 0.6, 0.6)),
         on_curve("lorasculpt", 1, (0, 0.8, 0.0), (1, 0.5, 0.6)),
-        on_curve("dense", 1, (1, 0.1, 0.9), (0, 0.8, 0.0), (0.5, 0.5, 0.7)),  # in any order
+        on_curve("dense", 1, (1, 0.1, 0.9), (0, 0.8, 0.0), (0.5, 0.79, 0.7)),  # in any order
         on_curve("dense", 2, (0, 0.8, 0.0), (1, 0.4, 0.6)),
         on_curve("without strength", 0),
     ]
     found = equal_target(runs)
     assert (found["target"], found["against"], found["left_out"]) == (0.6, "lorasculpt", [])
     dense, sparse = found["source"]["dense"], found["source"]["lorasculpt"]
-    # half of the way from 0.4 to 0.8; six sevenths of that from 0 to 0.7; the end
+    # a quarter of the way from 0.59 to 0.63; six sevenths of that from 0 to 0.7; the end
     assert (dense["seeds"], sparse["seeds"]) == ([0, 1, 2], [0, 1])
-    assert dense["values"] == pytest.approx([0.4, 0.8 - 0.3 * 6 / 7, 0.4])
+    assert dense["values"] == pytest.approx([0.36, 0.8 - 0.01 * 6 / 7, 0.4])
     assert (dense["mean"], sparse["mean"]) == (pytest.approx(np.mean(dense["values"])), pytest.approx(0.55))
     assert sparse["high"] == pytest.approx(0.55 + 12.7062 * 0.05)
     assert sparse["test"] is None
     assert dense["test"]["n"] == 2
-    assert dense["test"]["difference"] == pytest.approx(np.mean([0.4 - 0.6, 0.8 - 0.3 * 6 / 7 - 0.5]))
+    assert dense["test"]["difference"] == pytest.approx(np.mean([0.36 - 0.6, 0.8 - 0.01 * 6 / 7 - 0.5]))
     assert list(found["source"]) == ["dense", "lorasculpt"]
     assert equal_target(runs[:1])["against"] == "dense"
-    assert equal_target(runs[-1:]) == {"target": None, "against": None, "source": {}, "left_out": []}
+    nothing = {"target": None, "against": None, "source": {}, "left_out": [], "coarse": {}}
+    assert equal_target(runs[-1:]) == nothing
+    assert equal_target([on_curve("dense", 0, (0, 0.8, 0.5), (1, 0.4, 0.5))]) == nothing  # where nothing was learned
 
 
 def test_a_label_that_learns_far_less_does_not_set_the_level():
-    """The best of whose worst seed counts: 0.8 here, so that 0.4 is just near enough and 0.39 is not."""
-    best = [on_curve("best", seed, (0, 0.8, 0.1), (1, 0.2, reach)) for seed, reach in enumerate((0.9, 0.8))]
-    near = on_curve("near", 0, (0, 0.8, 0.1), (0.5, 0.7, 0.4), (1, 0.1, 0.3))  # learns less when turned up further
-    far = [on_curve("far", seed, (0, 0.8, 0.1), (1, 0.7, reach)) for seed, reach in enumerate((0.9, 0.39))]
-    found = equal_target([*best, *far, near])
-    assert (found["target"], found["left_out"]) == (0.4, ["far"])
+    """The best of whose worst seed counts: 0.8 from 0.25, so that 0.525 is just near enough and 0.52 is not."""
+    points = (0, 0.8, 0.25), (0.5, 0.79, 0.5), (0.6, 0.7, 0.55)
+    best = [on_curve("best", seed, *points, (1, 0.2, reach)) for seed, reach in enumerate((0.9, 0.8))]
+    near = on_curve("near", 0, (0, 0.8, 0.25), (0.5, 0.7, 0.525), (1, 0.1, 0.5))  # learns less when turned up further
+    far = [on_curve("far", seed, (0, 0.8, 0.25), (1, 0.7, reach)) for seed, reach in enumerate((0.9, 0.52))]
+    idle = on_curve("idle", 0, (0, 0.8, 0.45), (1, 0.8, 0.46))  # more than half of the best, and nothing learned
+    found = equal_target([*best, *far, near, idle])
+    assert (found["target"], found["left_out"], found["coarse"]) == (0.525, ["far", "idle"], {})
     assert list(found["source"]) == ["best", "near"]
     assert found["source"]["near"]["values"] == [0.7]
     # where the base is above the level already, nothing has to be turned on
-    knew = on_curve("knew", 0, (0, 0.8, 0.5), (1, 0.1, 0.7))
+    knew = on_curve("knew", 0, (0, 0.8, 0.6), (1, 0.1, 0.8))
     assert equal_target([near, knew])["source"]["knew"]["values"] == [0.8]
+
+
+def test_a_curve_that_is_hardly_known_at_the_level_is_not_read_there():
+    """A straight line through .25 and .75 of one that falls between them would put it where it never was."""
+    level = on_curve("lorasculpt", 0, (0, 0.8, 0), (1, 0.7, 0.5))
+    points = (0, 0.8, 0.0), (0.25, 0.8, 0.3), (0.75, 0.1, 0.75), (1, 0.0, 0.8)
+    steep = [on_curve("steep", 0, *points), on_curve("steep", 1, *points, (0.5, 0.75, 0.45), (0.55, 0.6, 0.51))]
+    found = equal_target([level, *steep, on_curve("dare", 0, *points)])
+    assert (found["target"], found["left_out"]) == (0.5, [])
+    assert found["coarse"] == {"steep": [0], "dare": [0]}
+    assert found["source"]["steep"]["seeds"] == [1]
+    assert found["source"]["steep"]["values"] == pytest.approx([0.625])
+    assert unread(found) == "steep (seed 0), dare"
+    exactly = on_curve("dare", 0, *points, (0.5, 0.4, 0.5))  # at a point it was measured
+    assert equal_target([level, exactly])["source"]["dare"]["values"] == [0.4]
 
 
 def test_the_tables_fit_a_terminal_of_80_columns(capsys, monkeypatch):
@@ -1236,7 +1256,7 @@ def test_the_screen_shows_tests_and_rates_at_the_edge(run, capsys, monkeypatch):
             for label, up in (("a", 0.1), ("b", 0.2))
             for n in (0, 1)
         ]
-        + [on_curve("weak", 0, (0, 0.8, 0), (1, 0.5, 0.2))]
+        + [on_curve("weak", 0, (0, 0.8, 0), (1, 0.5, 0.2)), on_curve("steep", 0, (0, 0.8, 0), (1, 0.1, 0.9))]
     )
     record["table"][1]["retention"]["mean"] = None
     record["table"][1]["drift"] = {"mean": 0.0123, "low": 0.0, "high": 0.0246}
@@ -1259,6 +1279,7 @@ def test_the_screen_shows_tests_and_rates_at_the_edge(run, capsys, monkeypatch):
     assert "time and memory in those of lora" in out
     assert "lora: of the learning rates the largest did best; a larger one may do better." in out
     assert "Source where all reach the target 50.0, p against a: a 55.0 ±64, b 60.0 ±127 (p 0.500)." in out
-    assert "Not compared there, for reaching less than 50 % of the best target score: weak." in out
+    assert "Not compared there, for gaining less than 50 % of the most that is gained: weak." in out
+    assert "Nor, for curves that have no points close enough to it: steep." in out
     assert "1 run is still missing." in out
     assert report(path, path.parent / "page").with_suffix(".md").read_text().count("still missing") == 1

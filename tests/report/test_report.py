@@ -419,6 +419,8 @@ def compared(folder: Path, *labels: str, pictures: bool = True) -> Path:
     equal = {
         "target": 0.5,
         "source": {label: {"mean": 0.4 + i / 10, "low": None, "high": None} for i, label in enumerate(labels)},
+        "left_out": ["weak"],
+        "coarse": {"steep": [0], labels[0]: [1]},
     }
     path.write_text(json.dumps(json.loads(path.read_text()) | {"table": [], "equal_target": equal}))
     return path
@@ -431,6 +433,8 @@ def test_pictures_of_a_comparison_are_in_its_runs_folders(tmp_path):
     assert "all (3) forgotten (1) learned (1) both right (1)" in shown
     assert 'src="data:image/png' in text
     assert "target score 50.0 %, which all of these reach" in shown.replace("\u00a0", " ")
+    assert "of the most that is gained on the target: weak; for curves that have no points" in shown
+    assert "close enough to this score: steep, lora (seed 1)." in shown
     assert re.search(r"lora 40\.0 sparse 50\.0", shown)
 
 

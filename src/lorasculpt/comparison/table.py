@@ -11,11 +11,12 @@ from rich.console import Console
 from rich.table import Table
 
 from ..console import numbers
+from ..evaluation.run import KNOWN, rectangle
 from ..evaluation.student import mean_interval, paired
 from ..report.results import NUMBERS, REFERENCE, front, made_on
-from ..report.words import by_heart, chance, size
+from ..report.words import by_heart, chance, size, unread
 
-NEAR = 0.5  # of the best target score: who does not reach this share of it is not compared at equal target
+NEAR = 0.5  # of the most that is gained on the target: who gains less than this is not compared at equal target
 EQUALLED = "lorasculpt"  # what the others are tested against there
 
 
@@ -123,31 +124,42 @@ def pareto(rows: Sequence[dict[str, Any]]) -> list[str]:
 def equal_target(runs: Sequence[dict[str, Any]]) -> dict[str, Any]:
     """Source average of the labels where the strength of each gives the target score that all of them reach.
 
-    Read off each run's curve over strength, between its points linearly. What a label reaches is the least of what its
-    runs do at the best point of their curves. A label that does not reach ``NEAR`` of what the best one does is left
-    out, because at so low a target score nothing would be compared; the level is the least that the others reach. Runs
-    without a curve (of adapters whose strength cannot be set) have no part in it.
+    Read off each run's curve over strength, between its points linearly where these are as close as ``refine`` wants
+    them (:func:`~lorasculpt.evaluation.run.rectangle`): a straight line through more is a guess. What a label reaches
+    and gains is the least of what its runs do at the best point of their curves, gained over the base. A label that
+    gains less than ``NEAR`` of what the best one does is left out, because where nothing has been learned all look
+    alike; the level is the least that the others reach. Runs without a curve (of adapters whose strength cannot be set)
+    have no part in it.
 
     Returns:
-        ``target``: the level, None where no run has a curve. ``source``: of each label the ``seeds``, the ``values`` of
-        the source average in their order, their ``mean`` with its 95 % interval ``low`` and ``high``, and ``test``, the
-        paired t-test against the label ``against`` over the seeds that both have (None for that label itself, and for
-        fewer than two). ``against``: LoRASculpt, or the first label without it. ``left_out``: what is too far below.
+        ``target``: the level, None where no run has a curve on which anything was gained. ``source``: of each label the
+        ``seeds``, the ``values`` of the source average in their order, their ``mean`` with its 95 % interval ``low``
+        and ``high``, and ``test``, the paired t-test against the label ``against`` over the seeds that both have (None
+        for that label itself, and for fewer than two). ``against``: LoRASculpt, or the first label without it.
+        ``left_out``: the labels that gain too little. ``coarse``: by label the seeds whose curve is not known there.
     """
     curves: dict[str, dict[int, list[dict]]] = {}
     for run in runs:
         if run["curve"]:
             own = sorted(run["curve"], key=lambda point: point["strength"])
             curves.setdefault(run["label"], {})[run["seed"]] = own
-    reach = {
-        label: min(max(point["target"] for point in curve) for curve in own.values()) for label, own in curves.items()
-    }
-    kept = [label for label in reach if reach[label] >= NEAR * max(reach.values())]
-    if not kept:
-        return {"target": None, "against": None, "source": {}, "left_out": []}
-    level = min(reach[label] for label in kept)
-    at = {label: {seed: _source_at(level, curve) for seed, curve in curves[label].items()} for label in kept}
-    against = EQUALLED if EQUALLED in at else kept[0]
+    best = {label: [max(point["target"] for point in curve) for curve in own.values()] for label, own in curves.items()}
+    base = {label: [curve[0]["target"] for curve in own.values()] for label, own in curves.items()}
+    gained = {label: min(a - b for a, b in zip(best[label], base[label], strict=True)) for label in curves}
+    most = max(gained.values(), default=0)
+    if most <= 0:
+        return {"target": None, "against": None, "source": {}, "left_out": [], "coarse": {}}
+    kept = [label for label in gained if gained[label] >= NEAR * most]
+    level = min(min(best[label]) for label in kept)
+    at: dict[str, dict[int, float]] = {}
+    coarse: dict[str, list[int]] = {}
+    for label in kept:
+        for seed, curve in curves[label].items():
+            if (kept_there := _source_at(level, curve)) is None:
+                coarse.setdefault(label, []).append(seed)
+            else:
+                at.setdefault(label, {})[seed] = kept_there
+    against = EQUALLED if EQUALLED in at else next(iter(at))
 
     def row(label: str, values: dict[int, float]) -> dict[str, Any]:
         both = [seed for seed in values if seed in at[against] and label != against]
@@ -160,14 +172,20 @@ def equal_target(runs: Sequence[dict[str, Any]]) -> dict[str, Any]:
         "target": level,
         "against": against,
         "source": source,
-        "left_out": [label for label in reach if label not in kept],
+        "left_out": [label for label in gained if label not in kept],
+        "coarse": coarse,
     }
 
 
-def _source_at(level: float, curve: Sequence[dict]) -> float:
-    """The source average of a curve at the smallest strength where its target, which gets there, is ``level``."""
+def _source_at(level: float, curve: Sequence[dict]) -> float | None:
+    """The source average of a curve at the smallest strength where its target, which gets there, is ``level``.
+
+    None where that lies between two points too far apart to tell; at a point it was measured.
+    """
     for low, high in pairwise([curve[0], *curve]):
         if high["target"] >= level:
+            if high["target"] > level and rectangle(low, high) >= KNOWN:
+                return None
             rise = high["target"] - low["target"]
             share = (level - low["target"]) / rise if rise > 0 else 1.0
             return low["source"] + share * (high["source"] - low["source"])
@@ -205,7 +223,9 @@ def show(record: dict[str, Any]) -> None:
         print(f"Source where all reach the target {100 * equal['target']:.1f}, p against {equal['against']}: {kept}.")
     if equal["left_out"]:
         far = ", ".join(equal["left_out"])
-        print(f"Not compared there, for reaching less than {100 * NEAR:.0f} % of the best target score: {far}.")
+        print(f"Not compared there, for gaining less than {100 * NEAR:.0f} % of the most that is gained: {far}.")
+    if coarse := unread(equal):
+        print(f"Nor, for curves that have no points close enough to it: {coarse}.")
     print(f"Pareto front of source and target: {', '.join(record['pareto'])}.")
     if record["drift"]:
         words = {"runs": "runs", "curve": "points of curves"}

@@ -128,16 +128,20 @@ def next_strength(points: Sequence[dict]) -> float | None:
     that they span. Its strength is that of the largest rectangle; None where all are below ``KNOWN``.
 
     Args:
-        points: of a curve with both its ends, in any order. Without source averages what is kept is exp(-drift).
+        points: of a curve with both its ends, in any order, as :func:`rectangle` takes them.
     """
     known = sorted(points, key=lambda point: point["strength"])
-    kept = [point["source"] if "source" in point else math.exp(-point["drift"]) for point in known]
-    areas = [
-        (abs((b - a) * (right["target"] - left["target"])), (left["strength"] + right["strength"]) / 2)
-        for (a, left), (b, right) in pairwise(zip(kept, known, strict=True))
-    ]
-    area, middle = max(areas, key=lambda found: found[0])
-    return middle if area >= KNOWN else None
+    left, right = max(pairwise(known), key=lambda both: rectangle(*both))
+    return (left["strength"] + right["strength"]) / 2 if rectangle(left, right) >= KNOWN else None
+
+
+def rectangle(left: dict, right: dict) -> float:
+    """The area that two points of a curve span: what is kept times the target, each as far as it changes.
+
+    Without source averages what is kept is exp(-drift).
+    """
+    a, b = (point["source"] if "source" in point else math.exp(-point["drift"]) for point in (left, right))
+    return abs((b - a) * (right["target"] - left["target"]))
 
 
 def curve_point(value: float, measured: dict, moved: dict | None = None) -> dict:

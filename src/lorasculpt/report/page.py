@@ -50,6 +50,7 @@ from .words import (
     duration,
     headline,
     listed,
+    not_compared,
     one_by_one,
     percent,
     size,
@@ -162,8 +163,11 @@ def seed_table(found: list[Entry]) -> dict | None:
     return {"head": ["Run", *COLUMNS.values()], "rows": rows} if rows else None
 
 
-def equal_table(found: list[Entry]) -> tuple[dict, str] | None:
-    """The source average of each adapter where these reach the same target score, and that score; None if not known."""
+def equal_table(found: list[Entry]) -> tuple[dict, str, str] | None:
+    """The source average of each adapter where these reach the same target score, that score, and who is left out.
+
+    None if not known.
+    """
     equal = found[0].runs[0].get("equal_target") or {}
     if not equal.get("source"):
         return None
@@ -171,7 +175,7 @@ def equal_table(found: list[Entry]) -> tuple[dict, str] | None:
         {"name": label, "cells": [_cell(Number(source["mean"], source["low"], source["high"]))]}
         for label, source in equal["source"].items()
     ]
-    return {"head": ["Method", "Source average (%)"], "rows": rows}, percent(equal["target"])
+    return {"head": ["Method", "Source average (%)"], "rows": rows}, percent(equal["target"]), not_compared(equal)
 
 
 def made_of_table(totals: dict[str, dict]) -> dict | None:

@@ -180,6 +180,25 @@ def by_heart(run: dict) -> str:
     return f"Asked what was trained on, and so perhaps known by heart: {listed(told)}." if told else ""
 
 
+def unread(equal: dict) -> str:
+    """Whose curves are not known well enough to be read at equal target, of a results file; nothing for none.
+
+    A label of which other runs are read has its seeds beside it.
+    """
+    return ", ".join(
+        f"{label} (seed {', '.join(map(str, seeds))})" if label in equal["source"] else label
+        for label, seeds in equal.get("coarse", {}).items()
+    )
+
+
+def not_compared(equal: dict) -> str:
+    """Who is not compared at equal target, and why, of a results file; nothing where all are."""
+    few, coarse = ", ".join(equal.get("left_out", ())), unread(equal)
+    told = [f"for gaining less than half of the most that is gained on the target: {few}"] if few else []
+    told += [f"for curves that have no points close enough to this score: {coarse}"] if coarse else []
+    return f"Left out {'; '.join(told)}." if told else ""
+
+
 def spread(found: dict | None) -> str:
     """A rank correlation of drift with the loss of source accuracy, in words; nothing for none."""
     if found is None or found["runs"]["rho"] is None:

@@ -1196,6 +1196,14 @@ def test_sources_are_compared_where_all_methods_have_learned_the_same():
     assert equal_target([on_curve("dense", 0, (0, 0.8, 0.5), (1, 0.4, 0.5))]) == nothing  # where nothing was learned
 
 
+def test_where_no_curve_is_known_at_the_level_nobody_is_compared():
+    runs = [on_curve(label, 0, (0, 0.8, 0.1), (1, 0.1, reach)) for label, reach in (("one", 0.9), ("two", 0.8))]
+    runs[1]["curve"][-1]["target"] = 0.8
+    found = equal_target(runs)
+    assert found["source"].keys() <= {"two"}  # whose end it is
+    assert found["coarse"]["one"] == [0]
+
+
 def test_a_label_that_learns_far_less_does_not_set_the_level():
     """The best of whose worst seed counts: 0.8 from 0.25, so that 0.525 is just near enough and 0.52 is not."""
     points = (0, 0.8, 0.25), (0.5, 0.79, 0.5), (0.6, 0.7, 0.55)

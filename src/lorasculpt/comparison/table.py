@@ -159,6 +159,9 @@ def equal_target(runs: Sequence[dict[str, Any]]) -> dict[str, Any]:
                 coarse.setdefault(label, []).append(seed)
             else:
                 at.setdefault(label, {})[seed] = kept_there
+    left_out = [label for label in gained if label not in kept]
+    if not at:
+        return {"target": level, "against": None, "source": {}, "left_out": left_out, "coarse": coarse}
     against = EQUALLED if EQUALLED in at else next(iter(at))
 
     def row(label: str, values: dict[int, float]) -> dict[str, Any]:
@@ -172,7 +175,7 @@ def equal_target(runs: Sequence[dict[str, Any]]) -> dict[str, Any]:
         "target": level,
         "against": against,
         "source": source,
-        "left_out": [label for label in gained if label not in kept],
+        "left_out": left_out,
         "coarse": coarse,
     }
 

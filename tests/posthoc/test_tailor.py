@@ -5,6 +5,7 @@ import pico
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from lorasculpt.errors import UserError
 from lorasculpt.posthoc import model_tailor, moments_of, read, tailor, write
@@ -57,6 +58,21 @@ def test_it_is_elimination(keep, block, released):
     found = tailor(before, after, moment(x), keep, block=block, released=released)
     expected = by_elimination(before, after, moment(x), keep, block, 1 if released else -1)
     np.testing.assert_allclose(found.numpy(), expected, rtol=1e-4, atol=1e-4)
+
+
+def test_columns_to_the_right_of_a_block_are_written_once_for_all_of_its_own():
+    class Written(TorchDispatchMode):
+        entries = 0
+
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            self.entries += args[0].numel() if function is torch.ops.aten.add_.Tensor else 0
+            return function(*args, **(kwargs or {}))
+
+    before, after, x = layer()
+    with Written() as written:
+        tailor(before, after, moment(x), block=5)
+    inside, behind = 4 * (4 + 3 + 2 + 1), 15 + 10 + 5
+    assert written.entries == OUT * (inside + behind) + IN  # and the moment's diagonal, which is damped
 
 
 @pytest.mark.parametrize("seed", range(3))

@@ -34,7 +34,8 @@ def tailor(
 
     Column by column, entries that are not kept return to the base, and the columns to the right take over what that
     takes from the outputs (OBS): W[:, j+1:] -= (w - w0) / h_jj · h_j,j+1:, with h the inverse of the moment without the
-    columns that are done. Kept are the int(keep · numel) entries of each block with the largest
+    columns that are done. What lies to the right of a block takes over from all of its columns at once, in one product.
+    Kept are the int(keep · numel) entries of each block with the largest
 
         .5 z(|W - W0|) + .5 z(W² / h_jj)
 
@@ -70,10 +71,13 @@ def tailor(
         kept = torch.zeros(scores.numel(), dtype=torch.bool)
         kept[scores.flatten().sort(descending=True, stable=True).indices[: int(keep * scores.numel())]] = True
         kept = kept.view(scores.shape)
+        lost = torch.empty_like(scores)
         for j in range(part.start, part.stop):
             found[:, j] = weight[:, j].where(kept[:, j - start], base[:, j])
-            lost = (weight[:, j] - found[:, j]) / factor[j, j]
-            weight[:, j + 1 :] += sign * lost[:, None] * factor[j, j + 1 :]
+            lost[:, j - start] = (weight[:, j] - found[:, j]) / factor[j, j]
+            rest = slice(j + 1, part.stop)
+            weight[:, rest] += sign * lost[:, j - start, None] * factor[j, rest]
+        weight[:, part.stop :] += sign * lost @ factor[part, part.stop :]  # what is due to the right of the block
     return found.float()
 
 
@@ -137,7 +141,10 @@ def moments_of(model: nn.Module, names: Iterable[str], batches: Iterable[Mapping
         def hook(module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
             x = inputs[0].detach().flatten(0, -2).float()
             product = (x.T @ x).cpu()
-            sums[name] = sums[name] + product if name in sums else product
+            if name in sums:
+                sums[name] += product
+            else:
+                sums[name] = product
             counts[name] += x.shape[0]
 
         return hook

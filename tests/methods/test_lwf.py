@@ -130,14 +130,14 @@ def no_square(self, tuned, base, right=lwf.LwF._divergence):
 
 
 def reverse(self, tuned, base):
-    with self.teacher.asked():
+    with self.teacher.asked(self.teacher.head):
         p = (self.teacher.logits(base) / T).log_softmax(-1)
     q = (self.teacher.logits(tuned) / T).log_softmax(-1)
     return F.kl_div(p, q, reduction="sum", log_target=True)
 
 
 def cold(self, tuned, base):
-    with self.teacher.asked():
+    with self.teacher.asked(self.teacher.head):
         p = self.teacher.logits(base).log_softmax(-1)
     q = (self.teacher.logits(tuned) / T).log_softmax(-1)
     return F.kl_div(q, p, reduction="sum", log_target=True)
@@ -174,9 +174,23 @@ def test_a_fault_is_caught(fault, monkeypatch):
 
 
 def test_an_adapter_that_stays_on_is_caught(monkeypatch):
-    monkeypatch.setattr(Teacher, "asked", lambda self: torch.no_grad())
+    monkeypatch.setattr(Teacher, "asked", lambda self, part: torch.no_grad())
     with pytest.raises(AssertionError):
         check(sharp(), batch())
+
+
+def test_for_logits_the_head_alone_is_turned_be_it_adapted_itself(monkeypatch):
+    turned, asked = [], Teacher.asked
+    monkeypatch.setattr(Teacher, "asked", lambda self, part: turned.append(part) or asked(self, part))
+    monkeypatch.setattr(lwf, "TOKENS", 3)
+    model = sharp(rf"lm_head|{SMALL}", lora_dropout=0.0)
+    _, logs = gradients(model, [batch()])
+    assert logs == pytest.approx({"distillation": by_hand(model, batch())}, rel=1e-5)
+    whole, *others = turned
+    assert whole is model.base_model.model
+    assert others == [whole.lm_head] * 2 * 3  # three times three tokens, and what a checkpoint computes again
+    assert all(part.training for part in model.modules())
+    assert not whole.lm_head.disable_adapters
 
 
 def test_it_is_averaged_over_micro_batches():

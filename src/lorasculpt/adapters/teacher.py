@@ -51,9 +51,7 @@ class Teacher:
                 )
         self.model, self.body, self.compare = model, body, compare
         self._scale, self._cap = _scale_and_cap(model.config.get_text_config())
-        self._switches = [m for m in model.modules() if isinstance(m, BaseTunerLayer | AuxiliaryTrainingWrapper)]
-        # a linear has no mode, but one of bitsandbytes packs its weights for good when it answers in evaluation
-        self._moded = [module for module in model.modules() if not isinstance(module, nn.Linear)]
+        self._parts = {part: _turned(part) for part in (model, self.head)}
         self._handles: list[Any] = []
         self._asking = False
         self._counted: Tensor | None = None
@@ -72,23 +70,28 @@ class Teacher:
             self._handles.pop().remove()
 
     @contextmanager
-    def asked(self) -> Iterator[None]:
-        """Within the block the model is its base: adapters off, no dropout, no checkpoints, no gradient."""
-        modes = [module.training for module in self._moded]
-        states = [switch._disable_adapters for switch in self._switches]
+    def asked(self, part: nn.Module) -> Iterator[None]:
+        """Within the block ``part`` is that of the base: adapters off, no dropout, no checkpoints, no gradient.
+
+        Args:
+            part: the whole model, or its head where that alone is called.
+        """
+        moded, switches = self._parts[part]
+        modes = [module.training for module in moded]
+        states = [switch._disable_adapters for switch in switches]
         try:
             self._asking = True
-            for module in self._moded:
+            for module in moded:
                 module.training = False
-            for switch in self._switches:  # PEFT's own switch would take their gradients from the parameters
+            for switch in switches:  # PEFT's own switch would take their gradients from the parameters
                 switch._disable_adapters = True
             with torch.no_grad():
                 yield
         finally:
             self._asking = False
-            for module, mode in zip(self._moded, modes, strict=True):
+            for module, mode in zip(moded, modes, strict=True):
                 module.training = mode
-            for switch, state in zip(self._switches, states, strict=True):
+            for switch, state in zip(switches, states, strict=True):
                 switch._disable_adapters = state
 
     def logits(self, hidden: Tensor) -> Tensor:
@@ -120,11 +123,18 @@ class Teacher:
             raise UserError(f"the output of {type(body).__name__} has no hidden state for each label to compare by.")
         # without the cache that the first run has just filled
         again = {key: value for key, value in kwargs.items() if key != "past_key_values"} | {"use_cache": False}
-        with self.asked():
+        with self.asked(self.model):
             base = body(*args, **again).last_hidden_state
         counted = self._counted.to(hidden.device)
         output.last_hidden_state = self.compare(hidden, hidden[counted], base[counted])
         return output
+
+
+def _turned(part: nn.Module) -> tuple[list[nn.Module], list[Any]]:
+    """What has a mode in ``part``, and what has a switch."""
+    switches = [m for m in part.modules() if isinstance(m, BaseTunerLayer | AuxiliaryTrainingWrapper)]
+    # a linear has no mode, but one of bitsandbytes packs its weights for good when it answers in evaluation
+    return [module for module in part.modules() if not isinstance(module, nn.Linear)], switches
 
 
 def _scale_and_cap(config: Any) -> tuple[float, float | None]:

@@ -105,7 +105,7 @@ class LwF(Method):
     def _divergence(self, tuned: Tensor, base: Tensor) -> Tensor:
         """KL(p || q) of equations (1) and (2), summed over tokens; both are hidden states, (tokens, features)."""
         assert self.teacher is not None
-        with self.teacher.asked():
+        with self.teacher.asked(self.teacher.head):
             p = (self.teacher.logits(base) / self.config.temperature).log_softmax(-1)
         q = (self.teacher.logits(tuned) / self.config.temperature).log_softmax(-1)
         return F.kl_div(q, p, reduction="sum", log_target=True)

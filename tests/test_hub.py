@@ -62,8 +62,9 @@ def hub(monkeypatch):
 
 def test_whatever_is_set_here_is_not_taken_from_the_file(run, monkeypatch):
     monkeypatch.setattr(trainer, "SFTConfig", dict)
+    known = {*trainer.OWN_ARGUMENTS, *trainer.FIXED, *trainer.DEFAULTS}
     for override in ("training.steps=1", "training.steps=null"):
-        assert trainer.arguments(run(override), False, None).keys() <= {*trainer.OWN_ARGUMENTS, *trainer.FIXED}
+        assert trainer.arguments(run(override), False, None).keys() <= known
 
 
 TAKEN = """
@@ -133,6 +134,12 @@ def test_what_the_trainer_refuses_later_is_told_and_leaves_nothing(run):
     with pytest.raises(UserError, match=r"training.arguments is refused: `router_aux_loss_coef` is set to 0.1 but"):
         train.train(config, progress=False)
     assert not config.output.exists()
+
+
+def test_masks_are_not_sent_from_process_to_process_unless_asked_for(run):
+    assert trainer.arguments(run(), False, None).ddp_broadcast_buffers is False
+    asked = run("training.arguments={ddp_broadcast_buffers: true}")
+    assert trainer.arguments(asked, False, None).ddp_broadcast_buffers is True
 
 
 def test_arguments_reach_the_trainer_and_the_finished_adapter_the_hub(run, hub, monkeypatch):

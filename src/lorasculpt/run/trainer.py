@@ -95,6 +95,10 @@ IDLE = {
 }
 
 
+# taken unless the file says otherwise: masks are buffers, but the same in all processes, so that DDP need not send them
+DEFAULTS = {"ddp_broadcast_buffers": False}
+
+
 def check_arguments(config: RunConfig) -> None:
     """See that ``training.arguments`` are arguments of ``SFTConfig``, of its types, that nothing here stands for.
 
@@ -159,8 +163,9 @@ def arguments(config: RunConfig, progress: bool, autocast: torch.dtype | None) -
     settings = config.training
     length = {"max_steps": settings.steps} if settings.steps else {"num_train_epochs": settings.epochs}
     on_cpu = computing().type == "cpu"
-    further = {key: value for key, value in settings.arguments.items() if key not in PUSHING}
-    further = deepcopy(further)  # transformers writes into what it is given, and these are what the run is known by
+    given = {key: value for key, value in settings.arguments.items() if key not in PUSHING}
+    # transformers writes into what it is given, and these are what the run is known by
+    further = DEFAULTS | deepcopy(given)
     own: dict[str, Any] = dict(
         # checkpoints are made here and moved out when they are whole
         output_dir=str(config.output / ".partial"),

@@ -247,7 +247,7 @@ class ClockCallback(TrainerCallback):
         return self
 
     def on_train_begin(self, args, state, control, model=None, optimizer=None, **kwargs):
-        if getattr(args, "deepspeed", None):
+        if getattr(args, "deepspeed_plugin", None):  # set by a launcher's config as well as by args.deepspeed
             raise UserError("DeepSpeed takes optimizer steps that no hook sees; use DDP or FSDP2 for these methods.")
         if state.global_step:
             folder = self._resume or Path(args.output_dir) / f"checkpoint-{state.global_step}"

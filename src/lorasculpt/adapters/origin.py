@@ -50,7 +50,8 @@ def origin(model: nn.Module, name: str | None = None, *, frozen: bool = False) -
 
 def comparable(weight: Tensor) -> bool:
     """Whether ``weight`` is a matrix, and no quantised one, whose numbers mean nothing without their scales."""
-    return weight.ndim == 2 and weight.is_floating_point() and weight.dtype.itemsize > 1
+    packed = getattr(weight, "quant_state", None) is not None  # 4 bits each, be they stored as numbers of 16
+    return weight.ndim == 2 and weight.is_floating_point() and weight.dtype.itemsize > 1 and not packed
 
 
 def kept(named: Iterable[tuple[str, Tensor]], name: str | None = None) -> dict[str, Any]:

@@ -55,6 +55,14 @@ def test_for_training_method_masks_and_settings_come_back(sculpted):
     assert equal(weights(loaded), weights(model))
 
 
+def test_weights_that_come_after_the_layers_are_masked_too(sculpted):
+    model, folder = sculpted
+    config = LoRASculptConfig.from_pretrained(folder)
+    loaded = PeftModel.from_pretrained(llama(), folder, config=config, is_trainable=True, low_cpu_mem_usage=True).eval()
+    assert equal(masks(loaded), masks(model))
+    assert torch.equal(logits(loaded, texts()[0]), logits(model, texts()[0]))
+
+
 def test_masks_whose_file_is_gone_are_read_off_the_zeros(sculpted):
     model, folder = sculpted
     (folder / "lorasculpt_state.safetensors").unlink()

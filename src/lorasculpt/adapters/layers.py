@@ -29,8 +29,11 @@ class MaskedLinear(nn.Linear):
         """A masked linear around the same parameters as ``linear``."""
         self = cls(linear.in_features, linear.out_features, bias=False, device="meta")
         self.weight = linear.weight
+        # a weight that waits for its file on "meta" gets its values from there; nothing would give a mask its own
+        device = "cpu" if linear.weight.is_meta else linear.weight.device
+        mask = torch.ones_like(linear.weight, dtype=torch.bool, device=device)
         # not persistent: the weight file of an adapter holds lora_A and lora_B and nothing else
-        self.register_buffer("mask", torch.ones_like(linear.weight, dtype=torch.bool), persistent=False)
+        self.register_buffer("mask", mask, persistent=False)
         return self
 
     def forward(self, x: Tensor) -> Tensor:

@@ -217,8 +217,9 @@ def test_following_it_sends_samples_to_experts_of_the_other_kind():
         assert first < second if task == 0 else first > second
 
 
-def test_a_single_number_has_no_variance():
-    update = make(num_experts=1, padded=False)
+@pytest.mark.parametrize("balance", ["paper", "code"])
+def test_a_single_number_has_no_variance(balance):
+    update = make(num_experts=1, padded=False, balance=balance)
     assert constraint(update, batch()[:1]) == 0
     assert not update.router.grad.any()
 

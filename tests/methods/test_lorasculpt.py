@@ -337,6 +337,14 @@ def test_a_loss_scaler_scales_the_penalty_with_the_loss(micro):
     assert method_logs(model)["penalty_ratio"] == pytest.approx(method_logs(twin)["penalty_ratio"], rel=1e-4)
 
 
+def test_a_loss_scaler_is_asked_for_its_scale_once_a_step(monkeypatch):
+    """It reads it off the device, which has to finish for that what it is at."""
+    scaler, asked = torch.amp.GradScaler("cpu"), []
+    monkeypatch.setattr(scaler, "get_scale", lambda right=scaler.get_scale: asked.append(right()) or asked[-1])
+    train(start("llama")[0], [texts()] * 2, scaler=scaler)
+    assert len(asked) == 2
+
+
 def test_a_disabled_loss_scaler_changes_nothing():
     model, twin = llama(), llama()
     train(model, [texts()] * 3, scaler=torch.amp.GradScaler("cpu", enabled=False))

@@ -116,9 +116,9 @@ class Clock:
             )
         self._open, self._stepped = True, False
         self._due = {}
-        scale = self.scaler.get_scale() if self.scaler is not None and self.scaler.is_enabled() else 1.0
+        self._scale = self.scaler.get_scale() if self.scaler is not None and self.scaler.is_enabled() else 1.0
         for method in self.methods.values():
-            method.open(scale / (micro_batches or self.accumulation))
+            method.open(self._scale / (micro_batches or self.accumulation))
             self._due |= method.penalties()
         self._added, self._task = {}, {}
 
@@ -153,8 +153,8 @@ class Clock:
         grad = parameter.grad
         if penalty is not None:
             self._task[parameter] = grad.detach().float().square().sum()
-            if self.scaler is not None and self.scaler.is_enabled():
-                penalty = penalty * self.scaler.get_scale()
+            if self._scale != 1:
+                penalty = penalty * self._scale
             grad.add_(penalty)
             self._added[parameter] = penalty
         elif parameter in self._added:  # a later micro-batch of the same window
@@ -165,9 +165,10 @@ class Clock:
             return
         scale = getattr(optimizer, "grad_scale", None)
         if self.methods and scale is not None:  # a fused optimizer would unscale within its step
+            factor = float(scale)
             for parameter in _stepped(optimizer):
                 if parameter.grad is not None:
-                    parameter.grad.div_(float(scale))
+                    parameter.grad.div_(factor)
             optimizer.grad_scale = torch.ones_like(scale)
         for method in self.methods.values():
             method.before_step()

@@ -65,12 +65,12 @@ class LoRAMoEUpdate(Update):
         q = q.sum(1) if q.dim() == 3 else q  # (3): (samples, N)
         z = self._kinds(x, q) * q
         total, count = across(torch.stack([z.detach().sum(), z.new_tensor(float(z.numel()))]))
-        if count < 2:
-            return z.new_zeros(())
+        # one value alone is its own mean, so that all is 0; to ask how many there are would wait for the device
+        count, freedom = count.clamp_min(1), (count - 1).clamp_min(1)
         # sums of what is left of a constant: exact gradients, and no cancellation in the variance
         center = total / count
         first, second = across(torch.stack([(z - center).sum(), (z - center).square().sum()]))
-        variance, mean = (second - first.square() / count) / (count - 1), center + first / count
+        variance, mean = (second - first.square() / count) / freedom, center + first / count
         power = 1 if self.config.balance == "paper" else 2
         return self.config.balance_weight * variance / (mean.pow(power) + 1e-10)  # (4)
 

@@ -2,6 +2,7 @@
 
 A machine without a GPU can so be asked whether code that runs on a GPU would: an operation that mixes devices, as torch
 refuses it, is refused here. Within :func:`device`, ``model.to(PRETEND)`` and ``tensor.to(PRETEND)`` bring things there.
+There is a ``SECOND`` one of its kind, which no backward pass reaches: autograd knows of one.
 """
 
 from __future__ import annotations
@@ -51,19 +52,19 @@ class _Module:
 
 _MODULE = _Module()
 _setup_privateuseone_for_python_backend("pretend", _MODULE)
-PRETEND = torch.device("pretend", 0)
+PRETEND, SECOND = torch.device("pretend", 0), torch.device("pretend", 1)
 CROSSING = {torch.ops.aten.copy_.default, torch.ops.aten._to_copy.default}  # what brings a tensor to another device
 
 
 class There(torch.Tensor):
-    """``inner``, a CPU tensor, as one of the device."""
+    """``inner``, a CPU tensor, as one of ``device``."""
 
     inner: torch.Tensor
 
     @staticmethod
-    def __new__(cls, inner: torch.Tensor) -> There:
+    def __new__(cls, inner: torch.Tensor, device: torch.device) -> There:
         found = torch.Tensor._make_wrapper_subclass(
-            cls, inner.shape, inner.stride(), inner.storage_offset(), dtype=inner.dtype, device=PRETEND
+            cls, inner.shape, inner.stride(), inner.storage_offset(), dtype=inner.dtype, device=device
         )
         found.inner = inner
         return found
@@ -78,7 +79,7 @@ class There(torch.Tensor):
 
 def run(function, args, kwargs):
     leaves = [x for x in tree_leaves((args, kwargs)) if isinstance(x, torch.Tensor)]
-    there = any(isinstance(x, There) for x in leaves)
+    there = {x.device for x in leaves if isinstance(x, There)}
     here = [x for x in leaves if not isinstance(x, There) and x.dim()]
     index = function in (
         torch.ops.aten.index.Tensor,
@@ -86,17 +87,20 @@ def run(function, args, kwargs):
     )  # takes a CPU's indices, as CUDA
     if there and here and function not in CROSSING and not index:
         raise RuntimeError(f"{function} has {len(here)} of {len(leaves)} tensors on the CPU")
+    if len(there) > 1 and function not in CROSSING:  # be they single numbers, as a CPU's may be
+        raise RuntimeError(f"{function} has tensors on {len(there)} devices")
     asked = kwargs.get("device")
-    to = PRETEND if asked is None and there else asked
-    if asked is not None:
+    to = min(there, key=str, default=None) if asked is None else torch.device(asked)
+    if asked is not None and to.type == PRETEND.type:
         kwargs = kwargs | {"device": torch.device("cpu")}
     args, kwargs = tree_map(lambda x: x.inner if isinstance(x, There) else x, (args, kwargs))
     found = function(*args, **kwargs)
     if function is torch.ops.aten.copy_.default or function._schema.name.endswith("_"):
         return leaves[0] if isinstance(found, torch.Tensor) else found
-    if to is None or torch.device(to).type != PRETEND.type:
+    if to is None or to.type != PRETEND.type:
         return found
-    return tree_map(lambda x: There(x) if isinstance(x, torch.Tensor) else x, found)
+    to = to if to.index else PRETEND  # which is meant where no number is given
+    return tree_map(lambda x: There(x, to) if isinstance(x, torch.Tensor) else x, found)
 
 
 class _Made(TorchDispatchMode):
@@ -112,9 +116,9 @@ class _Written(TorchFunctionMode):
     def __torch_function__(self, function, types, args=(), kwargs=None):
         kwargs = kwargs or {}
         if function is torch.tensor and torch.device(kwargs.get("device") or "cpu").type == PRETEND.type:
-            return torch.tensor(*args, **{**kwargs, "device": "cpu"}).to(PRETEND)
+            return torch.tensor(*args, **{**kwargs, "device": "cpu"}).to(kwargs["device"])
         if function is torch.Tensor.new_tensor and isinstance(args[0], There):
-            return torch.tensor(args[1], dtype=kwargs.get("dtype", args[0].dtype)).to(PRETEND)
+            return torch.tensor(args[1], dtype=kwargs.get("dtype", args[0].dtype)).to(args[0].device)
         if function is torch.Tensor.__getitem__ and isinstance(args[1], list):
             return args[0][torch.tensor(args[1])]
         if function is torch.Tensor.tolist and isinstance(args[0], There):

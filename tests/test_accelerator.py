@@ -11,16 +11,22 @@ import pytest
 import torch
 from commands import done
 from contract import CASES, adapt, close, loss, sgd, texts, weights
-from peft import LoraConfig
+from peft import LoraConfig, PeftModel
 from peft.tuners.lora.config import CordaConfig
-from pretend import PRETEND
+from pretend import PRETEND, SECOND
 from safetensors.torch import load_file
+from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_map_only
 
 import lorasculpt
-from lorasculpt import Clock, corda
+from lorasculpt import Clock, LoRASculptConfig, corda
+from lorasculpt.adapters import update
+from lorasculpt.adapters.method import method_logs
 from lorasculpt.config import RunConfig
 from lorasculpt.data.records import read
 from lorasculpt.evaluation import fisher, self_prompts
+from lorasculpt.methods import lwf
 from lorasculpt.models.parts import target_regex
 from lorasculpt.play import Panel
 
@@ -38,6 +44,10 @@ def test_what_lies_on_two_devices_is_refused(there):
         one + other
     other.copy_(one)
     assert (one * 2).tolist() == [2, 2]
+    second = one.to(SECOND)
+    assert (second + second).device == SECOND
+    with pytest.raises(RuntimeError, match="tensors on 2 devices"):
+        second.sum() + one.sum()
 
 
 def trained(method: str, device: torch.device):
@@ -70,6 +80,94 @@ def test_a_method_learns_there_what_it_learns_here(method, there, tmp_path):
     again = lorasculpt.load(pico.build("llama")[0].to(there), tmp_path, trainable=True).eval()
     assert {value.device for value in (*again.parameters(), *again.buffers())} == {PRETEND}
     torch.testing.assert_close(contract.logits(again, batch).cpu(), contract.logits(model, batch).cpu())
+
+
+def spread(base: nn.Module, first: torch.device, second: torch.device) -> nn.Module:
+    """``base`` as device_map="auto" has it on two devices: each part is given its inputs where it lies."""
+    inner = base.model
+    inner.to(first)
+    for part in (inner.layers[1], inner.norm, base.lm_head):
+        part.to(second)
+    for part, device in ((inner.layers[1], second), (inner.norm, second), (base.lm_head, second)):
+        part.register_forward_pre_hook(
+            lambda module, args, kwargs, device=device: tree_map_only(
+                torch.Tensor, lambda value: value.to(device), (args, kwargs)
+            ),
+            with_kwargs=True,
+        )
+    return base
+
+
+def stepped(method: str, first: torch.device, second: torch.device) -> tuple[dict, dict]:
+    """What two steps on two devices make of an adapter, and what is shown of them.
+
+    No backward pass goes from one pretended device to another: all gradients are ones.
+    """
+    base = spread(pico.build("llama")[0], first, second)
+    model = adapt(base, method, target_modules=["q_proj", "v_proj"]).train()
+    batch = {key: value.to(first) for key, value in texts(length=4)[0].items()}
+    optimizer = sgd(model)
+    clock = Clock(model, optimizer, 3)
+    for _ in range(2):
+        clock.begin_step()
+        model(**contract.inputs(model, batch), labels=batch["labels"])
+        for parameter in contract.trained(model):
+            parameter.grad = torch.ones_like(parameter)
+            for hook in parameter._post_accumulate_grad_hooks.values():
+                hook(parameter)
+        optimizer.step()
+        optimizer.zero_grad()
+        clock.end_step()
+    clock.close()
+    return {name: value.cpu() for name, value in weights(model).items()}, method_logs(model)
+
+
+@pytest.mark.parametrize("method", CASES)
+def test_a_model_that_lies_on_several_devices_is_trained_as_on_one(method, monkeypatch):
+    def at_once(output, loss, weight, stats, note):
+        note(stats.detach(), loss.detach())
+        return output
+
+    for module in (update, lwf):
+        monkeypatch.setattr(module, "carry", at_once)
+    here, shown = stepped(method, *[torch.device("cpu")] * 2)
+    with pretend.device():
+        there, shown_there = stepped(method, PRETEND, SECOND)
+    close(here, there)
+    assert shown_there == pytest.approx(shown, rel=1e-4)
+    assert shown or method == "full"
+
+
+class Waits(TorchDispatchMode):
+    """How often a number is read off a tensor: a program waits then for its device to have made it."""
+
+    count = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        self.count += function in (torch.ops.aten._local_scalar_dense.default, torch.ops.aten.nonzero.default)
+        return function(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("method", CASES)
+def test_a_step_waits_for_the_device_a_few_times_and_not_in_every_linear(method):
+    model = adapt(pico.build("llama")[0], method).train()
+    optimizer = sgd(model)
+    clock = Clock(model, optimizer, 6)
+    with Waits() as waits:
+        clock.begin_step()
+        loss(model, texts(length=4)[0]).backward()
+        optimizer.step()
+        clock.end_step()
+    clock.close()
+    assert waits.count <= 4 < len(model.targeted_module_names)
+
+
+def test_masks_that_were_made_before_their_weights_came_follow_them(there, tmp_path):
+    adapt(pico.build("llama")[0], "lorasculpt", target_modules=["q_proj"]).save_pretrained(tmp_path)
+    config = LoRASculptConfig.from_pretrained(tmp_path)
+    base = pico.build("llama")[0].to(there)
+    model = PeftModel.from_pretrained(base, tmp_path, config=config, is_trainable=True, low_cpu_mem_usage=True)
+    assert {value.device for value in (*model.parameters(), *model.buffers())} == {PRETEND}
 
 
 @pytest.fixture

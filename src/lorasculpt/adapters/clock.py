@@ -30,6 +30,7 @@ from transformers import TrainerCallback
 from transformers.trainer_utils import has_length
 
 from ..errors import UserError
+from ..ops.sums import total
 from .layers import MaskedLinear, full, sharded_like
 from .method import Method, bring_back, looks_sculpted, method_logs, methods_of, read_record
 from .update import UpdateLayer
@@ -184,7 +185,7 @@ class Clock:
             return
         self.step += 1
         if self._added:
-            norms = sum(self._task.values()), sum(p.float().square().sum() for p in self._added.values())
+            norms = total(self._task.values()), total(p.float().square().sum() for p in self._added.values())
             for method in self.methods.values():
                 method.gradient = norms
         for method in self.methods.values():

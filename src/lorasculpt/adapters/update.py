@@ -10,6 +10,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import json
+import math
 import re
 from contextlib import contextmanager
 from pathlib import Path
@@ -184,7 +185,7 @@ class UpdateMethod(Method):
         super().__init__(config, model, adapter)
         self.context: Context = model.context
         self.updates: dict[str, Update] = updates(model, adapter)
-        self._shown: dict[str, float] = {}
+        self._noted: list[dict[str, Tensor]] = []  # what the linears noted of the last step
 
     def parameters(self):
         return [parameter for update in self.updates.values() for parameter in update.parameters()]
@@ -199,33 +200,35 @@ class UpdateMethod(Method):
 
     def after_step(self, step):
         super().after_step(step)
-        self._shown = self._numbers()
+        self._noted = [update.noted for update in self.updates.values() if update.noted]
 
     def logs(self):
-        return super().logs() | self._shown
+        return super().logs() | self._numbers()
 
     def _numbers(self) -> dict[str, float]:
-        """Over all layers, of the step just taken: routing entropy (0 one expert, 1 all alike) and loads.
+        """Over all layers, of the last step: routing entropy (0 one expert, 1 all alike) and loads.
 
         A load is an expert's share of the routing weight times the number of experts: 1 is its fair share. Each
         expert's own is shown where all linears have as many, at most 16; otherwise only the largest and the smallest.
         """
-        noted = [update.noted for update in self.updates.values() if update.noted]
-        if not noted:
+        if not self._noted:
             return {}
-        found = {}
+        device = self._noted[0]["loss"].device  # layers may lie on several
+        noted = [{key: value.to(device) for key, value in numbers.items()} for numbers in self._noted]
+        shown: dict[str, Tensor] = {}
         many = [numbers for numbers in noted if len(numbers["load"]) > 1]
         if many:
-            entropy = [n["entropy"] / n["tokens"].clamp_min(1) / torch.tensor(len(n["load"])).log() for n in many]
+            entropy = [n["entropy"] / n["tokens"].clamp_min(1) / math.log(len(n["load"])) for n in many]
             loads = [n["load"] / n["load"].sum().clamp_min(1e-12) * len(n["load"]) for n in many]
-            found["router_entropy"] = float(torch.stack(entropy).mean())
-            found["load_max"] = float(torch.stack([load.max() for load in loads]).mean())
-            found["load_min"] = float(torch.stack([load.min() for load in loads]).mean())
+            shown["router_entropy"] = torch.stack(entropy).mean()
+            shown["load_max"] = torch.stack([load.max() for load in loads]).mean()
+            shown["load_min"] = torch.stack([load.min() for load in loads]).mean()
             if len({len(load) for load in loads}) == 1 and len(loads[0]) <= 16:
                 mean = torch.stack(loads).mean(0)
-                found |= {f"load_{i}": float(value) for i, value in enumerate(mean)}
-        loss = sum(float(n["loss"] / n["batches"]) for n in noted)
-        return found | ({"balance_loss": loss} if loss else {})
+                shown |= {f"load_{i}": value for i, value in enumerate(mean)}
+        shown["balance_loss"] = torch.stack([n["loss"] / n["batches"] for n in noted]).sum()
+        found = dict(zip(shown, torch.stack(list(shown.values())).tolist(), strict=True))  # the one wait for the device
+        return {key: value for key, value in found.items() if value or key != "balance_loss"}
 
     def state(self):
         return {"step": self.step}, {}

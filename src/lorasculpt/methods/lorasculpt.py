@@ -46,6 +46,7 @@ from ..models.parts import FAMILIES
 from ..ops.conflict import awareness, conflict
 from ..ops.density import product_density, solve_density
 from ..ops.masks import kept, magnitude_mask, pack, unpack
+from ..ops.sums import total
 
 CONNECTORS = {path.rpartition(".")[2] for parts in FAMILIES.values() for path in parts.projector} | {"mm_projector"}
 """Last names of what joins vision and language; ``mm_projector`` is that of the released code's LLaVA."""
@@ -169,18 +170,18 @@ class Sculpt(Method):
 
     @torch.no_grad()
     def penalties(self):
-        found, value, count = {}, 0.0, 0
+        found, norms = {}, []
         for site, weight in self._penalised():
             a, b = site.a.weight, site.b.weight
             if not a.requires_grad:
                 continue
             norm, grad_b, grad_a = conflict(site.B, site.A, self._squared_awareness(site))  # (3), (4)
-            value, count = value + norm, count + 1
+            norms.append(norm)
             masks = (site.b.mask, site.a.mask)
             for leaf, grad, mask in zip((b, a), (grad_b, grad_a), masks, strict=True):
                 found[leaf] = sharded_like((weight * grad * mask).to(leaf.dtype), leaf)  # (5)
-        if count:
-            self._cmr["cmr"] = float(value) / count
+        if norms:
+            self._cmr["cmr"] = float(total(norms)) / len(norms)
         return found
 
     # --- what is shown, what is saved -----------------------------------------------------------------------------

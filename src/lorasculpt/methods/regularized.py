@@ -70,6 +70,7 @@ from ..adapters.layers import Site, sharded_like
 from ..adapters.method import Method, MethodConfig, register
 from ..errors import UserError
 from ..ops.conflict import blocks
+from ..ops.sums import total
 
 ROWS = 1024  # of W0 or F that are in fp32 at a time
 
@@ -107,17 +108,17 @@ class Regularized(Method):
 
     @torch.no_grad()
     def penalties(self):
-        found, total = {}, 0.0
+        found, values = {}, []
         for site in self.sites.values() if self.config.weight else ():
             leaves = site.b.weight, site.a.weight
             if not leaves[0].requires_grad:
                 continue
             value, *grads = PENALTIES[self.config.penalty](self, site, site.B.float(), site.A.float())
-            total = total + value
+            values.append(value)
             for leaf, grad in zip(leaves, grads, strict=True):
                 found[leaf] = sharded_like((self.config.weight * grad).to(leaf.dtype), leaf)  # (1)
-        if found:
-            self._value["penalty"] = float(total)
+        if values:
+            self._value["penalty"] = float(total(values))
         return found
 
     def logs(self):
@@ -162,14 +163,14 @@ def olora(method: Regularized, site: Site, B: Tensor, A: Tensor) -> tuple[Tensor
 def ewc(method: Regularized, site: Site, B: Tensor, A: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Equations (5) and (8), by blocks of rows of F."""
     F, s = method.fisher[site.name], site.scaling
-    total, grad_B, grad_A = B.new_zeros(()), torch.zeros_like(B), torch.zeros_like(A)
+    value, grad_B, grad_A = B.new_zeros(()), torch.zeros_like(B), torch.zeros_like(A)
     for i, j in blocks(len(B), ROWS):
         D = s * B[i:j] @ A
         weighed = method.factor * F[i:j].float() * D
-        total += (weighed * D).sum() / 2
+        value += (weighed * D).sum() / 2
         grad_B[i:j] = s * weighed @ A.T
         grad_A += s * B[i:j].T @ weighed
-    return total, grad_B, grad_A
+    return value, grad_B, grad_A
 
 
 def _quadratic(CB: Tensor, B: Tensor, A: Tensor, scaling: float) -> tuple[Tensor, Tensor, Tensor]:

@@ -50,6 +50,7 @@ from ..adapters.layers import full, sharded_like
 from ..adapters.method import Method
 from ..adapters.update import Update, UpdateMethod, register_update
 from ..models.parts import linears, parts
+from ..ops.sums import total
 
 STACKS = ("layers", "h", "block", "blocks")  # what models call their list of decoder layers
 
@@ -77,6 +78,7 @@ class Spider(UpdateMethod):
         super().__init__(config, model, adapter)
         self.sums: dict[str, Tensor] = {}  # G by the name of the linear
         self._pre: dict[str, Tensor] = {}
+        self._moved: list[Tensor] = []  # by the last step, entries of each linear
 
     @torch.no_grad()
     def before_step(self):
@@ -85,19 +87,23 @@ class Spider(UpdateMethod):
                 continue
             gradient = full(update.D.grad).float()
             past = self.sums.get(name)
-            total = gradient.clone() if past is None else past.to(gradient) + gradient  # (3)
+            G = gradient.clone() if past is None else past.to(gradient) + gradient  # (3)
             low = self.config.memory == "low"
-            self.sums[name] = _to_bf16(total, seed=self.step * len(self.updates) + number) if low else total
+            self.sums[name] = _to_bf16(G, seed=self.step * len(self.updates) + number) if low else G
 
     @torch.no_grad()
     def after_step(self, step):
         super().after_step(step)
-        moved = total = 0
+        self._moved = []
         for name, G in self.sums.items():
             D, mask = self.updates[name].D, blend(self._pretrained(name), importance(G))  # (3), (4)
             D.mul_(sharded_like(mask.to(D.dtype), D))  # (5)
-            moved, total = moved + mask.count_nonzero(), total + mask.numel()
-        self._shown = {"moved": float(moved / total)} if total else {}
+            self._moved.append(mask.count_nonzero())
+
+    def logs(self):
+        if not self._moved:
+            return super().logs()
+        return super().logs() | {"moved": int(total(self._moved)) / sum(G.numel() for G in self.sums.values())}
 
     def _pretrained(self, name: str) -> Tensor:
         """I_pre of one linear, from memory or computed anew."""

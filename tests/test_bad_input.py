@@ -145,6 +145,42 @@ def test_a_row_that_the_base_cannot_read_at_once_is_told_before_training(fresh):
     assert not (fresh / "out").exists()
 
 
+STRICT = """\
+{%- for message in messages -%}
+{%- if message['role'] == 'system' -%}{{ raise_exception('System role not supported') }}{%- endif -%}
+{%- if loop.nextitem and loop.nextitem['role'] == message['role'] -%}
+{{ raise_exception('Roles must alternate') }}
+{%- endif -%}
+{%- endfor -%}
+"""
+
+
+@pytest.mark.parametrize("side", ["train", "test", "more", "fisher"])
+@pytest.mark.parametrize(
+    ("roles", "said"), [(["system", "user"], "System role not supported"), (["user", "user"], "Roles must alternate")]
+)
+def test_a_row_that_the_chat_template_refuses_is_told_before_training(fresh, side, roles, said):
+    model, processor = pico.build("llava")
+    processor.chat_template = STRICT + processor.chat_template
+    for part in (model, processor):
+        part.save_pretrained(fresh / "strict")
+    given = [f"base={fresh / 'strict'}", f"data.general={pico.write_data(fresh / 'more', n=4, tasks=['side'])}"]
+    if side == "more":
+        given += ["data.replay=0.5", "evaluate={source: []}"]
+    if side == "fisher":
+        given += ["method={name: regularized, penalty: ewc, weight: 1.0}", "evaluate={source: []}"]
+    file = fresh / ("more" if side == "fisher" else side) / "train.jsonl"
+    rows = [json.loads(line) for line in file.read_text().splitlines()]
+    turns = [{"role": role, "content": "Which?"} for role in roles] + [{"role": "assistant", "content": "red"}]
+    rows[-1] = {"messages": turns}
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    words = refused("train", fresh / "run.yaml", *given, "training.steps=20", "evaluate.limit=null")
+    assert words == (
+        f"lorasculpt: {file}:{len(rows)}: the base's chat template refuses it ({said}); change its turns or remove it."
+    )
+    assert not (fresh / "out").exists()
+
+
 @pytest.mark.parametrize("key", ["validation", "validation_source", "target"])
 def test_so_are_the_data_of_every_choice(fresh, key):
     pico.write_data(fresh / "more", n=4)

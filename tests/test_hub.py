@@ -14,6 +14,7 @@ from lorasculpt import UserError, train
 from lorasculpt.config import RunConfig
 from lorasculpt.measure import measure
 from lorasculpt.run import trainer
+from lorasculpt.run.folder import write_record
 
 PUSH = ("training.arguments.push_to_hub=true", "training.arguments.hub_model_id=me/tiny")
 
@@ -169,7 +170,7 @@ def finished(run):
     def made(*overrides: str) -> RunConfig:
         config = run(*overrides)
         (config.output / "adapter").mkdir(parents=True)
-        (config.output / "run.yaml").write_text(config.to_yaml())
+        write_record(config)
         (config.output / "adapter" / "adapter_config.json").write_text("{}")
         return config
 

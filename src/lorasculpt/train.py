@@ -36,6 +36,7 @@ from .console import say_once
 from .data.batches import Collator, rows
 from .data.records import Record
 from .errors import UserError
+from .evaluation.prompts import check_prompts
 from .files import write_json
 from .hub import push
 from .models.head import answers_alone
@@ -102,13 +103,14 @@ def train(
     set_seed(config.seed)
     given = training_rows(config)
     records = one_pass(config, given.trained)
-    check_measured(config)
+    measured_on = check_measured(config)
     if progress and os.environ.get("RANK", "0") == "0":
         _tell_rehearsed(config, given.trained)
     named = with_tasks(config, records)
     check_method(named)
     model, processor = loaded(config)
     check_lengths(records, model, processor)
+    check_prompts(processor, [*records, *measured_on])
     base = origin(model, config.base)
     if start is None:
         prepare(model, processor, named, records)

@@ -27,6 +27,13 @@ def ask(text: str, *images, answer: str = "red", task: str = "color", system: st
     return Record(messages, answer, images, task=task, choices=("red", "green", "a square on the left"))
 
 
+def test_paligemma_is_not_asked_without_a_picture():
+    _, processor = pico.build("paligemma")
+    record = dataclasses.replace(ask("What?"), where="a.jsonl:3")
+    with pytest.raises(UserError, match=r"a\.jsonl:3: has no picture, which PaliGemma needs with every question; add "):
+        chat(processor, record)
+
+
 @pytest.fixture
 def records(tmp_path) -> list[Record]:
     """Pictures and none, long questions and short, a system turn."""

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from itertools import groupby
 from typing import Any
 
 import torch
 from torch import nn
+from transformers import PaliGemmaProcessor
 
 from ..data.batches import placed, prompt_text
 from ..data.images import open_image
 from ..data.records import Record
+from ..errors import UserError, gist
 
 
 def tokenizer_of(processor):
@@ -21,8 +23,38 @@ def tokenizer_of(processor):
 
 
 def chat(processor, record: Record) -> str:
-    """The prompt of ``record`` as it was in training, ready to be answered."""
-    return prompt_text(processor, record.prompt, len(record.images))
+    """The prompt of ``record`` as it was in training, ready to be answered.
+
+    Raises:
+        UserError: the processor has no chat template, or takes no such record.
+    """
+    if isinstance(processor, PaliGemmaProcessor) and not record.images:
+        raise UserError(
+            f"{record.where}: has no picture, which PaliGemma needs with every question; add one or remove it."
+        )
+    try:
+        return prompt_text(processor, record.prompt, len(record.images))
+    except UserError:
+        raise
+    except Exception as error:  # a template may raise what it likes
+        raise UserError(
+            f"{record.where}: the base's chat template refuses it ({gist(error)}); change its turns or remove it."
+        ) from error
+
+
+def check_prompts(processor, records: Iterable[Record]) -> None:
+    """See that the base can be asked each sequence of turns, with so many pictures, that ``records`` have.
+
+    Each is rendered once, of the first record that has it, and not those of all rows, which may be a million.
+
+    Raises:
+        UserError: as of :func:`chat`, for the first that cannot.
+    """
+    kinds: dict[tuple, Record] = {}
+    for record in records:
+        kinds.setdefault((len(record.images), *(message["role"] for message in record.prompt)), record)
+    for record in kinds.values():
+        chat(processor, record)
 
 
 def batches(records: Sequence[Record], texts: Sequence[str], size: int) -> list[list[int]]:

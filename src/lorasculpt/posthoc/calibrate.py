@@ -14,6 +14,7 @@ from ..adapters.plain import Adapter
 from ..data.batches import Collator, placed, rows
 from ..data.records import Record
 from ..data.records import read as read_records
+from ..evaluation.prompts import check_prompts
 from ..models.load import computing, load
 from .tailor import moments_of
 
@@ -46,6 +47,7 @@ def calibrate(
     """
     records = read_records(data, images=images, limit=limit)
     model, processor = load(str(base), device=computing(), trust_remote_code=trust_remote_code)
+    check_prompts(processor, records)
     tuned = load_adapter(model, adapter.folder).eval()
     names = [pair.name for pair in adapter.pairs]
     moments = moments_of(tuned, names, _batches(model, processor, records))

@@ -27,6 +27,7 @@ from ..console import say_once
 from ..data.records import Record
 from ..errors import UserError
 from ..evaluation import fisher, self_prompts, spoken
+from ..evaluation.prompts import check_prompts
 from ..kinds import KINDS, built, settings_of, started, words
 from ..methods import METHODS
 from ..models.load import autocast_dtype, computing, load
@@ -104,6 +105,7 @@ def prepare(model: nn.Module, processor, config: RunConfig, records: Sequence[Re
     try:
         if made.corda_config.corda_method != "ipm":
             records = general(config) if config.data.general else _said(config, model, processor, records, autocast)
+            check_prompts(processor, records)
         texts = list(records)
         random.Random(config.seed).shuffle(texts)
         with refusing(config):
@@ -305,6 +307,7 @@ def inform(
             draw = random.Random(config.seed)
             if config.data.general:
                 given = general(config)
+                check_prompts(processor, given)
                 texts = spoken(processor, draw.sample(given, min(number, len(given))))
             else:
                 images = list(dict.fromkeys(record.images[0] for record in records if record.images))

@@ -122,17 +122,18 @@ def _metric(config: RunConfig, task: Task) -> str:
     return metrics.get(task.name, unnamed)
 
 
-def check_measured(config: RunConfig) -> None:
+def check_measured(config: RunConfig) -> list[Record]:
     """Read all that ``config.evaluate`` names, so that a bad row or picture is told before training and not after it.
 
     Raises:
         UserError: for the first, with its file and line.
     """
-    held_out(config)
+    found = [record for side in held_out(config) for task in side for record in task.records]
     asked = config.evaluate
     instead = asked.target if config.data.validation else []
     for file in (*instead, *asked.validation, *asked.validation_source):
-        read(file, images=asked.images)
+        found += read(file, images=asked.images)
+    return found
 
 
 def check_metrics(config: RunConfig) -> None:

@@ -214,7 +214,7 @@ class Comparison:
         """Whether a run of the results file was asked as many questions as are asked here, with these answers."""
         numbers = tuple({name: task["n"] for name, task in found[side].items()} for side in ("source", "target"))
         same = numbers == self._numbers and found == self._beside_majority(found)
-        return same and found.get("questions") in (None, self._questions(trial=False))
+        return same and ("questions" not in found or found["questions"] == self._questions(trial=False))
 
     def _questions(self, *, trial: bool) -> str:
         """What tells the questions of today's tests, or trials, from others."""
@@ -231,7 +231,8 @@ class Comparison:
         if (content := measured(run.config)) is None:
             return self._diverged(run)
         check_output(run.config.output, run.config)
-        if content["runs"][0].get("questions", "") not in ("", self._questions(trial=run.trial)):
+        asked = content["runs"][0].get("questions")
+        if asked is not None and asked != self._questions(trial=run.trial):
             return None  # and is measured again
         if run.edit:
             edits.check(run.edit, run.config)

@@ -46,6 +46,8 @@ def test_the_drift_is_compared_with_the_source_lost_over_runs_and_points_of_curv
     assert found["curve"] is None
     assert found["runs"]["rho"] == pytest.approx(0.9)
     assert found["runs"]["n"] == 5
+    assert found["runs"]["low"] is found["runs"]["high"] is None
+    found = drift_and_loss([plain, *(run(*point) for point in points * 2)])
     assert -1 <= found["runs"]["low"] < 0.9 <= found["runs"]["high"] <= 1
     assert drift_and_loss([plain]) is None
 
@@ -58,11 +60,23 @@ def test_the_drift_is_compared_with_the_source_lost_over_runs_and_points_of_curv
 
 
 def test_whole_groups_are_drawn_for_the_interval():
-    """Ten equal points of each of three runs are three facts, not thirty."""
-    groups = [[(x, y)] * 10 for x, y in ((0, 0), (1, 2), (2, 1))]
+    """Ten equal points of each of eight runs are eight facts, not eighty."""
+    groups = [[(x, y)] * 10 for x, y in enumerate((1, 0, 3, 2, 7, 4, 6, 5))]
     found = rank_correlation(groups)
-    assert found["n"] == 30
-    assert (found["low"], found["high"]) == (-1, 1)
+    assert found["n"] == 80
     apart = rank_correlation([[point] for group in groups for point in group])
     assert apart["rho"] == pytest.approx(found["rho"])
-    assert -0.5 < apart["low"] < apart["rho"] < apart["high"] < 1
+    assert found["low"] < 0.5 < apart["low"] < apart["rho"] < apart["high"] < found["high"]
+
+
+def test_few_groups_have_no_interval_nor_have_draws_that_are_all_equal():
+    """Three independent runs would have one without 0 in every third case, and a perfect order one without width."""
+    mixed = [[(x, y)] for x, y in enumerate((1, 0, 3, 2, 7, 4, 6, 5))]
+    assert rank_correlation(mixed[:7])["low"] is None
+    assert rank_correlation(mixed)["low"] is not None
+    assert rank_correlation([[(x, x)] for x in range(9)]) == {
+        "rho": pytest.approx(1),
+        "low": None,
+        "high": None,
+        "n": 9,
+    }

@@ -186,6 +186,13 @@ def over_seeds(values: Sequence[Number], least: float = 0.0, most: float = 1.0) 
     return Number(mean(x), max(low, least), min(high, most))
 
 
+def over_items(values: Sequence[Number]) -> Number:
+    """The mean of several seeds, with the mean of their own intervals: how sure the test items alone make us of it."""
+    ends = [(number.low, number.high) for number in values if number.low is not None and number.high is not None]
+    low, high = map(mean, zip(*ends, strict=True)) if len(ends) == len(values) else (None, None)
+    return Number(mean(number.value for number in values), low, high)
+
+
 def _over_tasks(runs: list[dict], side: str) -> dict[str, dict]:
     return {
         name: {
@@ -319,22 +326,41 @@ def compared(one: Entry, other: Entry, name: str) -> dict | None:
 
 
 def way(one: Entry, other: Entry, name: str) -> str | None:
-    """How ``other`` compares with ``one`` in the number ``name``: ``"more"``, ``"less"`` or ``"noise"``.
+    """How ``other`` compares with ``one`` in the number ``name``: ``"more"``, ``"less"``, ``"noise"`` or ``"unsure"``.
 
-    By :func:`compared`, at p < 0.05. Without such a test, as of one seed, they differ where their intervals don't
-    overlap; None where an interval is missing.
+    By :func:`compared`, at p < 0.05. With a larger p the difference is noise where the test items account for it, by
+    the intervals of :func:`over_items`; else it is unsure: too few seeds can call nothing a difference. Without such a
+    test, as of one seed, they differ where their intervals don't overlap; None where an interval is missing.
     """
     test = compared(other, one, name)
     if test is not None and test["p"] is not None:
-        if test["p"] >= LEVEL:
-            return "noise"
-        return "more" if test["difference"] > 0 else "less"
+        if test["p"] < LEVEL:
+            return "more" if test["difference"] > 0 else "less"
+        both = set(one.seeds) & set(other.seeds)
+        a, b = (
+            over_items([measured(run["summary"], name) for run in entry.runs if run["seed"] in both])
+            for entry in (one, other)
+        )
+        return "unsure" if a.low is None or b.low is None or a.separate(b) else "noise"
     a, b = one.numbers[name], other.numbers[name]
     if a.low is None or b.low is None:
         return None
     if not a.separate(b):
         return "noise"
     return "more" if b.value > a.value else "less"
+
+
+def gained(entry: Entry) -> str | dict | None:
+    """What the gain of ``entry`` is worth: ``"noise"`` where the test items account for it, None where it is one.
+
+    Where its seeds are too few to tell it from none, the paired t-test of the target after training against before.
+    """
+    items = over_items([measured(run["summary"], "gain") for run in entry.runs])
+    if items.low is not None and items.low <= 0:
+        return "noise"
+    after, before = ([run["summary"][f"target_{when}"] for run in entry.runs] for when in ("after", "before"))
+    test = paired(after, before)
+    return None if test is None or test["p"] is None or test["p"] < LEVEL else test
 
 
 def reference(found: Sequence[Entry]) -> Entry | None:

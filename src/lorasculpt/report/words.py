@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections import Counter
 
-from .results import OURS, REFERENCE, Entry, Number, compared, ends, front, way
+from .results import OURS, REFERENCE, Entry, Number, compared, ends, front, gained, way
 
 NONE = "–"
 MANY = 4  # entries that one sentence can still tell
@@ -99,39 +99,40 @@ def _seeds(a: Entry, b: Entry) -> str:
 
 
 def verdict(a: Entry, b: Entry) -> str:
-    """What the difference between two entries is worth: a win, a loss, a trade-off, or noise.
+    """What the difference between two entries is worth: a win, a loss, a trade-off, noise, or more than can be told.
 
     One rule for all of them (`lorasculpt.report.results.way`): the paired test over the seeds that both have, and
     without it their intervals.
     """
-    kept, learned = (way(a, b, name) for name in ("retention", "target_after"))
+    ways = {"kept": way(a, b, "retention"), "learned": way(a, b, "target_after")}
+    kept, learned = ways.values()
     if kept is None or learned is None:
         return f"Whether {a.label} and {b.label} differ by more than noise is not known: intervals are missing."
-    of_kept, of_learned = (_tested(a, b, name) for name in ("retention", "target_after"))
-    once = _seeds(a, b)
-    if kept == learned == "noise":
-        return (
-            f"The differences between {a.label} and {b.label} are within the noise, in what they kept{of_kept} and in "
-            f"what they learned{of_learned}{once}."
-        )
+    tests = {"kept": _tested(a, b, "retention"), "learned": _tested(a, b, "target_after")}
+    once, apart = _seeds(a, b), f"not told apart by {len(set(a.seeds) & set(b.seeds))} seeds"
+    noise, unsure = ([what for what in ways if ways[what] == worth] for worth in ("noise", "unsure"))
+    within = [f"the difference in what they {what} is within the noise{tests[what]}" for what in noise]
+    within += [f"in what they {what} they are {apart}{tests[what]}" for what in unsure]
+    in_both = f"in what they kept{tests['kept']} and in what they learned{tests['learned']}{once}."
+    if len(noise) == 2:
+        return f"The differences between {a.label} and {b.label} are within the noise, {in_both}"
+    if len(unsure) == 2:
+        return f"{a.label} and {b.label} are {apart}, {in_both}"
+    if len(within) == 2:
+        return f"Of {a.label} and {b.label} {'; '.join(within)}{once}."
+    if learned in ("noise", "unsure"):
+        return f"{b.label} kept {kept} than {a.label}{tests['kept']}; {within[0]}{once}."
+    if kept in ("noise", "unsure"):
+        return f"{b.label} learned {learned} than {a.label}{tests['learned']}; {within[0]}{once}."
     if kept == learned:
         rank = "ahead of" if kept == "more" else "behind"
-        return f"{b.label} is {rank} {a.label} in what it kept{of_kept} and in what it learned{of_learned}{once}."
-    if learned == "noise":
-        return (
-            f"{b.label} kept {kept} than {a.label}{of_kept}; the difference in what they learned is within the "
-            f"noise{of_learned}{once}."
-        )
-    if kept == "noise":
-        return (
-            f"{b.label} learned {learned} than {a.label}{of_learned}; the difference in what they kept is within the "
-            f"noise{of_kept}{once}."
-        )
-    ranks = {"more": "ahead", "less": "behind", "noise": "level, within the noise", None: "of unknown rank"}
-    rank = ranks[way(a, b, "h_mean")]
+        told = f"in what it kept{tests['kept']} and in what it learned{tests['learned']}"
+        return f"{b.label} is {rank} {a.label} {told}{once}."
+    ranks = {"more": "ahead", "less": "behind", "noise": "level, within the noise", "unsure": apart}
+    rank = ranks.get(way(a, b, "h_mean") or "", "of unknown rank")
     return (
-        f"{b.label} kept {kept} than {a.label}{of_kept} but learned {learned}{of_learned}: a trade-off{once}. In the "
-        f"harmonic mean of source and target {b.label} is {rank}{_tested(a, b, 'h_mean')}."
+        f"{b.label} kept {kept} than {a.label}{tests['kept']} but learned {learned}{tests['learned']}: a trade-off"
+        f"{once}. In the harmonic mean of source and target {b.label} is {rank}{_tested(a, b, 'h_mean')}."
     )
 
 
@@ -161,13 +162,16 @@ def headline(entries: list[Entry]) -> list[str]:
 
 
 def one_by_one(entries: list[Entry]) -> list[str]:
-    """Which gains are within the noise, and every entry against the first."""
+    """Which gains are within the noise or not told from none, and every entry against the first."""
     task = listed(list(entries[0].target))
     sentences = []
     for entry in entries:
-        low = entry.numbers["gain"].low
-        if low is not None and low <= 0:
+        worth = gained(entry)
+        if worth == "noise":
             sentences.append(f"What {entry.label} gained on {task} is within the noise.")
+        elif isinstance(worth, dict):
+            told = f"not told from none by {worth['n']} seeds ({chance(worth['p'])})"
+            sentences.append(f"What {entry.label} gained on {task} is {told}.")
     return sentences + [verdict(entries[0], entry) for entry in entries[1:]]
 
 

@@ -435,7 +435,7 @@ def test_rates_are_chosen_on_the_validation_file_and_tests_are_made_on_all_rows(
 def test_a_label_may_choose_by_both_numbers_among_the_trials_of_another(run, tmp_path, monkeypatch):
     monkeypatch.setattr(plan, "train", lambda config, **options: None)
     monkeypatch.setattr(plan, "measure", measured_by({0.001: (0.9, 0.5), 0.01: (0.5, 0.6), 0.02: (0.0, 0.7)}.get))
-    known = tmp_path / "known.jsonl"
+    known = tmp_path / "test" / "known.jsonl"
     known.write_text((tmp_path / "test" / "train.jsonl").read_text())
     config = run(f"evaluate.validation_source={known}", "methods={both: {name: lora, lr: lora, by: h_mean}}")
     rates = [0.001, 0.01, 0.02]
@@ -445,6 +445,36 @@ def test_a_label_may_choose_by_both_numbers_among_the_trials_of_another(run, tmp
     assert record["rates"]["lora"]["chosen"] == 0.02
     assert record["rates"]["both"] == {"validation": {}, "chosen": 0.001, "like": "lora", "by": "h_mean"}
     assert {test.config.evaluate.source[0] for test in comparison.tests()} == {*config.evaluate.source}
+    # without validation_source that is the source of the test, which the results say
+    assert record["validation"] == record["trials"][0]["validation"] == "0.1 of data.train"
+    on_the_test = Comparison(run("methods={both: {name: lora, lr: lora, by: h_mean}}"), ["both", "lora"], 1, rates)
+    assert on_the_test.record()["validation"].endswith("train, and for h_mean the source of the tests, evaluate.source")
+
+
+def test_a_strength_is_not_chosen_on_the_test(run, tmp_path, monkeypatch):
+    """The tests keep the validation set for it; the trials choose nothing but the rate."""
+    monkeypatch.setattr(plan, "train", lambda config, **options: None)
+    on = {"retain": 0.9, "on": "validation"}
+    monkeypatch.setattr(plan, "measure", measured_at(0.3, evaluate=None, budget=on))
+    validation, known = tmp_path / "test" / "other.jsonl", tmp_path / "known.json"
+    validation.write_text((tmp_path / "test" / "train.jsonl").read_text())
+    given = (f"evaluate.validation={validation}", "methods={lora: {}}")
+    (plain,) = Comparison(run(*given), None, 1, [0.01]).tests()
+    assert plain.config.evaluate.validation == []
+    config = run(*given, "evaluate.retain=0.9")
+    comparison = Comparison(config, None, 1, [0.01, 0.02])
+    assert all(trial.config.evaluate.validation == [] for trial in comparison.trials())
+    path = compare.compare(config, None, seeds=1, rates=[0.01], out=known, progress=False)
+    (test,) = Comparison(config, None, 1, [0.01]).tests()
+    assert test.config.evaluate.validation == [validation]
+    # one of a results file that chose on the test is another run
+    monkeypatch.setattr(Comparison, "_same_questions", lambda *_: True)  # the made-up ones are of no file
+    elsewhere = config.model_copy(update={"output": tmp_path / "gone"})
+    assert not Comparison(elsewhere, None, 1, [0.01], path).missing()
+    record = json.loads(path.read_text())
+    del record["runs"][0]["budget"]["on"]
+    path.write_text(json.dumps(record))
+    assert Comparison(elsewhere, None, 1, [0.01], path).missing() == ["test/lora-seed0"]
 
 
 def test_every_run_says_what_it_was_made_with_and_every_row_whether_all_its_seeds_are_there(run, monkeypatch):

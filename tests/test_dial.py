@@ -99,8 +99,9 @@ def test_a_setting_is_not_chosen_on_the_test(run, tmp_path, monkeypatch):
         return curve(model, processor, source, target, *arguments, **options)
 
     monkeypatch.setattr(dialing, "curve", watched)
-    dial(config, progress=False)
+    _, found = dial(config, retain=0.5, progress=False)
     assert asked == [["side", "shape"]] * 2  # at strength 0 and at the others
+    assert found["budget"]["on"] == "validation"
 
 
 # --- pruned as well -------------------------------------------------------------------------------------------------
@@ -215,7 +216,9 @@ def test_densities_on_the_command_line(trained, tmp_path):
     assert "Strength 0.5 at density 0.25 learns the most" in said  # the target is 0 everywhere
     assert (tmp_path / "plots" / "dial.png").read_bytes().startswith(b"\x89PNG")
     assert [path.name for path in (tmp_path / "plots").iterdir()] == ["dial.png"]
-    assert "density" not in done("dial", file, "--retain", "0.5")
+    said = done("dial", file, "--retain", "0.5")
+    assert "density" not in said
+    assert "It was chosen on the target itself, which flatters it there" in said
     before = (config.output / "dial.json").read_text()
     for wrong, words in (
         (("--densities", "0"), r"the densities are [0]; name one or more"),

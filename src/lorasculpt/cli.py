@@ -177,7 +177,7 @@ def evaluate(run: Run, overrides: Overrides = None) -> None:
     0.97} the adapter that learns the most among those that keep that share is left in the run's folder too.
     """
     from .config import RunConfig
-    from .evaluation.budget import told
+    from .evaluation.budget import flattered, told
     from .measure import measure, retained
 
     config = RunConfig.load(run, overrides or [])
@@ -187,10 +187,8 @@ def evaluate(run: Run, overrides: Overrides = None) -> None:
         if budget := found.get("budget"):
             print(told(budget))
             print(retained(config, budget))
-            if not config.evaluate.validation and "fixed" not in budget and budget["strength"] is not None:
-                print(
-                    "It was chosen on the target itself, which flatters it there: name evaluate.validation for another."
-                )
+            if flatters := flattered(budget):
+                print(flatters)
     print(f"results: {path}")
 
 
@@ -218,7 +216,7 @@ def dial(
     from .config import RunConfig
     from .dial import dial as go
     from .dial import plot as draw
-    from .evaluation.budget import kept, told
+    from .evaluation.budget import flattered, kept, told
 
     try:
         shares = [float(share) for share in densities.split(",")]
@@ -235,6 +233,8 @@ def dial(
         table.add_row(*cells, f"{point['drift']:.3f}", "-" if math.isnan(share) else f"{100 * share:.1f} %")
     Console().print(table)
     print(told(found["budget"]))
+    if flatters := flattered(found["budget"]):
+        print(flatters)
     if plot:
         draw(found, plot)
     wrote = write is not None and found["budget"]["strength"] is not None

@@ -8,7 +8,8 @@
 
 Everything but the method is the same: data, their order, steps, evaluation. The validation set is
 ``evaluate.validation``, or else a tenth of the training rows, set aside by a hash of each and not trained on while
-rates are chosen; of tasks in turn it is ``validation`` of each. The test set chooses nothing.
+rates are chosen; of tasks in turn it is ``validation`` of each. The test set chooses nothing, but that a label ``by:
+h_mean`` looks at the source of the test where there is no ``evaluate.validation_source``; the results say so.
 
 Every run is an ordinary run in its own folder under ``output``, with its YAML file beside it. What is there already is
 not done again: a comparison that was stopped goes on, and runs may be made elsewhere (:func:`commands`). Where

@@ -57,7 +57,7 @@ def dial(
 
     Returns:
         The file and its content: ``points``, and under ``budget`` what :func:`~lorasculpt.evaluation.budget.within`
-        returns.
+        returns, with ``on`` where it was chosen on the validation set.
 
     Raises:
         UserError: there is no trained adapter or that of another run, or no target, the adapter has no strength, it is
@@ -116,7 +116,7 @@ def dial(
                 found += curve(model, processor, source, target, [between], **options)
         found.sort(key=lambda point: point["strength"])
         points += [point | {"density": density} for point in found]
-    chosen = within(points, retain)
+    chosen = within(points, retain) | ({"on": "validation"} if asked.validation else {})
     content: dict[str, Any] = {"schema": 1, "versions": versions(), "points": points, "budget": chosen}
     path = write_json(config.output / DIAL_FILE, content)
     if write is not None and chosen["strength"] is not None:

@@ -6,7 +6,7 @@ import math
 
 import pytest
 
-from lorasculpt.evaluation.budget import closer, kept, told, within
+from lorasculpt.evaluation.budget import closer, flattered, kept, told, within
 
 
 def points(targets, **sides):
@@ -107,3 +107,6 @@ def test_on_what_it_was_chosen_and_that_there_was_no_choice():
         "No strength of this adapter keeps 95 % of the base's probability of its own texts on evaluate.validation. "
         "It has no other strength than 1: so."
     )
+    assert "chosen on the target itself" in flattered(budget)
+    for other in (none, budget | {"on": "validation"}, budget | {"fixed": "DoRA is so"}, budget | {"strength": None}):
+        assert flattered(other) == ""

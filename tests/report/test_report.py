@@ -317,7 +317,8 @@ def test_a_careful_lora_is_told_in_the_headline(tmp_path):
     others = [one for name in "abcd" for one in seeds(name, [0.3, 0.31], [0.5, 0.52])]
     path = write(tmp_path, *runs, *others, name="compare.json")
     rates = {"lora": {"chosen": 1e-3}, "careful": {"chosen": 1e-4, "like": "lora", "by": "h_mean"}}
-    path.write_text(json.dumps(json.loads(path.read_text()) | {"table": [], "rates": rates}))
+    about = {"table": [], "rates": rates, "validation": "evaluate.validation"}
+    path.write_text(json.dumps(json.loads(path.read_text()) | about))
     found = entries(read([path]))
     told = headline(found)[-1]
     assert told.startswith(
@@ -327,6 +328,7 @@ def test_a_careful_lora_is_told_in_the_headline(tmp_path):
     text = report(path, tmp_path / "out").read_text()
     assert text.index("Against a LoRA") < text.index("One by one against lora")
     assert "<dt>rate chosen by</dt><dd><code>h mean</code>" in text
+    assert "<dt>rate chosen on</dt><dd><code>evaluate.validation</code>" in text
     assert not any("Against a LoRA" in sentence for sentence in headline(made(*runs)))
 
 

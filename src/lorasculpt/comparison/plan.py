@@ -139,8 +139,8 @@ class Comparison:
 
     def _asked(self, group: str) -> tuple[dict[str, Any], dict[str, Any]]:
         """What the runs of a group, ``"validation"`` or ``"test"``, have of their own in ``data`` and ``evaluate``."""
-        if group == "test":
-            return {"validation": None}, TESTED
+        if group == "test":  # where a strength is chosen, it is not chosen on the test
+            return {"validation": None}, {} if self.config.evaluate.retain else TESTED
         config = self.config
         share = None if config.evaluate.validation else config.data.validation or SHARE
         changes = TESTED | {
@@ -199,6 +199,9 @@ class Comparison:
         found = self._known.find("test", **wanted)
         if found is None or not tells(found.get("evaluate"), run.config) or not self._same_data(found):
             return None
+        asked = run.config.evaluate
+        if asked.retain and asked.validation and not {"on", "fixed"} & (found.get("budget") or {}).keys():
+            return None  # its strength was chosen on the test
         return found if self._same_questions(found) else None
 
     def _same_data(self, found: dict[str, Any]) -> bool:
@@ -413,6 +416,13 @@ class Comparison:
         return [row | {"complete": len(row["seeds"]) == self.labels[row["label"]].seeds} for row in rows]
 
     @property
+    def _chosen_on(self) -> str:
+        """The same, and whose source a label goes by that looks at both numbers, where that is the test's."""
+        both = any(what.by == "h_mean" for what in self.labels.values())
+        tested = both and not self.config.evaluate.validation_source
+        return self._validation + (", and for h_mean the source of the tests, evaluate.source" if tested else "")
+
+    @property
     def _validation(self) -> str:
         """By what rates are chosen, in words."""
         if self.config.evaluate.validation:
@@ -472,7 +482,7 @@ class Comparison:
             "complete": not missing,
             "missing": missing,
             "versions": versions(),
-            "validation": self._validation,
+            "validation": self._chosen_on,
             "rates": self.rates_of(),
             "trials": self._tried(),
             "runs": runs,

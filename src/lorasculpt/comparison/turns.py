@@ -10,7 +10,7 @@ from ..run.folder import check_output
 from ..run.records import training_rows
 from ..sequence import grown, learn, stages_of
 from . import sequences
-from .plan import RATES, Comparison
+from .plan import RATES, TESTED, Comparison
 
 
 class Sequences(Comparison):
@@ -58,7 +58,7 @@ class Sequences(Comparison):
             stage.model_copy(update={"test": stage.test if group == "test" else stage.validation, "validation": None})
             for stage in self.config.data.sequence
         ]
-        return {"sequence": stages}, super()._asked(group)[1]
+        return {"sequence": stages}, super()._asked(group)[1] | TESTED
 
     @cached_property
     def _data(self):
@@ -100,6 +100,7 @@ class Sequences(Comparison):
             "missing": missing,
             "versions": versions(),
             "tasks": [stage.name for stage in self.config.data.sequence],
+            "validation": self._chosen_on,
             "rates": self.rates_of(),
             "trials": self._tried(),
             "sequences": runs,

@@ -72,6 +72,13 @@ def closer(points: Sequence[dict[str, Any]], retain: float) -> float | None:
     return None
 
 
+def flattered(budget: dict[str, Any]) -> str:
+    """That a setting was chosen on what it is told of, in a sentence; nothing where it was not, or none was chosen."""
+    if budget["strength"] is None or {"on", "fixed"} & budget.keys():
+        return ""
+    return "It was chosen on the target itself, which flatters it there: name evaluate.validation for another."
+
+
 def told(budget: dict[str, Any]) -> str:
     """What ``within`` found, in a sentence.
 

@@ -321,6 +321,7 @@ def _settings(found: list[Entry]) -> list[dict]:
         rows |= {key: run[key] for key in ("steps", "trainable") if run.get(key) is not None}
         if run.get("chosen_by"):
             rows["rate chosen by"] = run["chosen_by"].replace("_", " ")
+            rows |= {"rate chosen on": run["chosen_on"]} if run.get("chosen_on") else {}
         own = {key: value for key, value in run.get("settings", {}).items() if key != "seed"}
         for key, value in _of_file(run).items():
             own[key] = value | own.get(key, {}) if isinstance(value, dict) else value

@@ -101,7 +101,7 @@ def read(paths: Sequence[Path]) -> list[dict]:
     pictures in folders of their own beside its file; where these are gone there is no ``gallery``. ``home`` is the
     folder that holds a run and no other, with its adapter; None where there is none. ``equal_target`` is what a single
     file says of all its runs, ``compared`` whether it is a comparison's, ``chosen_by`` what the run's learning rate was
-    chosen by, where the file says that.
+    chosen by, and ``chosen_on`` of which data, where the file says that.
 
     Raises:
         UserError: a file is missing, is no JSON, has another schema, or lacks a part of a run, or a run has no source.
@@ -128,6 +128,7 @@ def read(paths: Sequence[Path]) -> list[dict]:
             about["equal_target"] = content.get("equal_target") if len(paths) == 1 else None
             about["compared"] = "table" in content
             about["chosen_by"] = ((content.get("rates") or {}).get(run.get("label")) or {}).get("by")
+            about["chosen_on"] = content.get("validation")
             places = {"file": path, "folder": path.parent, "home": path.parent if len(found) == 1 else None}
             runs.append(run | about | places | _own(path.parent, run))
     if not runs:

@@ -170,6 +170,17 @@ def test_a_claim_about_forgetting_counts_only_where_lora_learned_and_forgot(page
     assert told["It learns as much as LoRA there, or more"] == "holds"  # says nothing of forgetting
 
 
+def test_a_claim_whose_pairs_differ_in_precision_is_marked(page):
+    runs = [judged(label, seed, 0.7, 0.65) for label in ("lora", "lorasculpt", "l2") for seed in range(2)]
+    for one in runs:
+        one["precision"] = "bf16" if one["label"] == "l2" and one["seed"] == 1 else "fp32"
+    told = page.verdicts({"runs": runs, "rates": {"lora": {}, "lorasculpt": {}, "l2": {}}}, True)
+    marked = [line for line in told.splitlines() if line.startswith("|") and page.MIXED in line]
+    assert [line.split(" | ")[0] for line in marked] == ["| It is ahead of L2-Reg"]
+    assert told.endswith(page.ABOUT_MIXED)
+    assert page.ABOUT_MIXED not in page.verdicts({"runs": runs, "rates": {"lora": {}, "lorasculpt": {}}}, True)
+
+
 def test_one_run_is_told_as_one(page):
     runs = [{"precision": "bf16"}, {"precision": "fp32"}, {"precision": "fp32"}, {}]
     assert page.precisions(runs) == ", 1 run in bf16 and 2 runs in fp32"

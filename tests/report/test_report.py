@@ -395,11 +395,19 @@ def test_costs_and_drift(tmp_path):
     assert content["methods"][1]["drift"] == {"value": 0.5, "low": 0.4, "high": 0.6}
     path = report(write(tmp_path, *runs[:2]), tmp_path / "two")
     assert "3.0 GB (1.50\u00a0× lora)" in path.with_suffix(".md").read_text()
+    assert "Compare times" not in path.read_text() + path.with_suffix(".md").read_text()
     # on another machine, neither time nor memory is in those of lora
     runs[1]["machine"] = "another"
-    told = report(write(tmp_path, *runs[:2]), tmp_path / "apart").with_suffix(".md").read_text()
+    path = report(write(tmp_path, *runs[:2]), tmp_path / "apart")
+    told = path.with_suffix(".md").read_text()
     assert "2 min 30 s |" in told
-    assert "× lora" not in told
+    assert "(1.50\u00a0× lora" not in told
+    assert all("Compare times and peaks of memory only where" in text for text in (told, path.read_text()))
+    # nor is there a time of one label over several precisions
+    (mixed,) = made(
+        *(run("b", (0.5, 0.4), 0.6, seed=n, seconds=9.0, precision=p) for n, p in enumerate(("bf16", "fp32")))
+    )
+    assert mixed.seconds is None
 
 
 def test_the_order_of_runs_changes_no_interval(tmp_path):

@@ -42,6 +42,7 @@ from .words import (
     MANY,
     NONE,
     SPACE,
+    about_costs,
     about_intervals,
     about_tests,
     bracket,
@@ -490,6 +491,7 @@ def _runs(paths: list[Path], remark: str | None) -> _Part:
         "lead": len(lead),
         "many": len(found) > MANY,
         "note": note,
+        "of_costs": about_costs(found),
         "tables": tables,
         "equal": equal,
         "seeds": seed_table(found),
@@ -515,6 +517,7 @@ def _runs(paths: list[Path], remark: str | None) -> _Part:
     content |= {"equal_target": found[0].runs[0].get("equal_target"), "adapters": within["totals"]}
     tables += [made_of] if made_of else []
     title = f"Learned and kept: {listed(list(found[0].target))}"
+    note = " ".join(filter(None, [note, about_costs(found)]))
     return _Part(title, sentences, notes, note, tables, content, page, found[0].runs[0]["versions"])
 
 

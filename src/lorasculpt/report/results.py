@@ -55,7 +55,7 @@ class Entry:
     ``source`` and ``target`` map a task to ``{"before": Number, "after": Number, "n": int}``; ``curve`` is a list of
     ``{"strength": float, "source": Number, "target": Number}`` from strength 0 (the base) to 1. ``drift`` is in nats a
     token; of several peaks of memory the smallest is taken, since what else a process holds adds to it. What a run does
-    not tell is None.
+    not tell is None, and so is ``seconds`` where the runs are of several machines or precisions.
     """
 
     label: str
@@ -245,6 +245,8 @@ def _entry(label: str, runs: list[dict]) -> Entry:
         key: mean(known) if (known := [run[key] for run in runs if run.get(key) is not None]) else None
         for key in ("seconds", "adapter_bytes")
     }
+    if len(set(map(made_on, runs))) > 1:
+        mean_of["seconds"] = None
     drifts = [Number(run["drift"]["value"], *run["drift"]["interval"]) for run in runs if run.get("drift")]
     peaks = [run["memory_bytes"] for run in runs if run.get("memory_bytes") is not None]
     return Entry(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections import Counter
 
-from .results import OURS, REFERENCE, Entry, Number, compared, ends, front, gained, way
+from .results import OURS, REFERENCE, Entry, Number, compared, ends, front, gained, made_on, way
 
 NONE = "–"
 MANY = 4  # entries that one sentence can still tell
@@ -231,6 +231,16 @@ def about_intervals(entries: list[Entry]) -> str:
             "Those with one seed don't show how another seed of training would differ."
         )
     return text + " Bold: the best method, where its interval is clear of all others."
+
+
+def about_costs(entries: list[Entry]) -> str:
+    """Which times and peaks compare, where not all runs were made on one machine in one precision; else nothing."""
+    if len({made_on(run) for entry in entries for run in entry.runs}) == 1:
+        return ""
+    return (
+        f"Compare times and peaks of memory only where one is told in {REFERENCE}'s, as \u201c1.12{SPACE}× {REFERENCE}"
+        "\u201d: the others are of another machine or precision, and no time is told over runs of several."
+    )
 
 
 def about_tests(reference: str) -> str:

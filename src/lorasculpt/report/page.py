@@ -511,7 +511,6 @@ def _runs(paths: list[Path], remark: str | None) -> _Part:
         "gallery": pictures,
         "filters": filters(pictures),
         "several": len(found) > 1,
-        "reference": REFERENCE,
         "settings": _settings(found),
     }
     content |= {"equal_target": found[0].runs[0].get("equal_target"), "adapters": within["totals"]}

@@ -133,17 +133,7 @@ def test_a_killed_run_goes_on_as_if_it_had_never_stopped(run, monkeypatch, stop,
     whole = everything(train(run(*more), progress=False))
     config = run("output=broken", "training.save_every=1", *more)
 
-    class Killed(Exception):
-        pass
-
-    def kill(self, args, state, control, **kwargs):
-        if state.global_step == stop:
-            raise Killed
-
-    with monkeypatch.context() as patch:
-        patch.setattr("lorasculpt.adapters.clock.ClockCallback.on_step_begin", _also(kill))
-        with pytest.raises(Killed):
-            train(config, progress=False)
+    _interrupted(config, monkeypatch, stop)
     assert not (config.output / "adapter").exists()
     resumed = everything(train(config, progress=False))
     assert resumed.keys() == whole.keys()
@@ -160,6 +150,23 @@ def test_a_run_may_lie_behind_a_link(run, tmp_path):
         assert record["drift"]["n"] == 3
         assert all((config.output.resolve() / shown["image"]).is_file() for shown in record["gallery"])
     assert record["gallery"]
+
+
+class Killed(Exception):
+    pass
+
+
+def _interrupted(config, monkeypatch, step: int, how: type[BaseException] = Killed) -> None:
+    """Train ``config`` until ``how`` ends it after ``step`` steps."""
+
+    def kill(self, args, state, control, **kwargs):
+        if state.global_step == step:
+            raise how
+
+    with monkeypatch.context() as patch:
+        patch.setattr("lorasculpt.adapters.clock.ClockCallback.on_step_begin", _also(kill))
+        with pytest.raises(how):
+            train(config, progress=False)
 
 
 def _also(first):
@@ -189,15 +196,7 @@ def test_an_error_in_the_middle_of_training_loses_no_checkpoint(run, monkeypatch
 
 def test_what_tensorboard_is_told_stays_for_all_parts_of_a_run(run, monkeypatch):
     config = run("training.report_to=[tensorboard]", "training.save_every=2")
-
-    def kill(self, args, state, control, **kwargs):
-        if state.global_step == 2:
-            raise KeyboardInterrupt
-
-    with monkeypatch.context() as patch:
-        patch.setattr("lorasculpt.adapters.clock.ClockCallback.on_step_begin", _also(kill))
-        with pytest.raises(KeyboardInterrupt):
-            train(config, progress=False)
+    _interrupted(config, monkeypatch, 2, KeyboardInterrupt)
     train(config, progress=False)
     assert len(list((config.output / "logs").iterdir())) == 2
     events = EventAccumulator(str(config.output / "logs")).Reload()
@@ -654,17 +653,7 @@ def test_ewc_makes_its_fisher_information_once_and_goes_on_with_it(run, monkeypa
     config, made = run(EWC, "output=broken", "training.steps=3", "training.save_every=1"), []
     monkeypatch.setattr("lorasculpt.run.model.fisher", _counted(made))
 
-    class Killed(Exception):
-        pass
-
-    def kill(self, args, state, control, **kwargs):
-        if state.global_step == 2:
-            raise Killed
-
-    with monkeypatch.context() as patch:
-        patch.setattr("lorasculpt.adapters.clock.ClockCallback.on_step_begin", _also(kill))
-        with pytest.raises(Killed):
-            train(config, progress=False)
+    _interrupted(config, monkeypatch, 2)
     resumed = weights(train(config, progress=False))
     assert len(made) == 1
     assert all(torch.equal(resumed[name], value) for name, value in weights(adapter).items())

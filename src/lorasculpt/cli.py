@@ -13,6 +13,7 @@ import os
 import re
 import sys
 import warnings
+from collections.abc import Collection
 from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, Any, NoReturn
@@ -510,8 +511,10 @@ def demo(
     """Teach a small real vision-language model something new, twice, and see what each run learned and forgot."""
     if context.invoked_subcommand is None:
         from .demo.run import demo as go
+        from .demo.world import TARGETS
 
-        _summary(go(out, target=_learned(target), full=full))
+        _check_target(target, TARGETS)
+        _summary(go(out, target=target, full=full))
 
 
 @demo_app.command()
@@ -558,8 +561,7 @@ def results(
     from .demo.results import SEVERAL, TARGETS
     from .demo.results import results as go
 
-    if target not in TARGETS:
-        raise UserError(f"there is no target {target!r}; use one of {', '.join(TARGETS)}.")
+    _check_target(target, TARGETS)
     if others and target in SEVERAL:
         raise UserError(f"--others are beside one task; leave it out, or use another target than {target}.")
     print(f"results: {go(work, out, target=target, others=others)}")
@@ -587,12 +589,9 @@ def study(
     print(f"results: {go(work, out)}")
 
 
-def _learned(name: str) -> str:
-    from .demo.world import TARGETS
-
-    if name not in TARGETS:
-        raise UserError(f"there is no target {name!r}; use one of {', '.join(TARGETS)}.")
-    return name
+def _check_target(name: str, known: Collection[str]) -> None:
+    if name not in known:
+        raise UserError(f"there is no target {name!r}; use one of {', '.join(known)}.")
 
 
 def _methods(found: list[dict[str, Any]]) -> None:

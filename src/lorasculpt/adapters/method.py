@@ -9,7 +9,6 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar
 
-import torch
 from peft import LoraConfig
 from peft.mapping import (
     PEFT_TYPE_TO_CONFIG_MAPPING,
@@ -62,10 +61,6 @@ REFUSED = {
     "kasa_config": "it changes the base weights",
     "ensure_weight_tying": "tied adapters would be counted twice",
 }
-
-
-FULL = 0.9
-"""Share of an A from which on its entries count as not pruned: a dense training leaves no zeros."""
 
 
 class MethodType(str):
@@ -396,12 +391,16 @@ def method_logs(model: nn.Module) -> dict[str, float]:
     return {f"{name}/{key}": value for name, method in methods.items() for key, value in method.logs().items()}
 
 
+def pruned(factors: Sequence[Tensor]) -> bool:
+    """Whether all of ``factors``, the A of an adapter, hold the zeros of a pruned one: dense training leaves none."""
+    return bool(factors) and all(int(A.count_nonzero()) < 0.9 * A.numel() for A in factors)
+
+
 def looks_sculpted(model: nn.Module) -> bool:
-    """Whether a plain LoRA in ``model`` holds the zeros of a pruned adapter: dense training never leaves any in A."""
+    """Whether a plain LoRA in ``model`` holds the zeros of a pruned adapter."""
     for module in model.modules():
         if isinstance(module, LoraModel) and not isinstance(module, MethodModel):
             for adapter in module.peft_config:
-                A = [site.A for site in sites(module, adapter).values()]
-                if A and all(torch.count_nonzero(a) < FULL * a.numel() for a in A):
+                if pruned([site.A for site in sites(module, adapter).values()]):
                     return True
     return False

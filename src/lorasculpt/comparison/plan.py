@@ -222,10 +222,7 @@ class Comparison:
     def _questions(self, *, trial: bool) -> str:
         """What tells the questions of today's tests, or trials, from others."""
         if trial not in self._told:
-            data, changes = self._asked("validation" if trial else "test")
-            asked = {"data": self.config.data, "evaluate": self.config.evaluate}
-            parts = {key: asked[key].model_copy(update=each) for key, each in zip(asked, (data, changes), strict=True)}
-            source, target = held_out(self.config.model_copy(update=parts))
+            source, target = self._held_out("validation") if trial else self._test
             self._told[trial] = questions([*source, *target])
         return self._told[trial]
 
@@ -448,8 +445,13 @@ class Comparison:
     @cached_property
     def _test(self) -> tuple[list[Task], list[Task]]:
         """The source and target tasks of the tests."""
-        data = self.config.data.model_copy(update=self._asked("test")[0])
-        return held_out(self.config.model_copy(update={"data": data}))
+        return self._held_out("test")
+
+    def _held_out(self, group: str) -> tuple[list[Task], list[Task]]:
+        """The source and target tasks of a group of runs."""
+        config, (data, changes) = self.config, self._asked(group)
+        parts = {"data": config.data.model_copy(update=data), "evaluate": config.evaluate.model_copy(update=changes)}
+        return held_out(config.model_copy(update=parts))
 
     @cached_property
     def _numbers(self) -> tuple[dict[str, int], dict[str, int]]:

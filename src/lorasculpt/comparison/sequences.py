@@ -28,6 +28,10 @@ NUMBERS = {
     "source_after": "source after",
 }
 """The numbers of a sequence (:func:`lorasculpt.sequence.transfer`), and what they are called on the screen."""
+MEANING = (
+    "Last: mean over tasks after the last; Avg: mean over stages of those learned by then; backward: what later tasks "
+    "did to earlier ones; forward: what earlier tasks did for later ones"
+)
 
 
 def entry(config: RunConfig) -> dict[str, Any] | None:
@@ -130,9 +134,7 @@ def show(record: dict[str, Any]) -> None:
             matrix.add_row(stage, *(f"{100 * value:.1f}" for value in (*accuracy, source)))
         console.print(matrix)
     print(
-        "Points of 100, ± the half of a 95 % interval over seeds. Last: mean over tasks after the last; Avg: mean over "
-        "stages of those\nlearned by then; backward: what later tasks did to earlier ones; forward: what earlier tasks "
-        f"did for later ones; time and memory in those of {REFERENCE}."
+        f"Points of 100, ± the half of a 95 % interval over seeds. {MEANING}; time and memory in those of {REFERENCE}."
     )
     tell_ends(record["rates"])
     tell_missing(record["missing"])

@@ -40,7 +40,7 @@ import torch
 from torch import Tensor, nn
 
 from ..adapters.layers import Site, full, sharded, sharded_like
-from ..adapters.method import FULL, Method, MethodConfig, register
+from ..adapters.method import Method, MethodConfig, pruned, register
 from ..errors import UserError
 from ..models.parts import FAMILIES
 from ..ops.conflict import awareness, conflict
@@ -105,7 +105,7 @@ class Sculpt(Method):
     def open(self, weight):
         fresh = not (self._seen or self.pruned or self.step or any(map(sharded, self.parameters())))
         self._seen = True
-        if fresh and all(site.A.count_nonzero() < FULL * site.A.numel() for site in self.sites.values()):
+        if fresh and pruned([site.A for site in self.sites.values()]):
             raise UserError(
                 "this adapter was pruned and its masks are not here, so training would fill its zeros again: load the "
                 "state of the clock with the weights (clock.load_state_dict, or "

@@ -334,13 +334,14 @@ def thaw_projector(model: nn.Module, config: RunConfig) -> None:
         UserError: a base in half precision without autocast, in which fp32 weights cannot act.
     """
     if config.projector == "full":
-        for parameter in _projector_of(model).values():
-            if parameter.dtype != torch.float32 and precision(config) is None:
-                raise config.error(
-                    "projector",
-                    f"is full, whose weights are trained in fp32, but the base is in {config.dtype} and "
-                    "training.precision is fp32; set it to bf16, or dtype to float32.",
-                )
+        projector = _projector_of(model).values()
+        if any(parameter.dtype != torch.float32 for parameter in projector) and precision(config) is None:
+            raise config.error(
+                "projector",
+                f"is full, whose weights are trained in fp32, but the base is in {config.dtype} and "
+                "training.precision is fp32; set it to bf16, or dtype to float32.",
+            )
+        for parameter in projector:
             parameter.data = parameter.data.float()
             parameter.requires_grad_(True)
 

@@ -97,6 +97,8 @@ MISTAKES = {
     "neftune_noise_alpha: five": "must be a number or null; got 'five'.",
     "completion_only_loss: false": "is not taken here: what is learned is the answer of a row, always; remove it.",
     "train_sampling_strategy: group_by_length": "must be random or sequential, because rows have no length before",
+    "lr_scheduler_kwargs: {foo: 1}": "must be {num_cycles: NUMBER}, which is all that a cosine takes; got {'foo': 1}.",
+    "lr_scheduler_kwargs: {num_cycles: many}": "must be {num_cycles: NUMBER}, which is all that a cosine takes; got",
     "use_liger_kernel: true": "needs liger-kernel, which is not installed; install it, or remove this.",
     "activation_offloading: true": "needs an accelerator; remove it.",
     "push_to_hub: true": "needs a hub_model_id, such as name/invoices; add it.",
@@ -114,6 +116,14 @@ def test_an_argument_that_is_not_taken_is_told_with_its_line_and_leaves_nothing(
     assert str(error.value).startswith(told)
     assert not (tmp_path / "out").exists()
     assert hub == []
+
+
+def test_a_schedule_takes_what_shapes_it_and_no_other_does(run):
+    trainer.check_arguments(run("training.arguments={lr_scheduler_kwargs: {num_cycles: 2}}"))
+    with pytest.raises(UserError, match="lr_scheduler_kwargs is nothing that a linear schedule takes; remove it"):
+        trainer.check_arguments(
+            run("training.arguments={lr_scheduler_kwargs: {num_cycles: 2}}", "training.schedule=linear")
+        )
 
 
 def test_what_the_trainer_refuses_is_told(run, monkeypatch):

@@ -51,6 +51,7 @@ from .run.folder import (
     check_rows,
     clear,
     last_checkpoint,
+    step_of,
     telling_where_it_goes_on,
     write_record,
 )
@@ -139,7 +140,7 @@ def train(
         if parameter.dtype != value.dtype:  # TRL rounds the adapter of a quantised base to bf16
             parameter.data = value.to(parameter.device)
     clock.lead(trainer)
-    keep_events(trainer, config)
+    keep_events(trainer, config, step_of(resume) if resume else 0)
     cost = Cost(trainer.args.device, resume)
     for callback in (Keep(config, cost, given.data), *measured):
         trainer.add_callback(callback)

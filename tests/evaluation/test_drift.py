@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from contextlib import nullcontext
 
 import numpy as np
 import pico
@@ -107,6 +108,13 @@ def test_the_base_has_none_and_more_strength_has_more(tuned):
             values.append(drift(model, processor, prompts)["value"])
     assert values[0] == pytest.approx(0, abs=1e-6)
     assert values[0] < values[1] < values[2]
+
+
+def test_of_many_accelerators_only_those_of_the_model_are_asked_for_their_random_state(tuned, monkeypatch):
+    asked = []
+    monkeypatch.setattr(torch.random, "fork_rng", lambda devices: asked.append(devices) or nullcontext())
+    self_prompts(*tuned[:2], 1)
+    assert asked == [set()]  # it lies on the CPU, whose state is always kept
 
 
 def test_nothing_is_left_changed(tuned):

@@ -114,7 +114,8 @@ def self_prompts(
         "pad_token_id": tokenizer_of(processor).pad_token_id,
         "suppress_tokens": _unspoken(model, processor, ends),
     }
-    with torch.random.fork_rng(), evaluating(model, precision), base_of(model):
+    devices = {p.device for p in model.parameters() if p.device.type not in ("cpu", "meta")}
+    with torch.random.fork_rng(devices), evaluating(model, precision), base_of(model):
         torch.manual_seed(seed)
         for part in batches(records, texts, batch):
             inputs = encode(model, processor, [records[i] for i in part], [texts[i] for i in part])

@@ -169,7 +169,12 @@ def leave_diverged(config: RunConfig, found: dict[str, Any], *, alone: bool) -> 
 def checkpoints(output: Path) -> list[Path]:
     """The whole ones, by their step."""
     found = [path for path in output.glob("checkpoint-*") if path.is_dir()]
-    return sorted(found, key=lambda path: int(path.name.split("-")[1]))
+    return sorted(found, key=step_of)
+
+
+def step_of(checkpoint: Path) -> int:
+    """After how many optimizer steps it was made."""
+    return int(checkpoint.name.split("-")[1])
 
 
 def last_checkpoint(output: Path) -> Path | None:

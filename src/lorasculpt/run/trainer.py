@@ -7,6 +7,7 @@ import difflib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from copy import deepcopy
+from functools import partial
 from typing import Any
 
 import torch
@@ -128,6 +129,14 @@ def check_arguments(config: RunConfig) -> None:
     if (order := given.get("train_sampling_strategy", "random")) not in ("random", "sequential"):
         told = f"must be random or sequential, because rows have no length before they are read; got {order!r}."
         raise config.error("training.arguments.train_sampling_strategy", told)
+    if (shape := given.get("lr_scheduler_kwargs")) is not None:
+        place = "training.arguments.lr_scheduler_kwargs"
+        if config.training.schedule != "cosine":
+            raise config.error(place, f"is nothing that a {config.training.schedule} schedule takes; remove it.")
+        cycles = shape.get("num_cycles") if isinstance(shape, dict) and len(shape) == 1 else None
+        if not isinstance(cycles, int | float) or isinstance(cycles, bool):
+            told = f"must be {{num_cycles: NUMBER}}, which is all that a cosine takes; got {shape!r:.80}."
+            raise config.error(place, told)
     if given.get("use_liger_kernel") and not is_liger_kernel_available():
         told = "needs liger-kernel, which is not installed; install it, or remove this."
         raise config.error("training.arguments.use_liger_kernel", told)
@@ -224,11 +233,15 @@ def telling_what_it_refuses(config: RunConfig) -> Iterator[None]:
         raise config.error("training.arguments", f"is refused: {gist(error)}.") from error
 
 
-def keep_events(trainer: SFTTrainer, config: RunConfig) -> None:
-    """Have TensorBoard write where it stays, unless TENSORBOARD_LOGGING_DIR says where: ``.partial`` is cleared."""
+def keep_events(trainer: SFTTrainer, config: RunConfig, step: int) -> None:
+    """Have TensorBoard write where it stays, unless TENSORBOARD_LOGGING_DIR says where: ``.partial`` is cleared.
+
+    What it was told there after ``step``, from which training goes on, it forgets: those steps are taken once more.
+    """
     for callback in trainer.callback_handler.callbacks:
         if isinstance(callback, TensorBoardCallback) and callback.logging_dir is None:
             callback.logging_dir = str(config.output / EVENTS)
+            callback._SummaryWriter = partial(callback._SummaryWriter, purge_step=step + 1)
 
 
 def optimizer(model: nn.Module, config: RunConfig, given: SFTConfig) -> torch.optim.Optimizer | None:

@@ -13,6 +13,7 @@ from commands import call, done
 from peft import PeftModel
 from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from transformers import AutoProcessor
 
 from lorasculpt import METHODS, UserError, cli
 from lorasculpt.adapters.load import load as load_adapter
@@ -697,3 +698,17 @@ def test_the_base_teaches_in_a_run_and_a_projector_that_moves_is_refused(run, tm
     ):
         train(run("method={name: lwf, r: 4}", "projector=full", "output=whole"), progress=False)
     assert not (tmp_path / "whole").exists()
+
+
+def test_what_pictures_are_made_of_in_training_goes_with_the_adapter(run, tmp_path):
+    config = run("image_processor={do_normalize: false}", "training.steps=3")
+    adapter = train(config, progress=False)
+    base = AutoProcessor.from_pretrained(config.base).image_processor
+    for to in ("lora", "merged"):
+        export(adapter, config.base, tmp_path / to, to)
+    copied = json.loads((tmp_path / "lora" / "preprocessor_config.json").read_text())
+    merged = AutoProcessor.from_pretrained(tmp_path / "merged").image_processor
+    assert base.do_normalize
+    assert not copied["do_normalize"]
+    assert not merged.do_normalize
+    assert not (train(run("output=plain", "training.steps=3"), progress=False) / "preprocessor_config.json").exists()

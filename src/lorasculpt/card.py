@@ -89,7 +89,7 @@ def _text(adapter: Path, config: RunConfig, training: dict[str, Any], numbers: s
         tags=["lorasculpt", config.method["name"], *([f"base_model:adapter:{config.base}"] if known else [])],
     )
     settings = config.model_dump(
-        mode="json", include={"method", "scope", "projector", "training"}, exclude_defaults=True
+        mode="json", include={"image_processor", "method", "scope", "projector", "training"}, exclude_defaults=True
     )
     settings.get("training", {}).pop("arguments", None)
     return TEXT.format(

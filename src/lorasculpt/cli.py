@@ -59,7 +59,8 @@ REFUSED = {
 
 SPARING = (
     "in training, lower training.batch and raise training.accumulation, or set training.checkpointing: true; in "
-    "measuring, lower evaluate.batch; or let the base take less room by dtype: bfloat16 or quantization: 4bit."
+    "measuring, lower evaluate.batch; or let the base take less room by dtype: bfloat16 or quantization: 4bit, and "
+    "large pictures by image_processor: {max_pixels: 1000000}, or what the base's has in its place."
 )
 
 Run = Annotated[Path, typer.Argument(help="The YAML file of the run.", show_default=False)]

@@ -312,6 +312,10 @@ class RunConfig(_Section):
         dtype: Of its weights in memory: ``bfloat16`` halves them, ``auto`` is what the files hold.
         quantization: Hold them in ``4bit`` (NF4) or ``8bit`` through bitsandbytes, as QLoRA does. Default: not.
         trust_remote_code: Run the code that comes with the base. Only for a base whose code was read.
+        attention: How transformers is to compute it, such as ``sdpa`` or ``flash_attention_2``, which a Qwen2.5-VL's
+            tower gains most from. Default: eager on a CPU, else transformers' own choice.
+        image_processor: Settings of the base's image processor to replace, such as ``{max_pixels: 1000000}`` of a
+            Qwen-VL or ``{do_image_splitting: false}`` of a SmolVLM: pictures are most of what they read.
         output: Folder for everything the run writes.
         seed: Of data order and initial adapter.
         method: ``name`` of the method, one of ours (``lorasculpt methods``) or of PEFT's, and its settings.
@@ -328,6 +332,8 @@ class RunConfig(_Section):
     dtype: Literal["float32", "bfloat16", "float16", "auto"] = "float32"
     quantization: Literal["4bit", "8bit"] | None = None
     trust_remote_code: bool = False
+    attention: str | None = None
+    image_processor: dict[str, Any] = Field(default_factory=dict)
     output: RelativePath
     seed: Annotated[int, Field(ge=0)] = 0
     method: dict[str, Any] = Field(default_factory=lambda: {"name": "lorasculpt"})
@@ -413,7 +419,8 @@ class RunConfig(_Section):
     @property
     def loading(self) -> dict[str, Any]:
         """How the base is loaded: arguments of `lorasculpt.models.load.load`."""
-        return self.model_dump(include={"dtype", "quantization", "trust_remote_code"})
+        told = self.model_dump(include={"attention", "image_processor"}, exclude_defaults=True)
+        return self.model_dump(include={"dtype", "quantization", "trust_remote_code"}) | told
 
     def to_yaml(self) -> str:
         """The whole run as YAML, every default written out; `load` reads it back as an equal run."""

@@ -35,7 +35,7 @@ from .errors import UserError
 from .hub import on_hub
 from .inspect.update import config_of as kind_of
 from .kinds import TUNERS
-from .models.load import load
+from .models.load import load, see_as
 from .provenance import versions
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -154,6 +154,7 @@ def export(
 
     trusted: dict[str, Any] = {"trust_remote_code": trust_remote_code}
     model, processor = load(str(base), **trusted)
+    see_as(processor, folder)
     live = _attach(load_adapter, model, folder)
     inputs = _prompts(processor)
     expected = _logits(live, inputs, task)

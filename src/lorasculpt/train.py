@@ -210,6 +210,8 @@ def _write(
     if config.projector == "full":
         save_projector(trainer.model, partial)
     write_origin(partial, base)
+    if config.image_processor:
+        trainer.processing_class.image_processor.save_pretrained(partial)
     card.write(partial, config, record)
     partial.rename(output / ADAPTER)
     shutil.rmtree(output / ".partial", ignore_errors=True)

@@ -9,6 +9,7 @@ import pico
 import pytest
 import torch
 import transformers as hf
+from PIL import Image
 
 from lorasculpt.errors import UserError
 from lorasculpt.models import load as loading
@@ -142,3 +143,40 @@ def test_automatic_precision_takes_bf16_only_where_it_is_faster(monkeypatch: pyt
 def test_the_cpu_is_really_timed() -> None:
     assert 1e8 < loading.cpu_rate(torch.float32) < 1e14
     assert autocast_dtype("cpu") in (None, torch.bfloat16)
+
+
+def test_attention_may_be_asked_for(pico_folder: Callable[[str], Path]) -> None:
+    assert load(pico_folder("llama"), attention="sdpa")[0].config._attn_implementation == "sdpa"
+    with pytest.raises(UserError, match=r"cannot be loaded as a model .*flash"):
+        load(pico_folder("llama"), attention="flash")
+
+
+def test_an_image_processor_takes_other_settings(pico_folder: Callable[[str], Path]) -> None:
+    folder, picture = pico_folder("idefics3"), Image.new("RGB", (112, 56))
+    tiles = [
+        load(folder, image_processor=settings)[1].image_processor(picture, return_tensors="pt")["pixel_values"].shape[1]
+        for settings in ({}, {"do_image_splitting": True})
+    ]
+    assert tiles[0] == 1 < tiles[1]
+
+
+@pytest.mark.parametrize(
+    ("family", "settings", "message"),
+    [
+        ("llama", {"max_pixels": 1}, "image_processor has settings, and the base reads text only; remove them"),
+        (
+            "llava",
+            {"do_risize": False},
+            "image_processor.do_risize is no setting of the base's .*; did you mean do_",
+        ),
+        (
+            "llava",
+            {"qqq": 1},
+            "image_processor.qqq is no setting of the base's CLIPImage.*; use some of crop_",
+        ),
+        ("llava", {"size": "large"}, "image_processor has a setting that CLIPImageProcessor.* refuses: "),
+    ],
+)
+def test_an_image_processor_takes_no_others(pico_folder, family: str, settings: dict, message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        load(pico_folder(family), image_processor=settings)

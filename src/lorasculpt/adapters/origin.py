@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers.utils import IMAGE_PROCESSOR_NAME
 
 from ..errors import UserError
 from ..files import read_json, write_json
@@ -75,9 +76,10 @@ def write_origin(folder: Path, record: dict[str, Any]) -> None:
 
 
 def pass_origin_on(adapter: Path, folder: Path) -> None:
-    """Give the adapter in ``folder``, made of another one, what that one knows of its base."""
-    if (adapter / ORIGIN_FILE).is_file():
-        (folder / ORIGIN_FILE).write_bytes((adapter / ORIGIN_FILE).read_bytes())
+    """Give the adapter in ``folder``, made of another one, what that one knows of its base and of its pictures."""
+    for name in (ORIGIN_FILE, IMAGE_PROCESSOR_NAME):
+        if (adapter / name).is_file():
+            (folder / name).write_bytes((adapter / name).read_bytes())
 
 
 def recorded(folder: Path) -> dict[str, Any] | None:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import difflib
 import gc
 import importlib.util
 import re
 import time
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -24,8 +26,9 @@ from transformers import (
     ProcessorMixin,
 )
 from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES as IMAGE_TEXT_CLASSES
+from transformers.utils import IMAGE_PROCESSOR_NAME
 
-from ..errors import UserError
+from ..errors import UserError, gist
 from . import tower
 from .template import complete
 
@@ -39,12 +42,13 @@ def load(
     dtype: str = "float32",
     trust_remote_code: bool = False,
     quantization: str | None = None,
+    attention: str | None = None,
+    image_processor: Mapping[str, Any] | None = None,
     device: torch.device | str = "cpu",
 ) -> tuple[PreTrainedModel, ProcessorMixin | PreTrainedTokenizerBase]:
     """The model, in evaluation mode, and its processor (its tokenizer if it reads text only).
 
-    Attention is eager where a CPU computes, which was measured to be faster at the sizes that a CPU can train; else it
-    is transformers' own choice, SDPA wherever the family has it. Weights are read from safetensors files alone. A
+    Weights are read from safetensors files alone. A
     tokenizer without a padding token gets its end token for one: padding is masked everywhere. A chat template without
     the first token of a text or the last of an answer gets them (`lorasculpt.models.template`).
 
@@ -53,11 +57,16 @@ def load(
         dtype: ``"float32"``, ``"bfloat16"``, ``"float16"``, or ``"auto"`` for what the files hold.
         trust_remote_code: Run the code that comes with the model.
         quantization: ``"4bit"`` (NF4, computing in bfloat16) or ``"8bit"`` through bitsandbytes. Default: none.
+        attention: How transformers is to compute it, such as ``"sdpa"`` or ``"flash_attention_2"``. Default: eager on a
+            CPU, which was measured to be faster at the sizes that a CPU can train; else transformers' own choice, SDPA
+            wherever the family has it.
+        image_processor: Settings that replace those of the base's image processor, such as ``{"max_pixels": 1000000}``.
         device: Where the model is put; `computing` says where models are used. A quantised one is where bitsandbytes
             puts it, on the GPU if there is one.
 
     Raises:
-        UserError: no model there, or one that needs another package or its own code.
+        UserError: no model there, or one that needs another package or its own code; or an attention or a setting that
+            it does not have.
     """
     tower.register()
     if torch.device(device).type != "cpu":
@@ -77,7 +86,7 @@ def load(
         model = (AutoModelForImageTextToText if sees else AutoModelForCausalLM).from_pretrained(
             base,
             dtype=DTYPES[dtype],
-            attn_implementation="eager" if computing().type == "cpu" else None,
+            attn_implementation=attention or ("eager" if computing().type == "cpu" else None),
             quantization_config=_quantization(quantization),
             use_safetensors=True,
             **options,
@@ -94,7 +103,30 @@ def load(
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
     complete(model, processor)
+    if image_processor:
+        processor.image_processor = _with(image_processor, getattr(processor, "image_processor", None))
     return model if hasattr(model, "hf_quantizer") else model.to(device), processor
+
+
+def _with(settings: Mapping[str, Any], given: Any) -> Any:
+    """The image processor ``given`` with other ``settings``."""
+    if given is None:
+        raise UserError("image_processor has settings, and the base reads text only; remove them")
+    known = sorted(given.valid_kwargs.__annotations__)
+    if unknown := [name for name in settings if name not in known]:
+        close = difflib.get_close_matches(unknown[0], known, n=1)
+        mend = f"did you mean {close[0]}?" if close else f"use some of {', '.join(known)}"
+        raise UserError(f"image_processor.{unknown[0]} is no setting of the base's {type(given).__name__}; {mend}")
+    try:
+        return type(given)(**given.to_dict() | settings)
+    except Exception as error:  # what transformers' checks of types and its own code raise
+        raise UserError(f"image_processor has a setting that {type(given).__name__} refuses: {gist(error)}.") from error
+
+
+def see_as(processor: Any, folder: Path) -> None:
+    """Have ``processor`` make of pictures what it made of them where the adapter in ``folder`` was trained."""
+    if (folder / IMAGE_PROCESSOR_NAME).is_file():
+        processor.image_processor = type(processor.image_processor).from_pretrained(str(folder))
 
 
 def computing() -> torch.device:

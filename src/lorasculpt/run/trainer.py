@@ -78,7 +78,7 @@ IDLE = {
             "shuffle_dataset",
         ),
         "it is the base's own, in training as in answering": ("eos_token", "chat_template_path"),
-        "dtype and quantization say how the base is loaded": ("model_init_kwargs",),
+        "dtype, quantization and attention say how the base is loaded": ("model_init_kwargs",),
         "AdamW trains, by adam_beta1, adam_beta2 and adam_epsilon": ("optim_args", "optim_target_modules"),
         "what is measured stands under evaluate": (
             *("eval_steps", "eval_delay", "per_device_eval_batch_size", "prediction_loss_only", "batch_eval_metrics"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import dataclasses
 import re
 import runpy
@@ -196,6 +197,32 @@ def test_every_command_can_be_typed(page, tmp_path):
             command, words = command.commands[words[0]], words[1:]
         given = command.make_context(line, words).params  # options that there are, arguments that are needed
         RunConfig.load(tmp_path / "run.yaml", given.get("overrides") or [])
+
+
+OTHERS = {  # of other programs
+    *("--cpu", "--no-deps", "--only-binary", "--dest", "--quiet"),  # accelerate launch and pip download
+    *("--enable-lora", "--max-lora-rank", "--lora-modules"),  # vllm serve
+}
+
+
+def options(command) -> set[str]:
+    """All options of a command and of those under it."""
+    own = {option for parameter in command.params for option in (*parameter.opts, *parameter.secondary_opts)}
+    return own.union(*map(options, getattr(command, "commands", {}).values()))
+
+
+def test_every_option_that_the_code_names_is_there():
+    known = options(get_command(app)) | OTHERS
+    assert {"--dry-run", "--no-deps"} <= known
+    wrong = [
+        f"{path.relative_to(ROOT)}:{node.lineno} names {option}"
+        for path in sorted((ROOT / "src").rglob("*.py"))
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
+        if isinstance(node, ast.Constant) and isinstance(node.value, str)
+        for option in re.findall(r"(?<![\w-])(?<!var\()--[a-z](?:[a-z-]*[a-z])?\b", node.value)
+        if option not in known and option != "--no"  # the beginning of one
+    ]
+    assert wrong == []
 
 
 @pytest.mark.parametrize("page", ["README.md", "docs/guide.md"])

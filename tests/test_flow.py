@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 
 import pico
@@ -14,6 +15,7 @@ from peft import PeftModel
 from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from transformers import AutoProcessor
+from trl import SFTTrainer
 
 from lorasculpt import METHODS, UserError, cli
 from lorasculpt.adapters.load import load as load_adapter
@@ -686,6 +688,47 @@ def test_ewc_takes_the_answers_of_general_data_or_a_file(run, tmp_path, monkeypa
     with pytest.raises(UserError, match=r"gone\.safetensors, which is no file"):
         train(run(EWC, "method.fisher=gone.safetensors", "output=refused"), progress=False)
     assert not (tmp_path / "refused").exists()
+
+
+SHORT = ("method={name: lora, r: 4}", "training.steps=2", "training.warmup=0", "training.save_every=null")
+KIND = "training.arguments={{gradient_checkpointing_kwargs: {{{}}}}}"
+
+
+@pytest.mark.filterwarnings("ignore:`gradient_checkpointing_kwargs` is deprecated:FutureWarning")
+@pytest.mark.filterwarnings("ignore:torch.utils.checkpoint:UserWarning")
+@pytest.mark.parametrize(
+    ("changes", "backward"),
+    [
+        ((), False),
+        (("projector=full",), False),
+        (("method={name: full}",), False),
+        (("scope=all",), True),
+        ((KIND.format("use_reentrant: false"),), False),
+        ((KIND.format("use_reentrant: true"),), True),
+        ((KIND.format("preserve_rng_state: false"),), True),  # torch takes that for the reentrant kind
+    ],
+    ids=lambda value: "-".join(value) if isinstance(value, tuple) else "",
+)
+def test_checkpointing_runs_nothing_backward_that_is_frozen(run, monkeypatch, changes, backward):
+    passed = []
+
+    def watched(trainer, *arguments, **options):
+        def told(layer, inputs, output):
+            if output.requires_grad:
+                output.register_hook(lambda gradient: passed.append(layer))
+
+        for name, layer in trainer.model.named_modules():
+            if re.search(r"vision_tower\..*layers\.\d+$", name):
+                layer.register_forward_hook(told)
+        return begin(trainer, *arguments, **options)
+
+    begin = SFTTrainer.train
+    plain = weights(train(run(*SHORT, *changes, "training.checkpointing=false", "output=plain"), progress=False))
+    monkeypatch.setattr(SFTTrainer, "train", watched)
+    found = weights(train(run(*SHORT, *changes, "training.checkpointing=true"), progress=False))
+    assert bool(passed) == backward
+    assert plain.keys() == found.keys()
+    assert all(torch.allclose(plain[name], value, rtol=1e-4, atol=1e-6) for name, value in found.items())
 
 
 def test_the_base_teaches_in_a_run_and_a_projector_that_moves_is_refused(run, tmp_path):

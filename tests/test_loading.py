@@ -13,7 +13,7 @@ from commands import done, refused
 from safetensors.torch import load_file
 from trl import SFTConfig
 
-from lorasculpt import measure, play, train
+from lorasculpt import UserError, dial, measure, play, train
 from lorasculpt.adapters.load import load as load_adapter
 from lorasculpt.models import load as loading
 from lorasculpt.run import model
@@ -140,6 +140,16 @@ def test_of_several_processes_none_begins_on_its_accelerator(run, loaded, monkey
     with pytest.raises(KeyboardInterrupt):
         train.train(run(), progress=False)
     assert loaded == [torch.device("cpu")]
+
+
+def test_several_processes_measure_nothing(run, loaded, monkeypatch):
+    train.train(run(), progress=False)
+    loaded.clear()
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    for function, verb in ((measure.measure, "eval"), (dial.dial, "dial")):
+        with pytest.raises(UserError, match=rf"by one process; start lorasculpt {verb} without a launcher\."):
+            function(run(), progress=False)
+    assert loaded == []
 
 
 def test_a_quantised_base_goes_to_the_process_s_own_accelerator(run, monkeypatch):

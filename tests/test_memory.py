@@ -106,3 +106,17 @@ def test_out_of_memory_on_a_gpu_says_how_much_was_wanted():
     )
     assert memory.ran_out(error) == "out of memory, for 2.00 GiB more"
     assert memory.ran_out(RuntimeError("size mismatch")) is None
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        torch.AcceleratorError("CUDA error: out of memory\nSearch for `cudaErrorMemoryAllocation' in ..."),
+        RuntimeError("HIP error: out of memory"),
+        RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"),
+        RuntimeError("CUDA error: HIPBLAS_STATUS_ALLOC_FAILED when calling `hipblasCreate(handle)`"),
+        RuntimeError("cuDNN error: CUDNN_STATUS_ALLOC_FAILED"),
+    ],
+)
+def test_memory_that_others_may_have_is_told_as_such(error):
+    assert memory.ran_out(error) == "out of memory on the GPU, which another process may be using as well"

@@ -139,6 +139,7 @@ def test_a_lora_of_stock_peft_joins(settings, tmp_path):
         ({"use_dora": True}, "use_dora"),
         ({"modules_to_save": ["lm_head"]}, "holds more than a LoRA"),
         ({"init_lora_weights": "pissa"}, "other base weights"),
+        ({"init_lora_weights": "OLoRA"}, "other base weights"),
     ],
     ids=lambda value: value if isinstance(value, str) else "",
 )

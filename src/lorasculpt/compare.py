@@ -85,7 +85,7 @@ def compare(
     if several_processes():
         raise UserError(
             "a comparison is made by one process; start lorasculpt compare without a launcher, or launch the runs that "
-            "its --commands prints."
+            "its --dry-run prints."
         )
     path = out or config.output / COMPARISON_FILE
     comparison = planned(config, methods, seeds, rates, path)

@@ -25,7 +25,7 @@ from .files import whole, write_json
 from .measure import TEXTS
 from .provenance import versions
 from .run.folder import ADAPTER, check_trained
-from .run.model import loaded, precision
+from .run.model import loaded, precision, several_processes
 from .run.records import check_tasks, drift_prompts, held_out
 
 DIAL_FILE = "dial.json"
@@ -62,8 +62,11 @@ def dial(
     Raises:
         UserError: there is no trained adapter or that of another run, or no target, the adapter has no strength, it is
             to be pruned or written but is no plain LoRA, its folder is taken, or a density is out of its range or keeps
-            no entry of some factor. Where no setting keeps enough none is written, and the budget says so.
+            no entry of some factor, or under a launcher of several processes. Where no setting keeps enough none is
+            written, and the budget says so.
     """
+    if several_processes():
+        raise UserError("an adapter is turned down by one process; start lorasculpt dial without a launcher.")
     retain = (config.evaluate.retain or RETAIN) if retain is None else retain
     if not 0 < retain <= 1:
         raise UserError(f"the share to keep is {retain:g}; it must lie above 0 and not above 1.")

@@ -9,6 +9,12 @@ class UserError(Exception):
     The command line prints it without a traceback and exits with code 2; from Python it is an ordinary exception.
     """
 
+    def __init__(self, told: str) -> None:
+        # what a DataLoader's worker raised, torch makes anew, with the whole traceback for a sentence
+        if told.startswith(f"Caught {type(self).__name__} in DataLoader worker"):
+            told = told.rpartition(f"{type(self).__module__}.{type(self).__qualname__}: ")[2].rstrip()
+        super().__init__(told)
+
 
 class Diverged(UserError):
     """The weights that were trained are not finite any more; the run left no adapter."""

@@ -28,7 +28,7 @@ from .files import write_json
 from .posthoc.files import RECORD
 from .provenance import versions
 from .run.folder import ADAPTER, LOG_FILE, check_trained
-from .run.model import loaded, precision
+from .run.model import loaded, precision, several_processes
 from .run.records import check_metrics, check_tasks, drift_prompts, held_out, questions, rehearsed, training_rows
 from .run.trainer import PUSHING
 
@@ -63,8 +63,10 @@ def measure(
 
     Raises:
         UserError: there is no trained adapter, or that of another run, nothing to measure it with, or no source and no
-            drift either.
+            drift either; or under a launcher of several processes.
     """
+    if several_processes():
+        raise UserError("a run is measured by one process; start lorasculpt eval without a launcher.")
     folder, how = config.output / ADAPTER, manner(config)
     config, source, target = _measurable(config)
     choosing = _choosing(config)

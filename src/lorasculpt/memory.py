@@ -12,8 +12,10 @@ import torch
 
 
 def ran_out(error: BaseException) -> str | None:
-    """That memory ran out, and for how much more, if ``error`` says so; else None."""
+    """That memory ran out, and for how much more or who may have it, if ``error`` says so; else None."""
     told = str(error)
+    if re.search(r"(CUDA|HIP) error: out of memory|_STATUS_ALLOC_FAILED", told):  # not of torch's own allocator
+        return "out of memory on the GPU, which another process may be using as well"
     if not isinstance(error, torch.OutOfMemoryError | MemoryError) and "DefaultCPUAllocator: can't alloc" not in told:
         return None
     wanted = re.search(r"ried to allocate ([\d.]+ \w+)", told)

@@ -25,13 +25,14 @@ from torch import nn
 
 from .adapters.load import PROJECTOR_FILE
 from .adapters.load import load as load_adapter
+from .adapters.residual import moved_by
 from .adapters.update import known_tasks
 from .config import RunConfig
 from .data.records import Record
 from .errors import UserError
 from .evaluation import answer, strength
 from .evaluation.prompts import tokenizer_of
-from .evaluation.strength import MOVING, fixed
+from .evaluation.strength import fixed
 from .models.load import autocast_dtype, computing, load
 from .run.folder import ADAPTER, check_trained
 from .run.records import held_out
@@ -122,7 +123,7 @@ def _twin(base: nn.Module, folder: Path) -> nn.Module:
     Adapters of any kinds can so stand beside each other. Weights that loading the adapter will change are copied.
     """
     weights = dict(base.named_parameters())
-    if str(getattr(PeftConfig.from_pretrained(str(folder)), "init_lora_weights", True)).lower().startswith(MOVING):
+    if moved_by(PeftConfig.from_pretrained(str(folder))) is not None:
         weights = {}
     if (folder / PROJECTOR_FILE).is_file():
         with safe_open(folder / PROJECTOR_FILE, "pt") as file:

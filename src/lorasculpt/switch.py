@@ -8,10 +8,10 @@ from torch import Tensor, nn
 
 from .adapters.layers import sharded
 from .adapters.method import methods_of
+from .adapters.plain import read_adapter
+from .adapters.residual import moved_by
 from .adapters.update import Update, UpdateConfig, updates
 from .errors import UserError
-
-MOVED = ("pissa", "olora", "corda", "loftq", "lora_ga")  # beginnings of a LoRA that change the base weights
 
 
 def add_task(model: nn.Module, name: str, from_adapter: str | Path | None = None, *, adapter: str = "default") -> None:
@@ -75,13 +75,10 @@ def _sequence(model: nn.Module, adapter: str) -> UpdateConfig:
 
 def _loras(folder: Path, found: dict[str, Update]) -> dict[str, tuple[Tensor, Tensor]]:
     """A and B of the plain LoRA in ``folder`` for every update in ``found``, in the scaling of that update."""
-    from .adapters.plain import read_adapter
-
     saved = read_adapter(folder)
     if saved.other:
         raise UserError(f"{folder} holds more than a LoRA ({saved.other[0]}), which cannot join a sequence.")
-    start = str(saved.config.get("init_lora_weights"))
-    if start.startswith(MOVED):
+    if (start := moved_by(saved.config)) is not None:
         raise UserError(f"{folder} began with init_lora_weights={start!r}, so it belongs to other base weights.")
     pairs = {pair.name: pair for pair in saved.pairs}
     for name in [*found, *pairs]:

@@ -41,7 +41,7 @@ from .files import write_json
 from .hub import push
 from .models.head import answers_alone
 from .provenance import machine
-from .run.callbacks import Cost, Keep, Measure
+from .run.callbacks import Cost, Frozen, Keep, Measure
 from .run.folder import (
     ADAPTER,
     COST_FILE,
@@ -134,6 +134,7 @@ def train(
             processing_class=processor,
             data_collator=Collator(processor, tasks=routed(model)),
             optimizers=(optimizer(model, config, told), None),
+            callbacks=[Frozen()],
         )
     while trained:  # and none is kept: they may lie on another device than what is trained
         parameter, value = trained.pop()

@@ -10,6 +10,7 @@ import pytest
 import torch
 import transformers as hf
 from PIL import Image
+from torch.utils.data import DataLoader
 from transformers.models.siglip.image_processing_pil_siglip import SiglipImageProcessorPil
 from trl import SFTConfig, SFTTrainer
 
@@ -127,6 +128,18 @@ def test_an_unknown_task_lists_the_known_ones(records: list[Record]) -> None:
     _, processor = pico.build("llava")
     with pytest.raises(UserError, match="unknown task 'talk'; the adapter knows color, shape"):
         Collator(processor, tasks=["color", "shape"])([rows(records)[2]])
+
+
+@pytest.mark.filterwarnings("ignore:.*multi-threaded:DeprecationWarning")  # Python 3.12 on every fork
+def test_a_worker_tells_it_in_the_same_words(records: list[Record]) -> None:
+    collate = Collator(pico.build("llava")[1], tasks=["color", "shape"])
+    told = []
+    for workers in (0, 1):
+        with pytest.raises(UserError) as error:
+            list(DataLoader([rows(records)[2]], collate_fn=collate, num_workers=workers))
+        told.append(str(error.value))
+    assert told[0] == told[1]
+    assert "has the unknown task 'talk'" in told[0]
 
 
 # --- text-only models -----------------------------------------------------------------------------------------------

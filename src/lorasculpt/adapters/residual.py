@@ -12,10 +12,12 @@ frozen before (`lorasculpt.adapters.beside`) joins the trained one in the same w
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
-from peft import PeftModel
+from peft import PeftConfig, PeftModel
 from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME, get_peft_model_state_dict
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -28,9 +30,16 @@ MOVING = (*EXACTLY, "loftq", "lora_ga")
 """All values of ``init_lora_weights`` that change the base weights."""
 
 
+def moved_by(config: PeftConfig | Mapping[str, Any]) -> str | None:
+    """The ``init_lora_weights`` of ``config``, in lower case, where it changes the base weights."""
+    key = "init_lora_weights"
+    start = str(config.get(key) if isinstance(config, Mapping) else getattr(config, key, None)).lower()
+    return start if start.startswith(MOVING) else None
+
+
 def taken(model: PeftModel) -> dict[str, Tensor]:
     """A₀ and −B₀ of what the active adapter of ``model``, fresh, took from the base; empty if it took nothing."""
-    if not str(getattr(model.active_peft_config, "init_lora_weights", True)).lower().startswith(EXACTLY):
+    if not (moved_by(model.active_peft_config) or "").startswith(EXACTLY):
         return {}
     factors = get_peft_model_state_dict(model).items()
     return {name: -value if _factor(name) == "B" else value.clone() for name, value in factors if _factor(name)}

@@ -23,7 +23,7 @@ from typing import Any
 
 from peft import LoraConfig
 
-from ..adapters.residual import EXACTLY, MOVING
+from ..adapters.residual import EXACTLY, moved_by
 from ..adapters.update import UpdateConfig
 from ..config import RunConfig
 from ..errors import UserError
@@ -130,9 +130,9 @@ def _edited(
         raise config.error(f"methods.{label}.of", f"is {of!r}, which is an edit itself; name a label that is trained.")
     parent = found[of]
     kind, settings = KINDS[parent.method["name"]], started(parent.method)
-    start = str(settings.get("init_lora_weights", True)).lower()
+    start = moved_by(settings)
     plain = issubclass(kind, LoraConfig) and not issubclass(kind, UpdateConfig) and not settings.get("use_dora")
-    if not plain or (start.startswith(MOVING) and not start.startswith(EXACTLY)) or config.projector == "full":
+    if not plain or (start is not None and not start.startswith(EXACTLY)) or config.projector == "full":
         raise config.error(f"methods.{label}.of", f"is {of!r}, which leaves no plain LoRA; edits are of plain LoRAs.")
     seeds = _seeds(config, label, said, parent.seeds)
     if seeds > parent.seeds:

@@ -10,7 +10,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils import ModulesToSaveWrapper
 from torch import nn
 
-from ..adapters.residual import MOVING as MOVING
+from ..adapters.residual import moved_by
 from ..adapters.update import UpdateLayer
 
 
@@ -59,8 +59,7 @@ def _interpolated(wrapper: ModulesToSaveWrapper, value: float) -> Iterator[None]
 def moved(model: nn.Module) -> str | None:
     """Why ``model`` without its adapters is not the base that it started from, or None if it is."""
     for config in getattr(model, "peft_config", {}).values():
-        start = str(getattr(config, "init_lora_weights", True)).lower()
-        if start.startswith(MOVING):
+        if (start := moved_by(config)) is not None:
             return f"an adapter that starts with {start} has moved the base weights"
     return None
 

@@ -18,8 +18,8 @@ from transformers import AutoConfig
 from ..adapters.load import PROJECTOR_FILE
 from ..adapters.origin import check_origin, pass_origin_on
 from ..adapters.plain import Adapter, read_adapter
+from ..adapters.residual import moved_by
 from ..errors import UserError
-from ..evaluation.strength import MOVING
 from ..export import DTYPES, known_dtype, save_model
 from ..models.load import load
 from ..provenance import versions
@@ -52,8 +52,7 @@ def read(folder: str | Path) -> Adapter:
     more = [*adapter.other, *([PROJECTOR_FILE] if (adapter.folder / PROJECTOR_FILE).is_file() else [])]
     if more:
         raise UserError(f"{folder} also holds {more[0]}, which no edit here covers; use an adapter of factors alone.")
-    start = str(adapter.config.get("init_lora_weights", True)).lower()
-    if start.startswith(MOVING):
+    if (start := moved_by(adapter.config)) is not None:
         raise UserError(
             f"{folder} started with {start}, which moved the base weights; save it as a plain LoRA first (PEFT's "
             "path_initial_model_for_weight_conversion)."

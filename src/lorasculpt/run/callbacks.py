@@ -1,4 +1,4 @@
-"""What is done while a run trains: its cost is counted, its checkpoints are kept, its curves are measured."""
+"""While a run trains: its cost is counted, checkpoints are kept, curves measured, what is frozen not run backward."""
 
 from __future__ import annotations
 
@@ -110,6 +110,22 @@ class Keep(TrainerCallback):
         made.rename(self.output / made.name)
         for old in checkpoints(self.output)[: -self.config.training.keep]:
             shutil.rmtree(old)
+
+
+class Frozen(TrainerCallback):
+    """Let the backward pass end where nothing trains any more, under checkpointing as well.
+
+    Trainers then ask for a gradient at the input of every part of a model, once when they are made and once when they
+    begin, and a frozen vision tower is run backward for it. Reentrant checkpointing alone needs one; torch takes that
+    kind where it is given settings that don't name one.
+    """
+
+    def on_init_end(self, args, state, control, model=None, **kwargs):
+        given = args.gradient_checkpointing_kwargs
+        if not given or given.get("use_reentrant") is False:
+            model.disable_input_require_grads()
+
+    on_train_begin = on_init_end  # each time, because a model knows the hooks of the last time alone
 
 
 class Measure(TrainerCallback):

@@ -76,7 +76,7 @@ class MethodType(str):
 
 
 class Method:
-    """One adapter's method at work: what happens at the start, after every backward, after every step, in the log.
+    """One adapter's method at work: what it does when training begins, around every optimizer step, in the log.
 
     The clock calls ``begin`` once, ``open`` and ``penalties`` when a step begins, ``before_step`` and ``after_step``
     around every optimizer step that is taken, ``close`` when a step has ended, and ``logs`` when something is about to

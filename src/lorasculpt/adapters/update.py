@@ -115,7 +115,7 @@ class Update(nn.Module):
         return self.context.task_ids(x, self.config.tasks, self.place.language)
 
     def routed(self, output: Tensor, gate: Tensor, loss: Tensor | None = None) -> Tensor:
-        """``output``, with what its routing was noted and ``loss`` on its way to the router.
+        """``output`` unchanged; its routing is noted, and the backward pass carries ``loss`` to the router.
 
         Args:
             output: what ``forward`` returns.

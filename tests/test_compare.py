@@ -31,7 +31,7 @@ from lorasculpt.files import write_json
 from lorasculpt.measure import shape
 from lorasculpt.posthoc.edits import delta_of
 from lorasculpt.provenance import versions
-from lorasculpt.report import report
+from lorasculpt.report.page import report
 from lorasculpt.report.words import unread
 from lorasculpt.run import records
 from lorasculpt.run.folder import write_record

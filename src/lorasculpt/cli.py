@@ -335,7 +335,7 @@ def report(
 
         lorasculpt inspect RUN/adapter --base BASE --data FILE --json RUN/inspect.json
     """
-    from .report import report as go
+    from .report.page import report as go
 
     print(f"report: {go(results, out)}")
 
@@ -622,8 +622,9 @@ def _methods(found: list[dict[str, Any]]) -> None:
 
 def _summary(results: list[Path]) -> None:
     """Print what each run learned and kept, task by task, beside the base, with 95 % intervals."""
+    from .console import NONE, duration, size
     from .report.results import measured
-    from .report.words import NONE, bracket, by_heart, duration, percent, size
+    from .report.words import bracket, by_heart, percent
 
     runs = [run for path in results for run in json.loads(path.read_text())["runs"]]
 

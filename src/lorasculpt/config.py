@@ -419,12 +419,6 @@ class RunConfig(_Section):
         """The whole run as YAML, every default written out; `load` reads it back as an equal run."""
         return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
 
-    def line_of(self, key: str) -> int | None:
-        """Line on which a dotted key such as ``"method.density"`` was written; None if it was not, or overridden."""
-        path = tuple(key.split("."))
-        overridden = any(outer in self._origin.overrides for outer in _outward(path))
-        return None if overridden else self._origin.lines.get(path)
-
     def error(self, key: str, message: str) -> UserError:
         """The error to raise about a dotted key: ``run.yaml:7: method.density <message>``."""
         return UserError(f"{self._origin.place(self._origin.known(key))}: {key} {message}")

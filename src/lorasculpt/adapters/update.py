@@ -230,12 +230,6 @@ class UpdateMethod(Method):
         found = dict(zip(shown, torch.stack(list(shown.values())).tolist(), strict=True))  # the one wait for the device
         return {key: value for key, value in found.items() if value or key != "balance_loss"}
 
-    def state(self):
-        return {"step": self.step}, {}
-
-    def restore(self, values, tensors):
-        self.step = values.get("step", 0)
-
 
 @dataclasses.dataclass
 class UpdateConfig(MethodConfig):

@@ -414,7 +414,7 @@ class Comparison:
 
     @property
     def _chosen_on(self) -> str:
-        """By what rates are chosen, in words; names ``evaluate.source`` where ``h_mean`` looked at the tests' source."""
+        """By what rates are chosen, in words: by the tests' own source too, where ``h_mean`` looks at it."""
         both = any(what.by == "h_mean" for what in self.labels.values())
         tested = both and not self.config.evaluate.validation_source
         return self._validation + (", and for h_mean the source of the tests, evaluate.source" if tested else "")

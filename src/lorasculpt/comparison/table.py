@@ -10,11 +10,11 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from ..console import numbers
+from ..console import numbers, size
 from ..evaluation.run import KNOWN, rectangle
 from ..evaluation.student import mean_interval, paired
 from ..report.results import NUMBERS, REFERENCE, front, made_on
-from ..report.words import by_heart, chance, size, unread
+from ..report.words import by_heart, chance, unread
 
 NEAR = 0.5  # of the most that is gained on the target: who gains less than this is not compared at equal target
 EQUALLED = "lorasculpt"  # what the others are tested against there

@@ -124,12 +124,6 @@ class Regularized(Method):
     def logs(self):
         return super().logs() | self._value
 
-    def state(self):
-        return {"step": self.step}, {}
-
-    def restore(self, values, tensors):
-        self.step = values["step"]
-
 
 # --- the table of penalties: R of one module, dR/dB and dR/dA --------------------------------------------------------
 

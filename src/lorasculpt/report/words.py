@@ -5,9 +5,9 @@ from __future__ import annotations
 import math
 from collections import Counter
 
+from ..console import NONE
 from .results import OURS, REFERENCE, Entry, Number, compared, ends, front, gained, made_on, way
 
-NONE = "–"
 MANY = 4  # entries that one sentence can still tell
 SPACE = "\u00a0"  # keeps a number and its unit on one line
 
@@ -39,31 +39,9 @@ def difference(test: dict | None) -> str:
     return f"{'' if points[0] == '−' else '+'}{points}, {chance(test['p'])}"
 
 
-def duration(seconds: float | None) -> str:
-    """75 -> '1 min 15 s'."""
-    if seconds is None:
-        return NONE
-    minutes, rest = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    if hours:
-        return f"{hours} h {minutes:02} min"
-    return f"{minutes} min {rest:02} s" if minutes else f"{rest} s"
-
-
 def times(value: float | None, reference: float | None) -> str:
     """How often ``reference`` goes into ``value``: '1.27 × lora'; nothing where that is not known."""
     return f"{value / reference:.2f}{SPACE}× {REFERENCE}" if value is not None and reference else ""
-
-
-def size(count: float | None) -> str:
-    """Bytes in the largest decimal unit that leaves at least 1: 1234567 -> '1.2 MB'."""
-    if count is None:
-        return NONE
-    for unit in ("B", "kB", "MB"):
-        if count < 1000:
-            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
-        count /= 1000
-    return f"{count:.1f} GB"
 
 
 def listed(names: list[str]) -> str:

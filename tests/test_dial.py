@@ -216,7 +216,7 @@ def test_densities_on_the_command_line(trained, tmp_path):
     assert [path.name for path in (tmp_path / "plots").iterdir()] == ["dial.png"]
     said = done("dial", file, "--retain", "0.5")
     assert "density" not in said
-    assert "It was chosen on the target itself, which flatters it there" in said
+    assert "It was chosen on the questions it is scored on, which flatters the score" in said
     before = (config.output / "dial.json").read_text()
     for wrong, words in (
         (("--densities", "0"), r"the densities are [0]; name one or more"),

@@ -151,7 +151,7 @@ def train(run: Run, overrides: Overrides = None) -> None:
     the memory with dtype: bfloat16, and a quarter of that with quantization: 4bit (which needs bitsandbytes).
 
     Tasks are learned one after the other where data is {sequence: [{name: ..., train: ..., test: ...}, ...]}; the
-    accuracy on each after each goes to matrix.json.
+    accuracy on every task after each one is written to matrix.json.
     """
     from .config import RunConfig
     from .run.records import check_metrics
@@ -178,7 +178,7 @@ def evaluate(run: Run, overrides: Overrides = None) -> None:
     0.97} the adapter that learns the most among those that keep that share is left in the run's folder too.
     """
     from .config import RunConfig
-    from .evaluation.budget import flattered, told
+    from .evaluation.budget import flattered, in_words
     from .measure import measure, retained
 
     config = RunConfig.load(run, overrides or [])
@@ -186,7 +186,7 @@ def evaluate(run: Run, overrides: Overrides = None) -> None:
     _summary([path])
     for found in json.loads(path.read_text())["runs"]:
         if budget := found.get("budget"):
-            print(told(budget))
+            print(in_words(budget))
             print(retained(config, budget))
             if flatters := flattered(budget):
                 print(flatters)
@@ -210,14 +210,14 @@ def dial(
 ) -> None:
     """Show what RUN's adapter learns and keeps, turned down and pruned, and choose; works without source tasks.
 
-    It is measured at each of evaluate.strengths, with --densities pruned as well. Chosen is what has the largest target
-    among those that keep enough: of the source where RUN names one, or else of the probability that the base gives to
-    texts of its own (exp(-drift)).
+    It is measured at each of evaluate.strengths and, with --densities, also pruned. Of the settings that keep enough,
+    the one with the highest target is chosen. Enough is a share of the source score or, without a source, of the
+    probability the base gives to its own texts (exp(-drift)).
     """
     from .config import RunConfig
     from .dial import dial as go
     from .dial import plot as draw
-    from .evaluation.budget import flattered, kept, told
+    from .evaluation.budget import flattered, in_words, kept
 
     try:
         shares = [float(share) for share in densities.split(",")]
@@ -233,7 +233,7 @@ def dial(
         cells += [f"{100 * point[side]:.1f} %" if side in point else "-" for side in ("target", "source")]
         table.add_row(*cells, f"{point['drift']:.3f}", "-" if math.isnan(share) else f"{100 * share:.1f} %")
     Console().print(table)
-    print(told(found["budget"]))
+    print(in_words(found["budget"]))
     if flatters := flattered(found["budget"]):
         print(flatters)
     if plot:
@@ -313,7 +313,7 @@ def compare(
             print(line)
         return
     if job and not launch:
-        raise UserError("--job is of the jobs of --launch; add --launch slurm or remove it.")
+        raise UserError("--job sets options for the jobs that --launch starts; add --launch slurm or remove it.")
     cluster = launch.value if launch else None
     path = comparing.compare(config, names, seeds=seeds, rates=tried, out=out, cluster=cluster, job=options_of(job))
     record = json.loads(path.read_text())
@@ -453,13 +453,13 @@ def methods(
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
     """List the methods: what they need, cost and leave behind. Or one method's settings and their defaults."""
-    from .kinds import KINDS, OF_PEFT, words
+    from .kinds import KINDS, OF_PEFT, listed_where
     from .methods import METHODS
     from .overview import facts, meanings
 
     if name is not None and name not in METHODS:
         if name in KINDS:
-            raise UserError(f"{name} is PEFT's; its settings are not listed here: {words(name)}.")
+            raise UserError(f"{name} is PEFT's; its settings are not listed here: {listed_where(name)}.")
         raise UserError(f"no method is called {name!r}; there are {', '.join(METHODS)}.")
     chosen = [METHODS[name]] if name else list(METHODS.values())
     found = [facts(config) for config in chosen]
@@ -563,7 +563,7 @@ def results(
 
     _check_target(target, TARGETS)
     if others and target in SEVERAL:
-        raise UserError(f"--others are beside one task; leave it out, or use another target than {target}.")
+        raise UserError(f"--others works with a target of one task; leave it out, or use another target than {target}.")
     print(f"results: {go(work, out, target=target, others=others)}")
 
 

@@ -11,7 +11,6 @@ import copy
 import dataclasses
 import json
 import math
-import re
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, ClassVar
@@ -25,7 +24,7 @@ from peft.tuners.tuners_utils import (
     check_target_module_exists,
 )
 from peft.utils import CONFIG_NAME, TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING, get_quantization_config
-from peft.utils.other import transpose
+from peft.utils.other import get_pattern_key, transpose
 from torch import Tensor, nn
 
 from ..errors import UserError
@@ -267,9 +266,8 @@ class UpdateConfig(MethodConfig):
     def rank_and_alpha(self, name: str) -> tuple[int, float]:
         """(r, alpha) of the linear ``name``, patterns considered."""
 
-        def chosen(patterns: dict, default):
-            fitting = (key for key in patterns if re.fullmatch(rf"(.*\.)?({key})", name))
-            return patterns.get(next(fitting, None), default)
+        def chosen(pattern: dict, default):
+            return pattern.get(get_pattern_key(pattern, name), default)
 
         return chosen(self.rank_pattern, self.r), chosen(self.alpha_pattern, self.lora_alpha)
 

@@ -6,7 +6,7 @@ import math
 from collections import Counter
 
 from ..console import NONE
-from .results import OURS, REFERENCE, Entry, Number, compared, ends, front, gained, made_on, way
+from .results import NEAR, OURS, REFERENCE, Entry, Number, compared, ends, front, gained, made_on, way
 
 MANY = 4  # entries that one sentence can still tell
 SPACE = "\u00a0"  # keeps a number and its unit on one line
@@ -159,7 +159,7 @@ def by_heart(run: dict) -> str:
     for side in ("source", "target"):
         asked.update({task: entry["n"] for task, entry in run[side].items()})
     told = [f"{count} of {asked[task]} questions of {task}" for task, count in (run.get("trained_on") or {}).items()]
-    return f"Asked what was trained on, and so perhaps known by heart: {listed(told)}." if told else ""
+    return f"Also in the training data, and so perhaps memorised: {listed(told)}." if told else ""
 
 
 def unread(equal: dict) -> str:
@@ -176,9 +176,9 @@ def unread(equal: dict) -> str:
 def not_compared(equal: dict) -> str:
     """Who is not compared at equal target, and why, of a results file; nothing where all are."""
     few, coarse = ", ".join(equal.get("left_out", ())), unread(equal)
-    told = [f"for gaining less than half of the most that is gained on the target: {few}"] if few else []
+    told = [f"for gaining less than {100 * NEAR:.0f} % of the most that is gained on the target: {few}"] if few else []
     told += [f"for curves that have no points close enough to this score: {coarse}"] if coarse else []
-    return f"Left out {'; '.join(told)}." if told else ""
+    return f"Left out there {'; '.join(told)}." if told else ""
 
 
 def spread(found: dict | None) -> str:

@@ -90,22 +90,24 @@ def fetch(
     ],
     out: Annotated[Path, typer.Option(help="The folder to write into.", show_default=False)],
     split: Annotated[str, typer.Option(help="Which part of it.")] = "train",
-    subset: Annotated[str | None, typer.Option(help="Of a dataset that has several.", show_default=False)] = None,
+    subset: Annotated[
+        str | None, typer.Option(help="Which one, of a dataset that has several.", show_default=False)
+    ] = None,
     columns: Annotated[
         str | None,
-        typer.Option(help="What theirs are called, such as question=query,answer=label.", show_default=False),
+        typer.Option(help="Its names for our columns, such as question=query,answer=label.", show_default=False),
     ] = None,
     ask: Annotated[
-        str | None, typer.Option(help="The question of every row, where none is there.", show_default=False)
+        str | None, typer.Option(help="The question of every row, if the data has none.", show_default=False)
     ] = None,
-    limit: Annotated[int | None, typer.Option(help="At most so many rows.", min=1, show_default=False)] = None,
+    limit: Annotated[int | None, typer.Option(help="At most this many rows.", min=1, show_default=False)] = None,
     shuffle: Annotated[bool, typer.Option("--shuffle", help="Take them in a random order, always the same.")] = False,
     every_answer: Annotated[
         bool, typer.Option("--every-answer", help="Keep all answers of a row, as the metric vqa reads them.")
     ] = False,
     skip: Annotated[bool, typer.Option("--skip", help="Leave out rows that cannot be used.")] = False,
 ) -> None:
-    """Make a data file of a dataset on the Hub or of a table here: OUT/SPLIT.jsonl, its pictures in OUT/images.
+    """Make a data file from a dataset on the Hub or a table here: OUT/SPLIT.jsonl, its pictures in OUT/images.
 
     Rows of question and answer, messages, prompt and completion, conversations, or texts of user and assistant are
     taken as they are. Of a large dataset only what --limit asks for is read.
@@ -252,12 +254,12 @@ def compare(
         str | None,
         typer.Option(help="What to compare, such as lora,lorasculpt,dora. Default: RUN's methods.", show_default=False),
     ] = None,
-    seeds: Annotated[int, typer.Option(help="Seeds of each method that does not say it itself.")] = 3,
+    seeds: Annotated[int, typer.Option(help="Seeds of each method that does not set its own.")] = 3,
     rates: Annotated[
         str | None,
         typer.Option(
             help="One to three learning rates; each method gets the one that is best for it. Default: "
-            "2e-4,5e-4,1.5e-3; of a sequence without validation training.lr.",
+            "2e-4,5e-4,1.5e-3; for a sequence without validation, training.lr.",
             show_default=False,
         ),
     ] = None,
@@ -268,7 +270,7 @@ def compare(
         bool, typer.Option(help="Print the commands that are still to be run, for other machines; run nothing.")
     ] = False,
     launch: Annotated[
-        Cluster | None, typer.Option(help="Make every run by a job of a cluster, and wait here.", show_default=False)
+        Cluster | None, typer.Option(help="Make every run as a job of a cluster, and wait here.", show_default=False)
     ] = None,
     job: Annotated[
         str | None,
@@ -280,11 +282,11 @@ def compare(
 ) -> None:
     """Train and measure several methods on RUN's data, with several seeds, and say what is learned and forgotten.
 
-    A stopped comparison goes on by itself, and runs that were made elsewhere are taken as they are: their folders, or
-    the file that it writes (--out), which alone is enough to go on from.
+    Started again, it goes on where it was stopped. Runs that were made elsewhere are taken over, from their folders or
+    from the file that it writes (--out), which alone is enough to go on from.
 
-    Settings of a method, beside those that it takes from RUN's own, go under a label; so do a rate (or the label whose
-    rate is taken), the number of seeds and a share of general data, and edits of what another label learned:
+    A label has the settings of a method, besides those that it takes from RUN's own. It may also have a rate (or the
+    label whose rate it takes), a number of seeds and a share of general data, or be an edit of what another learned:
 
         methods:
           lora: {r: 16, seeds: 5}
@@ -330,8 +332,8 @@ def report(
 ) -> None:
     """Make one self-contained page (report.html), and the same numbers as Markdown and JSON.
 
-    Where a run's folder has its adapter, the page shows what that is made of, and after this command also which expert
-    serves what:
+    Where a run's folder has its adapter, the page shows what the adapter is made of. After this command it also shows
+    which expert serves what:
 
         lorasculpt inspect RUN/adapter --base BASE --data FILE --json RUN/inspect.json
     """
@@ -355,7 +357,7 @@ def play(
 ) -> None:
     """Ask the base and its adapters the same question about the same picture, side by side, on a local page.
 
-    The adapters of runs, or others beside the base that they are of:
+    Name the files of runs, or folders of adapters with the base that they are of:
 
         lorasculpt play runs/a.yaml runs/b.yaml
         lorasculpt play runs/a/adapter --base path/to/base
@@ -381,7 +383,7 @@ def export(
     dtype: Annotated[
         str | None,
         typer.Option(
-            help="float32, bfloat16 or float16. Default: what a LoRA has; of a merged model what the base has.",
+            help="float32, bfloat16 or float16. Default: that of the LoRA; of a merged model that of the base.",
             show_default=False,
         ),
     ] = None,
@@ -615,8 +617,8 @@ def _methods(found: list[dict[str, Any]]) -> None:
     print(
         "tasks: whether every sample needs the name of its own; used: only where they are given.\n"
         "clock: whether a loop of one's own needs Clock or ClockCallback.\n"
-        f"size: trained parameters of a linear of {found[0]['parameters']['features']} features, in LoRAs of the rank\n"
-        "that is the default (8 where there is none), and what is saved but not trained."
+        f"size: trained parameters of a linear of {found[0]['parameters']['features']} features, over those of a LoRA\n"
+        "of the default rank (8 where there is none), + what is saved but not trained."
     )
 
 

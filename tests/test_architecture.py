@@ -64,7 +64,7 @@ HOUSE: dict[tuple[str, ...], tuple[str, ...] | None] = {
     ("export",): ("provenance", "adapters", "models", "kinds", "inspect", "hub"),
     ("posthoc",): ("provenance", "ops", "adapters", "data", "models", "evaluation", "export"),
     ("corda", "run"): (
-        *("config", "provenance", "memory", "adapters", "data", "models", "methods", "kinds", "evaluation", "report"),
+        *("config", "provenance", "memory", "adapters", "data", "models", "methods", "kinds", "evaluation"),
     ),
     ("train", "asked", "measure", "sequence", "dial", "play"): (
         *("config", "provenance", "adapters", "data", "models", "switch", "evaluation"),
@@ -160,6 +160,12 @@ def test_a_part_of_the_house_imports_what_its_row_names(row):
         if under(name, PACKAGE) and not under(name, *allowed)
     ]
     assert wrong == []
+
+
+def test_words_and_numbers_of_a_report_come_without_its_drawing():
+    plain = ("", ".results", ".words", ".sequences")
+    drawn = {name for module in plain for name, _ in IMPORTS[f"{PACKAGE}.report{module}"]}
+    assert not [name for name in drawn if under(name, "matplotlib", "jinja2", f"{PACKAGE}.report.page")]
 
 
 def test_every_module_is_in_the_house():

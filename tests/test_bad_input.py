@@ -104,7 +104,7 @@ def test_data_are_read_before_training_begins(fresh, side, spoil, said, monkeypa
     [
         (
             "evaluate.metric={color: contains, colour: choice}",
-            "evaluate.metric.colour is of a task that no question has; ",
+            "evaluate.metric.colour names a task that no question has; ",
         ),
         ("evaluate.target=[test/train.jsonl, test/../test/train.jsonl]", "/test/../test/train.jsonl twice, whose"),
         (
@@ -201,7 +201,7 @@ def test_so_are_the_data_of_every_choice(fresh, key):
         ("  steps: 2", "  steps: two", 11, "training.steps must be an integer; got 'two'"),
         ("  density: 0.2", "  density: 1.5", 6, "method.density is refused: "),
         ("  prune_step: 1", "  prune_step: 3", 7, "method.prune_step is refused: "),
-        ("  prune_step: 1\n", "", 3, "method.prune_step has a default that does not do: prune_step=100 is not before"),
+        ("  prune_step: 1\n", "", 3, "method.prune_step has a default that is refused here: prune_step=100 is not"),
         (
             "  r: 4\n",
             "  r: 4\n  modules_to_save: [foo]\n",

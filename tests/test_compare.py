@@ -31,7 +31,7 @@ from lorasculpt.files import write_json
 from lorasculpt.measure import shape
 from lorasculpt.posthoc.edits import delta_of
 from lorasculpt.provenance import versions
-from lorasculpt.report import report
+from lorasculpt.report.page import report
 from lorasculpt.report.words import unread
 from lorasculpt.run import records
 from lorasculpt.run.folder import write_record
@@ -1317,7 +1317,7 @@ def test_the_screen_shows_tests_and_rates_at_the_edge(run, capsys, monkeypatch):
     assert "time and memory in those of lora" in out
     assert "lora: of the learning rates the largest did best; a larger one may do better." in out
     assert "Source where all reach the target 50.0, p against a: a 55.0 ±64, b 60.0 ±127 (p 0.500)." in out
-    assert "Not compared there, for gaining less than 50 % of the most that is gained: weak." in out
-    assert "Nor, for curves that have no points close enough to it: steep." in out
+    assert "Left out there for gaining less than 50 % of the most that is gained on the target: weak; for curves" in out
+    assert "that have no points close enough to this score: steep." in out
     assert "1 run is still missing." in out
     assert report(path, path.parent / "page").with_suffix(".md").read_text().count("still missing") == 1

@@ -10,17 +10,15 @@ import pico
 import pytest
 import torch
 from commands import call, done
-from peft import LoraConfig, PeftModel, get_peft_model
+from peft import PeftModel
 from safetensors.numpy import load_file, save_file
 
 from lorasculpt import UserError
 from lorasculpt import dial as dialing
 from lorasculpt.dial import dial, plot
 from lorasculpt.evaluation import drift, evaluate, strength
-from lorasculpt.evaluation.drift import _unspoken
 from lorasculpt.measure import measure
 from lorasculpt.models.load import load
-from lorasculpt.models.parts import target_regex
 from lorasculpt.train import train
 
 
@@ -218,7 +216,7 @@ def test_densities_on_the_command_line(trained, tmp_path):
     assert [path.name for path in (tmp_path / "plots").iterdir()] == ["dial.png"]
     said = done("dial", file, "--retain", "0.5")
     assert "density" not in said
-    assert "It was chosen on the target itself, which flatters it there" in said
+    assert "It was chosen on the questions it is scored on, which flatters the score" in said
     before = (config.output / "dial.json").read_text()
     for wrong, words in (
         (("--densities", "0"), r"the densities are [0]; name one or more"),
@@ -279,13 +277,3 @@ def test_what_has_no_dial(run, tmp_path, monkeypatch):
     ):
         with pytest.raises(UserError, match=words):
             dial(config, densities=(1, 0.5), progress=False)
-
-
-def test_no_text_holds_a_mark():
-    base, processor = pico.build("llava")
-    tokenizer = processor.tokenizer
-    end = tokenizer.eos_token_id
-    model = get_peft_model(base, LoraConfig(r=2, target_modules=target_regex(base, "language")))
-    unspoken = _unspoken(model, processor, [end])
-    assert tokenizer.convert_tokens_to_ids("<image>") in unspoken
-    assert end not in unspoken

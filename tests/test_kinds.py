@@ -266,7 +266,7 @@ def test_the_covariance_is_that_of_what_a_layer_sees(run):
     [
         (["method={name: corda, corda_config: {cache_file: a}}"], "method.corda_config is refused: corda_config names"),
         (["method={name: corda, corda_config: {corda_method: x}}"], "has the corda_method 'x', which is none of"),
-        (["method={name: corda, r: 17}"], "method.r is refused: r is 17, but a layer has 16 directions alone"),
+        (["method={name: corda, r: 17}"], "r is refused: r is 17, but the smallest layer has only 16 directions"),
         (["method.name=corda", "scope=vision"], "override 'scope=vision': scope is vision, but CorDA adapts"),
         (["method.name=corda", "projector=lora"], "projector is lora, but CorDA adapts"),
         (["method={name: osf, r: 2}"], "method.r is no setting of osf; they are those of peft.OSFConfig"),

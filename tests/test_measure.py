@@ -68,7 +68,7 @@ def test_without_source_the_adapter_that_keeps_enough_is_left(run, tmp_path):
     file, share = tmp_path / "run.yaml", "evaluate.retain=0.5"
     words = " ".join(done("eval", file, share, "evaluate.drift=4").split())
     assert f"The adapter at that strength: {out}" in words  # the target is the same at both, so the smaller is taken
-    assert "chosen on the target itself" in words
+    assert "chosen on the questions it is scored on" in words
     found = json.loads((config.output / "results.json").read_text())["runs"][0]
     assert found["source"] == {}
     assert found["target"]
@@ -210,7 +210,7 @@ def test_questions_without_a_task_are_of_their_file(run, tmp_path):
     metrics = "evaluate.metric={default: contains, more/train: vqa}"
     assert [task.metric for side in held_out(run(*asked_of, metrics)) for task in side] == ["contains", "exact", "vqa"]
     check_metrics(run(*asked_of, metrics))
-    with pytest.raises(UserError, match="is of a task that no question has; they are of default, kept/train, "):
+    with pytest.raises(UserError, match="names a task that no question has; the tasks are default, kept/train, "):
         check_metrics(run(*asked_of, "evaluate.metric={train: vqa}"))
     config = run(*asked_of)
     train(config, progress=False)
@@ -227,9 +227,9 @@ def test_questions_that_were_trained_on_are_told(run, tmp_path):
     file, asked = tmp_path / "run.yaml", (f"evaluate.source={kept}", f"evaluate.target={more}")
     trained = tmp_path / "data" / "train.jsonl"
     told = " ".join(done("train", file, *asked).split())
-    assert f"4 of the questions that are measured are trained on as well, such as {more}:1 ({trained}:1): what" in told
-    assert "are trained on as well" not in done("train", file, *asked, "output=again", "seed=1")  # said once
-    sentence = "Asked what was trained on, and so perhaps known by heart: 4 of 6 questions of color."
+    assert f"4 of the questions that are measured are also in the training data, such as {more}:1 ({trained}:1)" in told
+    assert "are also in the training data" not in done("train", file, *asked, "output=again", "seed=1")  # said once
+    sentence = "Also in the training data, and so perhaps memorised: 4 of 6 questions of color."
     assert sentence in " ".join(done("eval", file, *asked).split())
     found = json.loads((tmp_path / "out" / "results.json").read_text())["runs"][0]
     assert found["trained_on"] == {"color": 4}
@@ -238,7 +238,7 @@ def test_questions_that_were_trained_on_are_told(run, tmp_path):
     assert all(sentence in (tmp_path / "page" / f"report.{kind}").read_text() for kind in ("html", "md", "json"))
 
     apart = (asked[0], f"evaluate.target={kept}")
-    assert "by heart" not in done("eval", file, *apart)
+    assert "memorised" not in done("eval", file, *apart)
     assert entry(run(*apart))["trained_on"] == {}
     trained.unlink()
     assert "trained_on" not in entry(run(*asked))  # nobody can know any more

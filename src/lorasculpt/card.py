@@ -18,6 +18,8 @@ from .adapters.method import MethodConfig
 from .config import RunConfig
 from .files import write_text
 from .hub import on_hub
+from .report.results import measured as number
+from .report.words import bracket, by_heart, percent
 
 MARK = "<!-- Written by lorasculpt train and eval, which leave it alone where this line is not. -->"
 STOCK = ("from peft import PeftModel", "PeftModel.from_pretrained")  # what loads it: the import, and the call
@@ -121,8 +123,6 @@ def _stock(adapter: Path) -> bool:
 
 def _measured(run: dict[str, Any]) -> str:
     """The numbers of a run as Markdown."""
-    from .report.results import measured as number  # brings the drawing along, which training does not need
-    from .report.words import bracket, by_heart, percent
 
     def cell(found: dict[str, Any], name: str) -> str:
         value = number(found, name)

@@ -91,22 +91,24 @@ def fetch(
     ],
     out: Annotated[Path, typer.Option(help="The folder to write into.", show_default=False)],
     split: Annotated[str, typer.Option(help="Which part of it.")] = "train",
-    subset: Annotated[str | None, typer.Option(help="Of a dataset that has several.", show_default=False)] = None,
+    subset: Annotated[
+        str | None, typer.Option(help="Which one, of a dataset that has several.", show_default=False)
+    ] = None,
     columns: Annotated[
         str | None,
-        typer.Option(help="What theirs are called, such as question=query,answer=label.", show_default=False),
+        typer.Option(help="Its names for our columns, such as question=query,answer=label.", show_default=False),
     ] = None,
     ask: Annotated[
-        str | None, typer.Option(help="The question of every row, where none is there.", show_default=False)
+        str | None, typer.Option(help="The question of every row, if the data has none.", show_default=False)
     ] = None,
-    limit: Annotated[int | None, typer.Option(help="At most so many rows.", min=1, show_default=False)] = None,
+    limit: Annotated[int | None, typer.Option(help="At most this many rows.", min=1, show_default=False)] = None,
     shuffle: Annotated[bool, typer.Option("--shuffle", help="Take them in a random order, always the same.")] = False,
     every_answer: Annotated[
         bool, typer.Option("--every-answer", help="Keep all answers of a row, as the metric vqa reads them.")
     ] = False,
     skip: Annotated[bool, typer.Option("--skip", help="Leave out rows that cannot be used.")] = False,
 ) -> None:
-    """Make a data file of a dataset on the Hub or of a table here: OUT/SPLIT.jsonl, its pictures in OUT/images.
+    """Make a data file from a dataset on the Hub or a table here: OUT/SPLIT.jsonl, its pictures in OUT/images.
 
     Rows of question and answer, messages, prompt and completion, conversations, or texts of user and assistant are
     taken as they are. Of a large dataset only what --limit asks for is read.
@@ -152,7 +154,7 @@ def train(run: Run, overrides: Overrides = None) -> None:
     the memory with dtype: bfloat16, and a quarter of that with quantization: 4bit (which needs bitsandbytes).
 
     Tasks are learned one after the other where data is {sequence: [{name: ..., train: ..., test: ...}, ...]}; the
-    accuracy on each after each goes to matrix.json.
+    accuracy on every task after each one is written to matrix.json.
     """
     from .config import RunConfig
     from .run.records import check_metrics
@@ -179,7 +181,7 @@ def evaluate(run: Run, overrides: Overrides = None) -> None:
     0.97} the adapter that learns the most among those that keep that share is left in the run's folder too.
     """
     from .config import RunConfig
-    from .evaluation.budget import flattered, told
+    from .evaluation.budget import flattered, in_words
     from .measure import measure, retained
 
     config = RunConfig.load(run, overrides or [])
@@ -187,7 +189,7 @@ def evaluate(run: Run, overrides: Overrides = None) -> None:
     _summary([path])
     for found in json.loads(path.read_text())["runs"]:
         if budget := found.get("budget"):
-            print(told(budget))
+            print(in_words(budget))
             print(retained(config, budget))
             if flatters := flattered(budget):
                 print(flatters)
@@ -211,14 +213,14 @@ def dial(
 ) -> None:
     """Show what RUN's adapter learns and keeps, turned down and pruned, and choose; works without source tasks.
 
-    It is measured at each of evaluate.strengths, with --densities pruned as well. Chosen is what has the largest target
-    among those that keep enough: of the source where RUN names one, or else of the probability that the base gives to
-    texts of its own (exp(-drift)).
+    It is measured at each of evaluate.strengths and, with --densities, also pruned. Of the settings that keep enough,
+    the one with the highest target is chosen. Enough is a share of the source score or, without a source, of the
+    probability the base gives to its own texts (exp(-drift)).
     """
     from .config import RunConfig
     from .dial import dial as go
     from .dial import plot as draw
-    from .evaluation.budget import flattered, kept, told
+    from .evaluation.budget import flattered, in_words, kept
 
     try:
         shares = [float(share) for share in densities.split(",")]
@@ -234,7 +236,7 @@ def dial(
         cells += [f"{100 * point[side]:.1f} %" if side in point else "-" for side in ("target", "source")]
         table.add_row(*cells, f"{point['drift']:.3f}", "-" if math.isnan(share) else f"{100 * share:.1f} %")
     Console().print(table)
-    print(told(found["budget"]))
+    print(in_words(found["budget"]))
     if flatters := flattered(found["budget"]):
         print(flatters)
     if plot:
@@ -253,12 +255,12 @@ def compare(
         str | None,
         typer.Option(help="What to compare, such as lora,lorasculpt,dora. Default: RUN's methods.", show_default=False),
     ] = None,
-    seeds: Annotated[int, typer.Option(help="Seeds of each method that does not say it itself.")] = 3,
+    seeds: Annotated[int, typer.Option(help="Seeds of each method that does not set its own.")] = 3,
     rates: Annotated[
         str | None,
         typer.Option(
             help="One to three learning rates; each method gets the one that is best for it. Default: "
-            "2e-4,5e-4,1.5e-3; of a sequence without validation training.lr.",
+            "2e-4,5e-4,1.5e-3; for a sequence without validation, training.lr.",
             show_default=False,
         ),
     ] = None,
@@ -269,7 +271,7 @@ def compare(
         bool, typer.Option(help="Print the commands that are still to be run, for other machines; run nothing.")
     ] = False,
     launch: Annotated[
-        Cluster | None, typer.Option(help="Make every run by a job of a cluster, and wait here.", show_default=False)
+        Cluster | None, typer.Option(help="Make every run as a job of a cluster, and wait here.", show_default=False)
     ] = None,
     job: Annotated[
         str | None,
@@ -281,11 +283,11 @@ def compare(
 ) -> None:
     """Train and measure several methods on RUN's data, with several seeds, and say what is learned and forgotten.
 
-    A stopped comparison goes on by itself, and runs that were made elsewhere are taken as they are: their folders, or
-    the file that it writes (--out), which alone is enough to go on from.
+    Started again, it goes on where it was stopped. Runs that were made elsewhere are taken over, from their folders or
+    from the file that it writes (--out), which alone is enough to go on from.
 
-    Settings of a method, beside those that it takes from RUN's own, go under a label; so do a rate (or the label whose
-    rate is taken), the number of seeds and a share of general data, and edits of what another label learned:
+    A label has the settings of a method, besides those that it takes from RUN's own. It may also have a rate (or the
+    label whose rate it takes), a number of seeds and a share of general data, or be an edit of what another learned:
 
         methods:
           lora: {r: 16, seeds: 5}
@@ -314,7 +316,7 @@ def compare(
             print(line)
         return
     if job and not launch:
-        raise UserError("--job is of the jobs of --launch; add --launch slurm or remove it.")
+        raise UserError("--job sets options for the jobs that --launch starts; add --launch slurm or remove it.")
     cluster = launch.value if launch else None
     path = comparing.compare(config, names, seeds=seeds, rates=tried, out=out, cluster=cluster, job=options_of(job))
     record = json.loads(path.read_text())
@@ -331,12 +333,12 @@ def report(
 ) -> None:
     """Make one self-contained page (report.html), and the same numbers as Markdown and JSON.
 
-    Where a run's folder has its adapter, the page shows what that is made of, and after this command also which expert
-    serves what:
+    Where a run's folder has its adapter, the page shows what the adapter is made of. After this command it also shows
+    which expert serves what:
 
         lorasculpt inspect RUN/adapter --base BASE --data FILE --json RUN/inspect.json
     """
-    from .report import report as go
+    from .report.page import report as go
 
     print(f"report: {go(results, out)}")
 
@@ -356,7 +358,7 @@ def play(
 ) -> None:
     """Ask the base and its adapters the same question about the same picture, side by side, on a local page.
 
-    The adapters of runs, or others beside the base that they are of:
+    Name the files of runs, or folders of adapters with the base that they are of:
 
         lorasculpt play runs/a.yaml runs/b.yaml
         lorasculpt play runs/a/adapter --base path/to/base
@@ -382,7 +384,7 @@ def export(
     dtype: Annotated[
         str | None,
         typer.Option(
-            help="float32, bfloat16 or float16. Default: what a LoRA has; of a merged model what the base has.",
+            help="float32, bfloat16 or float16. Default: that of the LoRA; of a merged model that of the base.",
             show_default=False,
         ),
     ] = None,
@@ -454,13 +456,13 @@ def methods(
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
     """List the methods: what they need, cost and leave behind. Or one method's settings and their defaults."""
-    from .kinds import KINDS, OF_PEFT, words
+    from .kinds import KINDS, OF_PEFT, listed_where
     from .methods import METHODS
     from .overview import facts, meanings
 
     if name is not None and name not in METHODS:
         if name in KINDS:
-            raise UserError(f"{name} is PEFT's; its settings are not listed here: {words(name)}.")
+            raise UserError(f"{name} is PEFT's; its settings are not listed here: {listed_where(name)}.")
         raise UserError(f"no method is called {name!r}; there are {', '.join(METHODS)}.")
     chosen = [METHODS[name]] if name else list(METHODS.values())
     found = [facts(config) for config in chosen]
@@ -564,7 +566,7 @@ def results(
 
     _check_target(target, TARGETS)
     if others and target in SEVERAL:
-        raise UserError(f"--others are beside one task; leave it out, or use another target than {target}.")
+        raise UserError(f"--others works with a target of one task; leave it out, or use another target than {target}.")
     print(f"results: {go(work, out, target=target, others=others)}")
 
 
@@ -616,15 +618,16 @@ def _methods(found: list[dict[str, Any]]) -> None:
     print(
         "tasks: whether every sample needs the name of its own; used: only where they are given.\n"
         "clock: whether a loop of one's own needs Clock or ClockCallback.\n"
-        f"size: trained parameters of a linear of {found[0]['parameters']['features']} features, in LoRAs of the rank\n"
-        "that is the default (8 where there is none), and what is saved but not trained."
+        f"size: trained parameters of a linear of {found[0]['parameters']['features']} features, over those of a LoRA\n"
+        "of the default rank (8 where there is none), + what is saved but not trained."
     )
 
 
 def _summary(results: list[Path]) -> None:
     """Print what each run learned and kept, task by task, beside the base, with 95 % intervals."""
+    from .console import NONE, duration, size
     from .report.results import measured
-    from .report.words import NONE, bracket, by_heart, duration, percent, size
+    from .report.words import bracket, by_heart, percent
 
     runs = [run for path in results for run in json.loads(path.read_text())["runs"]]
 

@@ -169,8 +169,8 @@ def ties(
 
         lorasculpt posthoc ties runs/a/adapter runs/b/adapter --base path/to/base --out both
 
-    Weights default to 1 each; the same number for all is the paper's lambda. The cosine between each two updates is
-    printed, below 0 they work against each other, and the share of opposite signs where both change an entry.
+    Weights default to 1 each; the same number for all is the paper's lambda. Of each two updates the cosine is printed
+    (below 0 they work against each other) and, of the entries that both change, the share with opposite signs.
     """
     from .posthoc import read, write
     from .posthoc import ties as edit
@@ -188,8 +188,8 @@ def average(adapters: Several, out: Out, weights: Weights = None) -> None:
 
         lorasculpt posthoc average runs/a/adapter runs/b/adapter --weights 0.7,0.3 --out both
 
-    Weights default to the mean. The cosine between each two updates is printed, below 0 they work against each other,
-    and the share of opposite signs where both change an entry.
+    Weights default to the mean. Of each two updates the cosine is printed (below 0 they work against each other) and,
+    of the entries that both change, the share with opposite signs.
     """
     from .posthoc import average as edit
     from .posthoc import read, write

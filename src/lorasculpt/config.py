@@ -105,9 +105,9 @@ class Data(_Section):
         general: Data file of what the model is to keep; none of its questions may be one of ``evaluate``. It is trained
             on as ``replay`` says, and read by CorDA. Default: none.
         replay: Share of the rows of a pass over the data, in (0, 1), that comes from ``general``. All rows of ``train``
-            stay; so many are added that the share is met to the nearest row, at least one. Which ones the seed draws,
-            none twice before each was taken once; they are the same in every pass and for every method, and their
-            tasks are tasks like those of ``train``. In a comparison ``methods.<label>.replay`` takes its place (null:
+            stay; as many are added as meet the share to the nearest row, at least one. The seed draws them; none is
+            repeated until all have been used. They are the same in every pass and for every method, and their tasks
+            are tasks like those of ``train``. In a comparison ``methods.<label>.replay`` takes its place (null:
             none). Default: none.
         images: Folder of the pictures. Default: each data file's.
         limit: Use the first so many rows of ``train``. Default: all.
@@ -229,15 +229,15 @@ class Evaluate(_Section):
         batch: Questions at a time.
         max_new_tokens: Longest answer.
         strengths: Where the curve of source against target is taken, between 0 (base) and 1 (adapter).
-        refine: At how many strengths more, at most: each in the middle of those two between which both source and
-            target change the most, as long as that is much. A LoRA that loses all it knew between two strengths would
-            else be judged by a straight line there. With ``retain``, and in ``lorasculpt dial``, so many again, at
-            most, between the strength that keeps enough and the next, which does not. Default: 3; none where
-            ``strengths`` is empty.
-        curve: Questions of its every point, the first ones: so many about the source, shared evenly by its tasks, and
-            so many about the target, whose averages are drawn. Default: ``limit`` questions of each task.
-        as_task: For an adapter that knows tasks: the one as which it answers questions of tasks that it does not know,
-            as those of ``source`` mostly are.
+        refine: Most extra strengths to measure. Each is the middle of the interval in which source and target change
+            most, until no interval changes much. A LoRA that loses all it knew between two strengths would else be
+            judged by a straight line there. With ``retain``, and in ``lorasculpt dial``, up to as many again lie
+            between the strength that keeps enough and the next, which does not. Default: 3; none where ``strengths`` is
+            empty.
+        curve: Questions asked at each point of the curve: the first this many of the source, split evenly over its
+            tasks, and as many of the target. Default: ``limit`` questions of each task.
+        as_task: For an adapter that knows tasks: which of its tasks to use for a question of a task it does not know,
+            as most ``source`` questions are.
         metric: Metric of a task by its name: ``exact``, ``contains``, ``vqa`` or ``choice``; under ``default`` that of
             all questions that name no task. Default of a task: ``exact``.
         drift: How many texts, sampled from the base, the drift is measured on (`lorasculpt.evaluation.drift`), half of
@@ -267,6 +267,11 @@ class Evaluate(_Section):
     metric: dict[str, Literal["exact", "contains", "vqa", "choice"]] = Field(default_factory=dict)
     drift: Positive | None = None
     retain: Annotated[float, Field(gt=0, le=1)] | None = None
+
+    @property
+    def files(self) -> list[Path]:
+        """The data files of all that is asked."""
+        return [*self.source, *self.target, *self.validation, *self.validation_source]
 
 
 @dataclass(frozen=True)
@@ -425,12 +430,6 @@ class RunConfig(_Section):
     def to_yaml(self) -> str:
         """The whole run as YAML, every default written out; `load` reads it back as an equal run."""
         return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
-
-    def line_of(self, key: str) -> int | None:
-        """Line on which a dotted key such as ``"method.density"`` was written; None if it was not, or overridden."""
-        path = tuple(key.split("."))
-        overridden = any(outer in self._origin.overrides for outer in _outward(path))
-        return None if overridden else self._origin.lines.get(path)
 
     def error(self, key: str, message: str) -> UserError:
         """The error to raise about a dotted key: ``run.yaml:7: method.density <message>``."""

@@ -54,7 +54,7 @@ def check(model: nn.Module, config: LoraConfig) -> None:
     most = max([config.r, *config.rank_pattern.values()])
     smallest = min(min(layer.weight.shape) for _, layer in target_modules(model, config))
     if most > smallest:
-        raise ValueError(f"r is {most}, but a layer has {smallest} directions alone")
+        raise ValueError(f"r is {most}, but the smallest layer has only {smallest} directions")
 
 
 def prepare(

@@ -11,7 +11,7 @@ import json
 import tempfile
 import warnings
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -21,7 +21,6 @@ from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
 from peft.utils import SAFETENSORS_WEIGHTS_NAME
 from PIL import Image, ImageDraw
 from safetensors import safe_open
-from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import AutoConfig
 
@@ -29,7 +28,7 @@ from .adapters.layers import full
 from .adapters.load import PROJECTOR_FILE, load_projector
 from .adapters.load import load as load_adapter
 from .adapters.origin import ORIGIN_FILE, pass_origin_on
-from .adapters.plain import Pair, read_adapter, read_config
+from .adapters.plain import Pair, of_rank, read_adapter, read_config, settings_of_rank, write_pairs
 from .adapters.update import UpdateConfig, updates
 from .errors import UserError
 from .hub import on_hub
@@ -346,15 +345,9 @@ def _folded(config: LoraConfig, pairs: Sequence[Pair]) -> _Lora:
     adapters wrongly without a word. So B takes the scaling in, and smaller ranks are filled up with zeros.
     """
     r = max(pair.A.shape[0] for pair in pairs)
-    config.r = config.lora_alpha = r
-    config.rank_pattern, config.alpha_pattern, config.use_rslora = {}, {}, False
-    filled = []
-    for pair in pairs:
-        missing = r - pair.A.shape[0]
-        A = torch.nn.functional.pad(pair.A, (0, 0, 0, missing))
-        B = torch.nn.functional.pad(pair.B * pair.scaling, (0, missing))
-        filled.append(Pair(pair.name, A, B, 1.0))
-    return _Lora(config, tuple(filled))
+    for name, value in settings_of_rank(r).items():
+        setattr(config, name, value)
+    return _Lora(config, tuple(of_rank(pair, r) for pair in pairs))
 
 
 def _write_lora(lora: _Lora, out: Path, base: str, dtype: str, task: str | None = None) -> None:
@@ -364,12 +357,8 @@ def _write_lora(lora: _Lora, out: Path, base: str, dtype: str, task: str | None 
     config.inference_mode = True
     config.base_model_name_or_path = config.base_model_name_or_path or base
     config.save_pretrained(str(out))
-    tensors = {
-        f"base_model.model.{pair.name}.lora_{side}.weight": factor.to(DTYPES[dtype]).contiguous()
-        for pair in lora.pairs
-        for side, factor in (("A", pair.A), ("B", pair.B))
-    }
-    save_file(tensors, out / "adapter_model.safetensors", metadata={"format": "pt"})
+    rounded = (replace(pair, A=pair.A.to(DTYPES[dtype]), B=pair.B.to(DTYPES[dtype])) for pair in lora.pairs)
+    write_pairs(tuple(rounded), out)
     (out / "README.md").write_text(_card(config, out.name, task), encoding="utf-8")
 
 

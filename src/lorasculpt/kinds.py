@@ -79,7 +79,7 @@ def settings_of(kind: type[PeftConfig]) -> list[str]:
     return [field.name for field in dataclasses.fields(kind) if field.init and field.name not in unused]
 
 
-def words(name: str) -> str:
+def listed_where(name: str) -> str:
     """Where the settings of ``lora`` and of PEFT's methods are told."""
     start = STARTS.get(name)
     return f"they are those of peft.{KINDS[name].__name__}" + (f", {name} being {start}" if start else "")

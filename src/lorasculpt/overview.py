@@ -12,7 +12,7 @@ from torch import nn
 
 from .adapters.method import MethodConfig, default
 from .adapters.update import UpdateConfig
-from .reference import told
+from .reference import documented
 
 FEATURES, LAYERS = 1024, 4
 """The linears that parameters are counted on: square, one in each layer."""
@@ -42,14 +42,14 @@ def facts(config: type[MethodConfig]) -> dict[str, Any]:
 
 def settings(config: type[MethodConfig]) -> dict[str, Any]:
     """The fields of a method's own, and those of ``LoraConfig`` that its docstring speaks of, with their defaults."""
-    stock, told = {field.name for field in dataclasses.fields(LoraConfig)}, meanings(config)
-    own = [field for field in dataclasses.fields(config) if field.name in told or field.name not in stock]
+    stock, known = {field.name for field in dataclasses.fields(LoraConfig)}, meanings(config)
+    own = [field for field in dataclasses.fields(config) if field.name in known or field.name not in stock]
     return {field.name: default(field) for field in own if field.name != "tasks" or _tasks(config)}
 
 
 def meanings(config: type[MethodConfig]) -> dict[str, str]:
     """What the docstring of a method's config says of each setting."""
-    return (told(UpdateConfig) if issubclass(config, UpdateConfig) else {}) | told(config)
+    return (documented(UpdateConfig) if issubclass(config, UpdateConfig) else {}) | documented(config)
 
 
 def _tasks(config: type[MethodConfig]) -> str | None:

@@ -33,7 +33,7 @@ class Setting:
     meaning: str
 
 
-def told(kind: type) -> dict[str, str]:
+def documented(kind: type) -> dict[str, str]:
     """What the ``Args:`` of a class's docstring say of each, in one line."""
     block = inspect.cleandoc(kind.__doc__ or "").partition("\nArgs:\n")[2].partition("\n\n")[0]
     entries = re.split(r"\n {4}(?=\w+: )", "\n" + block)[1:]
@@ -59,7 +59,7 @@ def settings(section: str | None = None) -> list[Setting]:
 
 
 def _of(section: type[BaseModel], before: str = "") -> Iterator[Setting]:
-    meanings, types = told(section), section.model_json_schema()["properties"]
+    meanings, types = documented(section), section.model_json_schema()["properties"]
     for name, field in section.model_fields.items():
         key = f"{before}{name}"
         inner = _sections(field)

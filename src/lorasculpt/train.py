@@ -177,8 +177,8 @@ def _tell_rehearsed(config: RunConfig, trained: Sequence[Record]) -> None:
     if found := rehearsed(config, trained):
         _, question, row = found[0]
         say_once(
-            f"{len(found)} of the questions that are measured are trained on as well, such as {question.where} "
-            f"({row.where}): what is right there may be known by heart."
+            f"{len(found)} of the questions that are measured are also in the training data, such as {question.where} "
+            f"({row.where}): right answers to them may be memorised."
         )
 
 

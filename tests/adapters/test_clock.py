@@ -185,7 +185,7 @@ def test_what_begins_to_train_later_needs_another_clock():
     model.set_adapter("default")
     clock = Clock(model, sgd(model))
     model.set_adapter("other")
-    with pytest.raises(RuntimeError, match="other parameters are trained than when this clock was made"):
+    with pytest.raises(RuntimeError, match="the trained parameters have changed since this clock was made"):
         clock.begin_step()
 
 

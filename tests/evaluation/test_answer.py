@@ -16,7 +16,7 @@ from trl.data_utils import prepare_multimodal_messages
 from lorasculpt.adapters.update import updates
 from lorasculpt.data.records import Record
 from lorasculpt.errors import UserError
-from lorasculpt.evaluation import Task, answer, evaluate, gallery, tasks
+from lorasculpt.evaluation import Task, answer, comparison, evaluate, gallery, tasks
 from lorasculpt.evaluation.answer import choose
 from lorasculpt.evaluation.prompts import batches, chat, evaluating
 
@@ -231,6 +231,9 @@ def test_evaluate_and_gallery(records):
     shown = gallery(source, target, measured, measured, n=4)
     assert [item["side"] for item in shown] == ["target"] * 3 + ["source"]
     assert shown == gallery(source, target, measured, measured, n=4)
+    assert comparison(measured, measured)["summary"]["gain"] == 0
+    with pytest.raises(ValueError, match="of the same tasks"):
+        comparison(measured, measured | {"target": {}})
     first = shown[0]
     assert (
         first["base"]

@@ -6,7 +6,7 @@ import math
 
 import pytest
 
-from lorasculpt.evaluation.budget import closer, flattered, kept, told, within
+from lorasculpt.evaluation.budget import closer, flattered, in_words, kept, within
 
 
 def points(targets, **sides):
@@ -26,7 +26,7 @@ def test_by_source_against_the_base():
     assert (budget["strength"], budget["target"], budget["by"]) == (0.5, 0.7, "source")
     assert within(found, 0.97)["strength"] == 0.25
     assert within(found, 0.4)["strength"] == 1
-    assert told(budget) == (
+    assert in_words(budget) == (
         "Strength 0.5 learns the most (target 70.0 %) of those that keep at least 95 % of the source: it keeps 95.0 %."
     )
 
@@ -38,14 +38,14 @@ def test_by_drift_where_no_source_is_known():
     assert shares == pytest.approx([math.exp(-d) for d in (0, 0.01, 0.02, 0.1)])
     budget = within(found, 0.97)
     assert (budget["strength"], budget["by"]) == (0.5, "drift")
-    assert "the base's probability of its own texts" in told(budget)
+    assert "the base's probability of its own texts" in in_words(budget)
 
 
 def test_the_base_itself_is_no_answer():
     found = points((0.9, 0.5, 0.7, 0.9), source=(0.8, 0.1, 0.1, 0.1))
     budget = within(found, 0.97)
     assert (budget["strength"], budget["kept"], budget["target"]) == (None, None, None)
-    assert told(budget) == "No strength of this adapter keeps 97 % of the source."
+    assert in_words(budget) == "No strength of this adapter keeps 97 % of the source."
     assert within(points((0, 1, 1, 1), source=(0, 0, 0, 0)), 0.5)["strength"] is None  # there was nothing to keep
 
 
@@ -86,27 +86,27 @@ def test_over_densities():
     budget = within(found, 0.97)
     assert budget == {"retain": 0.97, "by": "source", "strength": 0.5, "density": 0.2, "kept": 1, "target": 0.7}
     assert within(found[::-1], 0.97) == budget
-    assert told(budget).startswith("Strength 0.5 at density 0.2 learns the most (target 70.0 %) of those that keep")
+    assert in_words(budget).startswith("Strength 0.5 at density 0.2 learns the most (target 70.0 %) of those that keep")
     assert within(found, 0.7)["density"] == 0.5
-    assert "density" not in told(within(found, 0.4))  # of all the largest target: strength 1 as it is
+    assert "density" not in in_words(within(found, 0.4))  # of all the largest target: strength 1 as it is
     none = within(found[:3], 1.1)
     assert (none["strength"], none["density"]) == (None, None)
-    assert told(none).startswith("No strength of this adapter keeps")
+    assert in_words(none).startswith("No strength of this adapter keeps")
     ignorant = within([{"strength": s, "target": s, "source": 0.0} for s in (0.0, 1.0)], 0.5)
     assert ignorant["nothing"]
     assert ignorant["strength"] is None
-    assert told(ignorant).startswith("The base answers no question of the source right")
+    assert in_words(ignorant).startswith("The base answers no question of the source right")
 
 
 def test_on_what_it_was_chosen_and_that_there_was_no_choice():
     budget = within(points((0.1, 0.5, 0.7, 0.9), source=(0.8, 0.8, 0.76, 0.4)), 0.95)
-    assert "(target 70.0 % on evaluate.validation) of" in told(budget | {"on": "validation"})
-    assert told(budget | {"fixed": "DoRA is so"}).endswith("keeps 95.0 %. It has no other strength than 1: DoRA is so.")
+    assert "(target 70.0 % on evaluate.validation) of" in in_words(budget | {"on": "validation"})
+    assert in_words(budget | {"fixed": "DoRA is so"}).endswith("95.0 %. It has no other strength than 1: DoRA is so.")
     none = within(points((0.1, 0.5, 0.7, 0.9), drift=(0, 9, 9, 9)), 0.95) | {"on": "validation", "fixed": "so"}
-    assert told(none) == (
+    assert in_words(none) == (
         "No strength of this adapter keeps 95 % of the base's probability of its own texts on evaluate.validation. "
         "It has no other strength than 1: so."
     )
-    assert "chosen on the target itself" in flattered(budget)
+    assert "chosen on the questions it is scored on" in flattered(budget)
     for other in (none, budget | {"on": "validation"}, budget | {"fixed": "DoRA is so"}, budget | {"strength": None}):
         assert flattered(other) == ""

@@ -151,8 +151,18 @@ def test_texts_are_the_bases_own_and_kept(tuned, tmp_path):
     assert len(self_prompts(base, processor, 3, path=tmp_path / "drift.jsonl")) == 3
     assert [path.name for path in tmp_path.iterdir()] == ["drift.jsonl"]
     assert (SAMPLED["do_sample"], SAMPLED["temperature"], SAMPLED["top_k"]) == (True, 1.0, 0)
+
+
+def test_no_text_holds_the_mark_of_a_picture_however_likely_it_is():
+    base, processor = pico.build("llava")
     mark = processor.tokenizer.convert_tokens_to_ids("<image>")
-    assert all(mark not in prompt.tokens for prompt in made)
+
+    def prefer(head, inputs, logits):
+        logits[..., mark] += 50
+        return logits
+
+    base.get_output_embeddings().register_forward_hook(prefer)
+    assert all(mark not in prompt.tokens for prompt in self_prompts(base, processor, 2, max_new_tokens=3))
 
 
 def test_longer_texts_count_for_more():

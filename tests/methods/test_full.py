@@ -282,6 +282,7 @@ def test_a_sharded_weight_has_a_sharded_mask():
                 fully_shard(model, mesh=init_device_mesh("cpu", (1,)))
             train(model, [[batch] for batch in texts(number=3)], sgd(model, momentum=0.9))
             masks = methods_of(model)["default"]._masks.values()
+            assert len(masks) == len(updates(model))
             assert all(hasattr(mask, "full_tensor") == sharded for mask in masks)
             assert all(mask.dtype == torch.bool for mask in masks)
             found.append(weights(model))

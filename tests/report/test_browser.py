@@ -14,7 +14,7 @@ import pytest
 from made_up import lora, run, two, write
 from PIL import Image
 
-from lorasculpt.report import report
+from lorasculpt.report.page import report
 
 BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 pytestmark = pytest.mark.skipif(BROWSER is None, reason="needs a browser; install the system package chromium")

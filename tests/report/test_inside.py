@@ -12,9 +12,9 @@ import pytest
 from made_up import lora, run, write
 
 from lorasculpt.inspect.lora import inspect, write_json
-from lorasculpt.report import report
 from lorasculpt.report.heat import FAINT, Panel, even, heat, scale
 from lorasculpt.report.inside import _loads, inside
+from lorasculpt.report.page import report
 from lorasculpt.report.results import entries, read
 
 

@@ -14,12 +14,13 @@ from made_up import details, run, seeds, two, write
 
 from lorasculpt.comparison.plan import Comparison
 from lorasculpt.config import RunConfig
+from lorasculpt.console import duration, size
 from lorasculpt.errors import UserError
 from lorasculpt.evaluation.correlation import drift_and_loss
-from lorasculpt.report import report
+from lorasculpt.report.page import report
 from lorasculpt.report.plots import closer, drawn, legend, near, tradeoff
 from lorasculpt.report.results import Number, against, best, entries, front, over_seeds, read
-from lorasculpt.report.words import bracket, difference, duration, headline, listed, one_by_one, percent, size, verdict
+from lorasculpt.report.words import bracket, difference, headline, listed, one_by_one, percent, verdict
 
 VOID = {"meta", "img", "br", "link", "input", "hr"}
 

@@ -11,7 +11,7 @@ from made_up import run, write
 
 from lorasculpt.comparison.sequences import table
 from lorasculpt.errors import UserError
-from lorasculpt.report import report
+from lorasculpt.report.page import report
 from lorasculpt.report.sequences import matrix_table, read, split
 from lorasculpt.sequence import transfer
 

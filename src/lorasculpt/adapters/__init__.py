@@ -1,1 +1,1 @@
-"""The only part that knows the inside of PEFT: registration, masked leaves, the clock, files."""
+"""What is put into PEFT and its models: registered types, masked leaves, the shared layer, the clock; its files."""

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from .layers import sites
+from .plain import on_disk
 
 
 def put_beside(model: PeftModel, folder: Path) -> None:
@@ -30,14 +31,14 @@ def put_beside(model: PeftModel, folder: Path) -> None:
     for name, site in sites(model).items():
         for side in "AB":
             # not persistent: a checkpoint is of what is trained
-            site.layer.register_buffer(f"beside_{side}", saved[_key(name, side)], persistent=False)
+            site.layer.register_buffer(f"beside_{side}", saved[on_disk(name, side)], persistent=False)
         site.layer.register_forward_hook(_add)
 
 
 def beside(model: PeftModel) -> dict[str, Tensor]:
     """The factors that :func:`put_beside` has given ``model``, by their names on disk; empty if there are none."""
     layers = {name: site.layer for name, site in sites(model).items() if hasattr(site.layer, "beside_A")}
-    return {_key(name, side): getattr(layer, f"beside_{side}") for name, layer in layers.items() for side in "AB"}
+    return {on_disk(name, side): getattr(layer, f"beside_{side}") for name, layer in layers.items() for side in "AB"}
 
 
 def _add(layer: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
@@ -46,7 +47,3 @@ def _add(layer: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor
         return output
     A, B = layer.beside_A, layer.beside_B
     return output + (layer.scaling["default"] * F.linear(F.linear(inputs[0].to(A.dtype), A), B)).to(output.dtype)
-
-
-def _key(name: str, side: str) -> str:
-    return f"base_model.model.{name}.lora_{side}.weight"

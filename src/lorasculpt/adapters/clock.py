@@ -103,8 +103,8 @@ class Clock:
         of experts) are averaged over them.
 
         Raises:
-            RuntimeError: if the window is open already and holds gradients, or if other parameters are trained than
-                when the clock was made.
+            RuntimeError: if the window is open already and holds gradients, or if the trained parameters have
+                changed since the clock was made.
         """
         if any(parameter.grad is not None for parameter in self._added):
             raise RuntimeError(
@@ -113,7 +113,7 @@ class Clock:
             )
         if self._parameters() != self._trained:
             raise RuntimeError(
-                "other parameters are trained than when this clock was made; make optimizer and clock anew."
+                "the trained parameters have changed since this clock was made; make optimizer and clock anew."
             )
         self._open, self._stepped = True, False
         self._due = {}
@@ -231,6 +231,10 @@ class ClockCallback(TrainerCallback):
     Args:
         resume: the checkpoint folder that training resumes from, where it is not ``checkpoint-<step>`` in the
             trainer's own ``output_dir``: a trainer does not tell its callbacks.
+
+    Raises:
+        UserError: when training begins, for what :class:`Clock` refuses, under DeepSpeed, and where training resumes
+            and the state of an adapter is neither in the checkpoint nor in its weights.
     """
 
     def __init__(self, resume: str | Path | None = None) -> None:

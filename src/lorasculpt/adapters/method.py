@@ -31,15 +31,7 @@ SETTINGS_FILE = "lorasculpt.json"
 STATE_FILE = "lorasculpt_state.safetensors"
 SCHEMA = 1
 
-# What a plain LoRA may be told and a method may not, with the reason. A field that is in neither table is new in PEFT.
-SUPPORTED = frozenset(
-    (
-        *("task_type", "peft_type", "auto_mapping", "peft_version", "base_model_name_or_path", "revision"),
-        *("inference_mode", "runtime_config", "r", "lora_alpha", "lora_dropout", "use_rslora", "rank_pattern"),
-        *("alpha_pattern", "target_modules", "exclude_modules", "layers_to_transform", "layers_pattern"),
-        *("modules_to_save", "fan_in_fan_out", "init_lora_weights", "bias", "qalora_group_size"),
-    )
-)
+# What a plain LoRA may be told and a method may not, with the reason.
 REFUSED = {
     "megatron_config": "Megatron layers are not nn.Linear",
     "megatron_core": "Megatron layers are not nn.Linear",
@@ -76,7 +68,7 @@ class MethodType(str):
 
 
 class Method:
-    """One adapter's method at work: what happens at the start, after every backward, after every step, in the log.
+    """One adapter's method at work: what it does when training begins, around every optimizer step, in the log.
 
     The clock calls ``begin`` once, ``open`` and ``penalties`` when a step begins, ``before_step`` and ``after_step``
     around every optimizer step that is taken, ``close`` when a step has ended, and ``logs`` when something is about to
@@ -127,7 +119,7 @@ class Method:
 
     def state(self) -> tuple[dict[str, Any], dict[str, Tensor]]:
         """What a restart needs: plain values and tensors."""
-        return {}, {}
+        return {"step": self.step}, {}
 
     def has_tensors(self, values: dict[str, Any]) -> bool:
         """Whether :meth:`state` gave tensors beside these plain ``values``."""
@@ -135,6 +127,7 @@ class Method:
 
     def restore(self, values: dict[str, Any], tensors: dict[str, Tensor]) -> None:
         """Take back what :meth:`state` gave; tensors that it gave may be missing where ``loaded`` was certain."""
+        self.step = values.get("step", 0)
 
     def settle(self) -> None:
         """Make the weights what the forward pass makes of them, before they are saved or merged."""

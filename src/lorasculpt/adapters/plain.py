@@ -1,17 +1,21 @@
-"""A plain LoRA folder, read without a model: its factors, module by module."""
+"""A plain LoRA folder, read and written without a model: its factors, module by module."""
 
 from __future__ import annotations
 
 import math
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from peft.utils import SAFETENSORS_WEIGHTS_NAME
+from peft.utils.other import get_pattern_key
 from safetensors import SafetensorError
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor
+from torch.nn import functional as F
 
 from ..errors import UserError
 from ..files import read_json
@@ -106,6 +110,28 @@ def read_adapter(folder: str | Path) -> Adapter:
     return Adapter(folder, config, pairs, tuple(sorted(other)))
 
 
+def on_disk(name: str, side: str) -> str:
+    """The name on disk of a factor, the A or the B, of the module ``name``."""
+    return f"base_model.model.{name}.lora_{side}.weight"
+
+
+def of_rank(pair: Pair, r: int) -> Pair:
+    """The same update with a larger rank and a scaling of 1: B takes the scaling in, zeros fill both factors up."""
+    missing = r - pair.A.shape[0]
+    return Pair(pair.name, F.pad(pair.A, (0, 0, 0, missing)), F.pad(pair.B * pair.scaling, (0, missing)), 1.0)
+
+
+def settings_of_rank(r: int) -> dict[str, Any]:
+    """The settings of a LoRA whose pairs are all of rank ``r`` and have a scaling of 1."""
+    return {"r": r, "lora_alpha": r, "rank_pattern": {}, "alpha_pattern": {}, "use_rslora": False}
+
+
+def write_pairs(pairs: Sequence[Pair], folder: Path) -> None:
+    """The weight file of a plain LoRA."""
+    tensors = {on_disk(pair.name, side): getattr(pair, side).contiguous() for pair in pairs for side in "AB"}
+    save_file(tensors, folder / SAFETENSORS_WEIGHTS_NAME, metadata={"format": "pt"})
+
+
 def _pair(path: Path, config: dict[str, Any], name: str, found: dict[str, Tensor]) -> Pair:
     if len(found) < 2:
         missing = "lora_B" if "A" in found else "lora_A"
@@ -125,8 +151,8 @@ def _pair(path: Path, config: dict[str, Any], name: str, found: dict[str, Tensor
 
 
 def _for_module(pattern: dict[str, Any] | None, name: str, default: Any) -> Any:
-    """PEFT's rule: the first key that is the module's name or, as a regular expression, the end of it."""
-    return next((value for key, value in (pattern or {}).items() if re.match(rf"(.*\.)?({key})$", name)), default)
+    pattern = pattern or {}
+    return pattern.get(get_pattern_key(pattern, name), default)
 
 
 def _natural(name: str) -> list[tuple[int, str]]:

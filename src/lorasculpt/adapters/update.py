@@ -11,7 +11,6 @@ import copy
 import dataclasses
 import json
 import math
-import re
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, ClassVar
@@ -25,7 +24,7 @@ from peft.tuners.tuners_utils import (
     check_target_module_exists,
 )
 from peft.utils import CONFIG_NAME, TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING, get_quantization_config
-from peft.utils.other import transpose
+from peft.utils.other import get_pattern_key, transpose
 from torch import Tensor, nn
 
 from ..errors import UserError
@@ -115,7 +114,7 @@ class Update(nn.Module):
         return self.context.task_ids(x, self.config.tasks, self.place.language)
 
     def routed(self, output: Tensor, gate: Tensor, loss: Tensor | None = None) -> Tensor:
-        """``output``, with what its routing was noted and ``loss`` on its way to the router.
+        """``output`` unchanged; its routing is noted, and the backward pass carries ``loss`` to the router.
 
         Args:
             output: what ``forward`` returns.
@@ -230,12 +229,6 @@ class UpdateMethod(Method):
         found = dict(zip(shown, torch.stack(list(shown.values())).tolist(), strict=True))  # the one wait for the device
         return {key: value for key, value in found.items() if value or key != "balance_loss"}
 
-    def state(self):
-        return {"step": self.step}, {}
-
-    def restore(self, values, tensors):
-        self.step = values.get("step", 0)
-
 
 @dataclasses.dataclass
 class UpdateConfig(MethodConfig):
@@ -273,9 +266,8 @@ class UpdateConfig(MethodConfig):
     def rank_and_alpha(self, name: str) -> tuple[int, float]:
         """(r, alpha) of the linear ``name``, patterns considered."""
 
-        def chosen(patterns: dict, default):
-            fitting = (key for key in patterns if re.fullmatch(rf"(.*\.)?({key})", name))
-            return patterns.get(next(fitting, None), default)
+        def chosen(pattern: dict, default):
+            return pattern.get(get_pattern_key(pattern, name), default)
 
         return chosen(self.rank_pattern, self.r), chosen(self.alpha_pattern, self.lora_alpha)
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from statistics import mean
 
-from ..report.words import duration
+from ..console import duration
 
 
 def expected(costs: Sequence[tuple[tuple[str, str], float]], left: Sequence[tuple[str, str]]) -> float:

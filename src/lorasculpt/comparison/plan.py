@@ -324,7 +324,7 @@ class Comparison:
         return result["scores"] if "scores" in result else self._scored(result)
 
     def _scored(self, result: dict[str, Any]) -> dict[str, float]:
-        """The same of what was measured."""
+        """The four numbers that choose a rate, out of a measured run's summary."""
         return {key: result["summary"][key] for key in ("source_before", "source_after", "target_after", "h_mean")}
 
     def tests(self) -> list[Run]:
@@ -414,14 +414,14 @@ class Comparison:
 
     @property
     def _chosen_on(self) -> str:
-        """The same, and whose source a label goes by that looks at both numbers, where that is the test's."""
+        """By what rates are chosen, in words: by the tests' own source too, where ``h_mean`` looks at it."""
         both = any(what.by == "h_mean" for what in self.labels.values())
         tested = both and not self.config.evaluate.validation_source
         return self._validation + (", and for h_mean the source of the tests, evaluate.source" if tested else "")
 
     @property
     def _validation(self) -> str:
-        """By what rates are chosen, in words."""
+        """The questions by whose target a rate is chosen, in words."""
         if self.config.evaluate.validation:
             return "evaluate.validation"
         return f"{self.config.data.validation or SHARE:g} of data.train"
@@ -455,7 +455,7 @@ class Comparison:
 
     @cached_property
     def _numbers(self) -> tuple[dict[str, int], dict[str, int]]:
-        """How many questions each of these has."""
+        """How many questions each task of the tests has: (source, target)."""
         source, target = ({task.name: len(task.records) for task in side} for side in self._test)
         return source, target
 

@@ -10,14 +10,11 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from ..console import numbers
+from ..console import numbers, size
 from ..evaluation.run import KNOWN, rectangle
 from ..evaluation.student import mean_interval, paired
-from ..report.results import NUMBERS, REFERENCE, front, made_on
-from ..report.words import by_heart, chance, size, unread
-
-NEAR = 0.5  # of the most that is gained on the target: who gains less than this is not compared at equal target
-EQUALLED = "lorasculpt"  # what the others are tested against there
+from ..report.results import NEAR, NUMBERS, OURS, REFERENCE, front, made_on
+from ..report.words import by_heart, chance, not_compared
 
 
 def table(runs: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -162,7 +159,7 @@ def equal_target(runs: Sequence[dict[str, Any]]) -> dict[str, Any]:
     left_out = [label for label in gained if label not in kept]
     if not at:
         return {"target": level, "against": None, "source": {}, "left_out": left_out, "coarse": coarse}
-    against = EQUALLED if EQUALLED in at else next(iter(at))
+    against = OURS if OURS in at else next(iter(at))
 
     def row(label: str, values: dict[int, float]) -> dict[str, Any]:
         both = [seed for seed in values if seed in at[against] and label != against]
@@ -224,11 +221,8 @@ def show(record: dict[str, Any]) -> None:
             for label, found in equal["source"].items()
         )
         print(f"Source where all reach the target {100 * equal['target']:.1f}, p against {equal['against']}: {kept}.")
-    if equal["left_out"]:
-        far = ", ".join(equal["left_out"])
-        print(f"Not compared there, for gaining less than {100 * NEAR:.0f} % of the most that is gained: {far}.")
-    if coarse := unread(equal):
-        print(f"Nor, for curves that have no points close enough to it: {coarse}.")
+    if others := not_compared(equal):
+        print(others)
     print(f"Pareto front of source and target: {', '.join(record['pareto'])}.")
     if record["drift"]:
         words = {"runs": "runs", "curve": "points of curves"}

@@ -16,7 +16,7 @@ from ..config import RunConfig
 from ..measure import measure
 from ..models.load import autocast_dtype, computing, cpu_rate
 from ..models.tower import remembering
-from ..report import report
+from ..report.page import report
 from ..train import train
 from . import base, world
 

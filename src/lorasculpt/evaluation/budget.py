@@ -76,10 +76,13 @@ def flattered(budget: dict[str, Any]) -> str:
     """That a setting was chosen on what it is told of, in a sentence; nothing where it was not, or none was chosen."""
     if budget["strength"] is None or {"on", "fixed"} & budget.keys():
         return ""
-    return "It was chosen on the target itself, which flatters it there: name evaluate.validation for another."
+    return (
+        "It was chosen on the questions it is scored on, which flatters the score; name evaluate.validation to choose "
+        "on others."
+    )
 
 
-def told(budget: dict[str, Any]) -> str:
+def in_words(budget: dict[str, Any]) -> str:
     """What ``within`` found, in a sentence.
 
     With ``on``, the setting whose questions it was chosen on, it names that too; with ``fixed`` it says why the adapter

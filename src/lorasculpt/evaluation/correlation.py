@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from .score import bounds
+from .score import RESAMPLES, bounds
 
 # Fewer groups have no interval: of three with independent numbers it excludes 0 in a third of all cases, of five in a
 # tenth, of eight in a twentieth, as it should. Drawn anew, three have ten different samples.
@@ -36,7 +36,7 @@ def drift_and_loss(runs: Sequence[dict[str, Any]]) -> dict[str, Any] | None:
     return {"runs": rank_correlation(drifted), "curve": rank_correlation(curves) if curves else None}
 
 
-def rank_correlation(groups: Sequence[Points], resamples: int = 2000, seed: int = 0) -> dict[str, Any]:
+def rank_correlation(groups: Sequence[Points]) -> dict[str, Any]:
     """:func:`spearman` over the points of all ``groups`` together.
 
     The interval is the percentile bootstrap's: groups are drawn anew with replacement, whole. It takes them for
@@ -55,8 +55,8 @@ def rank_correlation(groups: Sequence[Points], resamples: int = 2000, seed: int 
     if len(groups) >= LEAST:
         owner = np.repeat(np.arange(len(groups)), [len(group) for group in groups])
         of = [np.flatnonzero(owner == i) for i in range(len(groups))]
-        rng, draws = np.random.default_rng(seed), np.empty(resamples)
-        for i in range(resamples):
+        rng, draws = np.random.default_rng(0), np.empty(RESAMPLES)
+        for i in range(RESAMPLES):
             drawn = np.concatenate([of[j] for j in rng.integers(len(groups), size=len(groups))])
             draws[i] = spearman(*points[drawn].T)
         low, high = bounds(draws)

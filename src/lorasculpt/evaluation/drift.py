@@ -30,7 +30,7 @@ from ..files import whole
 from ..models.template import stops
 from .answer import GREEDY, asked, task_of
 from .prompts import batches, chat, encode, evaluating, followed, tokenizer_of
-from .score import bounds
+from .score import RESAMPLES, bounds
 from .strength import moved
 
 ASKED = (
@@ -241,15 +241,24 @@ def _log_probabilities(model: nn.Module, inputs: dict[str, Any], width: int) -> 
 def drift(model: PeftModel, processor, prompts: Sequence[Prompt], **options) -> dict[str, Any]:
     """Mean KL(base || tuned) in nats per token: ``value``, its 95 % ``interval``, and ``n`` texts.
 
-    The interval is a bootstrap over texts: it tells how sure these texts make us. Options and errors as in
-    ``divergences``.
+    The interval is a bootstrap over texts: it tells how sure these texts make us.
+
+    Args:
+        model: the tuned model, wrapped by PEFT.
+        processor: its processor or tokenizer.
+        prompts: texts of the base, as :func:`self_prompts` makes them.
+        **options: ``batch``, ``as_task``, ``precision`` and ``progress`` of `answer`.
+
+    Raises:
+        UserError: for a task that the adapter does not know, if there is no ``as_task``.
+        ValueError: the adapter has moved the base weights, so that the base is no longer there.
     """
     sums = divergences(model, processor, prompts, **options)
     return per_token(sums, np.array([len(prompt.tokens) for prompt in prompts]))
 
 
-def per_token(sums: np.ndarray, lengths: np.ndarray, resamples: int = 2000, seed: int = 0) -> dict[str, Any]:
+def per_token(sums: np.ndarray, lengths: np.ndarray) -> dict[str, Any]:
     """``drift`` from the sums and lengths of the texts."""
-    drawn = np.random.default_rng(seed).integers(len(sums), size=(resamples, len(sums)))
+    drawn = np.random.default_rng(0).integers(len(sums), size=(RESAMPLES, len(sums)))
     draws = sums[drawn].sum(1) / lengths[drawn].sum(1)
     return {"value": float(sums.sum() / lengths.sum()), "interval": bounds(draws), "n": len(sums)}

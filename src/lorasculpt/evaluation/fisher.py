@@ -89,7 +89,12 @@ def fisher(
 
 
 def spoken(processor, records: Sequence[Record]) -> list[Prompt]:
-    """The answers of ``records`` as texts, with the tokens that training would have the model say."""
+    """The answers of ``records`` as texts, with the tokens that training would have the model say.
+
+    Args:
+        processor: the processor or tokenizer of the model.
+        records: questions with their answers.
+    """
     collate, found = Collator(processor), []
     for record, row in zip(records, rows(records), strict=True):
         batch = collate([row])

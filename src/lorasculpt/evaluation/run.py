@@ -57,7 +57,22 @@ def evaluate(
     """Answers and scores of ``model``: ``{"source": {task: {...}}, "target": {task: {...}}}``.
 
     A task's entry holds ``value`` (mean score), ``low`` and ``high`` (95 % interval), ``n``, and ``scores`` and
-    ``answers`` in the order of its records. Arguments as in ``answer``; ``progress`` is followed by the task's name.
+    ``answers`` in the order of its records.
+
+    Args:
+        model: any Hugging Face vision-language or causal language model, wrapped by PEFT or not.
+        processor: its processor (or tokenizer, for a model without pictures), with a chat template.
+        source: tasks of what the model knew.
+        target: tasks of what it is taught.
+        batch: questions answered at once; of a task with the metric ``choice``, choices.
+        max_new_tokens: length at which an answer is cut.
+        as_task: the task that an adapter that knows tasks takes a question for, where it does not know the question's
+            own.
+        precision: dtype of autocast; None computes in the model's own.
+        progress: words beside the progress bar, before the task's name; None shows no bar.
+
+    Raises:
+        UserError: for a task that the adapter does not know, if there is no ``as_task``.
     """
     options: dict[str, Any] = {"batch": batch, "max_new_tokens": max_new_tokens, "precision": precision}
     options |= {"as_task": as_task, "progress": progress}
@@ -77,9 +92,19 @@ def _or_null(value: float | list[float]) -> float | list[float] | None:
 
 
 def comparison(before: dict, after: dict) -> dict:
-    """Two results of ``evaluate`` on the same tasks as the ``source``, ``target`` and ``summary`` of a results file."""
+    """Two results of ``evaluate`` on the same tasks as the ``source``, ``target`` and ``summary`` of a results file.
+
+    Args:
+        before: what :func:`evaluate` returned for the base.
+        after: the same for the tuned model.
+
+    Raises:
+        ValueError: they are not of the same items of the same tasks.
+    """
     sides = {}
     for side in ("source", "target"):
+        if before[side].keys() != after[side].keys():
+            raise ValueError("results before and after must be of the same tasks")
         sides[side] = {
             name: {
                 "before": old["value"],
@@ -107,8 +132,21 @@ def curve(
 ) -> list[dict]:
     """Source and target average with the adapter at each of ``strengths``, as the ``curve`` of a results file.
 
-    Strengths 0 and 1 are the model before and after training, which are measured anyway. Where there are ``prompts``,
-    every point has the drift on them too. ``options`` go to ``evaluate``, and to ``drift`` what it takes of them.
+    Strengths 0 and 1 are the model before and after training, which are measured anyway.
+
+    Args:
+        model: the tuned model, wrapped by PEFT.
+        processor: its processor or tokenizer.
+        source: tasks of what the model knew.
+        target: tasks of what it was taught.
+        strengths: of the adapter, as :func:`strength` takes them.
+        prompts: texts of ``self_prompts``; where there are some, every point has the drift on them too.
+        progress: words beside the progress bar; None shows no bar.
+        **options: ``batch``, ``max_new_tokens``, ``as_task`` and ``precision`` of :func:`evaluate`.
+
+    Raises:
+        UserError: for a task that the adapter does not know, if there is no ``as_task``.
+        ValueError: the adapter has no strength that could be set.
     """
     of_drift = {key: value for key, value in options.items() if key != "max_new_tokens"}
     points = []
@@ -116,8 +154,8 @@ def curve(
         words = None if progress is None else f"{progress} strength {value:g}"
         with strength(model, value):
             measured = evaluate(model, processor, source, target, progress=words, **options)
-            moved = drift(model, processor, prompts, progress=words, **of_drift) if prompts else None
-        points.append(curve_point(value, measured, moved))
+            drifted = drift(model, processor, prompts, progress=words, **of_drift) if prompts else None
+        points.append(curve_point(value, measured, drifted))
     return points
 
 
@@ -144,7 +182,7 @@ def rectangle(left: dict, right: dict) -> float:
     return abs((b - a) * (right["target"] - left["target"]))
 
 
-def curve_point(value: float, measured: dict, moved: dict | None = None) -> dict:
+def curve_point(value: float, measured: dict, drifted: dict | None = None) -> dict:
     """Results of ``evaluate`` and ``drift`` with the adapter at strength ``value`` as one point of a ``curve``.
 
     A side without tasks is left out, and so is the drift where it is None.
@@ -156,18 +194,23 @@ def curve_point(value: float, measured: dict, moved: dict | None = None) -> dict
         scores = _scores(measured, side)
         point[side] = task_average(scores)
         point[f"{side}_interval"] = average_interval(scores)
-    return point | ({"drift": moved["value"], "drift_interval": moved["interval"]} if moved else {})
+    return point | ({"drift": drifted["value"], "drift_interval": drifted["interval"]} if drifted else {})
 
 
-def gallery(
-    source: Sequence[Task], target: Sequence[Task], before: dict, after: dict, n: int = 10, seed: int = 0
-) -> list[dict]:
+def gallery(source: Sequence[Task], target: Sequence[Task], before: dict, after: dict, n: int = 10) -> list[dict]:
     """``n`` questions about pictures with the answers before and after, as the ``gallery`` of a results file.
 
-    Half of them are target questions (all, where there are no source pictures); drawn by chance, never picked, so
-    that runs with the same test data and ``seed`` show the same pictures.
+    Half of them are target questions (all, where there are no source pictures). They are drawn by chance, never picked,
+    and runs with the same test data show the same ones.
+
+    Args:
+        source: tasks of what the model knew.
+        target: tasks of what it was taught.
+        before: what :func:`evaluate` returned for the base, of these tasks.
+        after: the same for the tuned model.
+        n: number of questions, fewer where there are no more with pictures.
     """
-    rng = random.Random(seed)
+    rng = random.Random(0)
     sides = {}
     for side, group in (("target", target), ("source", source)):
         sides[side] = [(task, i) for task in group for i, record in enumerate(task.records) if record.images]

@@ -13,6 +13,7 @@ import numpy as np
 from ..data.records import Record
 from ..errors import UserError
 
+RESAMPLES = 2000  # of a bootstrap
 ARTICLES = {"a", "an", "the"}
 MONEY = "[$¢-¥฿₠-⃀]"
 ALIKE = str.maketrans({"−": "-", "⁄": "/", "\ufe0f": None})  # minus, the stroke of ½, and what only colours an emoji
@@ -136,7 +137,7 @@ def majority(records: Sequence[Record], metric: str = "exact") -> float:
     return mean(score([words[commonest]] * len(records), records, metric))
 
 
-def interval(values: Sequence[float], level: float = 0.95, seed: int = 0) -> tuple[float, float]:
+def interval(values: Sequence[float], level: float = 0.95) -> tuple[float, float]:
     """Confidence interval of the mean: Wilson's for values that are all 0 or 1, a seeded bootstrap otherwise.
 
     Raises:
@@ -154,8 +155,8 @@ def interval(values: Sequence[float], level: float = 0.95, seed: int = 0) -> tup
         centre = (p + z**2 / (2 * n)) / (1 + z**2 / n)
         half = z / (1 + z**2 / n) * np.sqrt(p * (1 - p) / n + z**2 / (4 * n**2))
         return max(0.0, float(centre - half)), min(1.0, float(centre + half))
-    rng = np.random.default_rng(seed)
-    means = [x[rng.integers(n, size=n)].mean() for _ in range(2000)]
+    rng = np.random.default_rng(0)
+    means = [x[rng.integers(n, size=n)].mean() for _ in range(RESAMPLES)]
     low, high = bounds(np.array(means), level)
     return low, high
 

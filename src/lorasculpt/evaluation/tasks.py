@@ -39,8 +39,13 @@ def tasks(
 ) -> list[Task]:
     """``records`` grouped by their task, in the order of first appearance.
 
-    ``metric`` is that of every task, or a mapping from task names to metrics (``exact`` for those it leaves out).
-    ``names`` are the tasks of the records, where these are not their own.
+    Args:
+        records: questions, such as `lorasculpt.data.records.read` returns.
+        metric: that of every task, or a mapping from task names to metrics (``exact`` for those it leaves out).
+        names: the tasks of the records, where these are not their own.
+
+    Raises:
+        UserError: an unknown metric, or ``choice`` for a record without choices.
     """
     groups: dict[str, list[Record]] = {}
     for name, record in zip(names or [record.task for record in records], records, strict=True):

@@ -98,8 +98,8 @@ class LoRAMoEConfig(UpdateConfig):
         balance: "paper" divides the variance by the mean, "code" by its square.
         tasks: names of the tasks of the training data; without any, all samples are of one kind. With some, every
             sample in training needs its own: ``task=...``, or under a trainer ``lorasculpt.TaskCollator``.
-        knowledge: those of ``tasks`` that need world knowledge: of the kind of the first half of the experts, and so
-            served rather by the second.
+        knowledge: which of ``tasks`` need world knowledge. They have the kind of the first half of the experts; as
+            equation (4) sends samples to experts of the other kind, the second half mostly serves them.
 
     Raises:
         ValueError: for a value out of its range, or ``knowledge`` that names no task.

@@ -121,12 +121,6 @@ class LwF(Method):
     def logs(self):
         return super().logs() | self._value
 
-    def state(self):
-        return {"step": self.step}, {}
-
-    def restore(self, values, tensors):
-        self.step = values["step"]
-
 
 @register
 @dataclass

@@ -68,6 +68,7 @@ from torch import Tensor
 from ..adapters.fisher import read_fisher
 from ..adapters.layers import Site, sharded_like
 from ..adapters.method import Method, MethodConfig, register
+from ..adapters.plain import on_disk
 from ..errors import UserError
 from ..ops.conflict import blocks
 from ..ops.sums import total
@@ -123,12 +124,6 @@ class Regularized(Method):
 
     def logs(self):
         return super().logs() | self._value
-
-    def state(self):
-        return {"step": self.step}, {}
-
-    def restore(self, values, tensors):
-        self.step = values["step"]
 
 
 # --- the table of penalties: R of one module, dR/dB and dR/dA --------------------------------------------------------
@@ -190,7 +185,7 @@ def _read(folders: Sequence[str], sites: Mapping[str, Site]) -> dict[str, Tensor
         if not (Path(folder) / SAFETENSORS_WEIGHTS_NAME).is_file():
             raise UserError(f"earlier names {folder}, which holds no adapter: there is no {SAFETENSORS_WEIGHTS_NAME}.")
         saved = load_peft_weights(folder, device="cpu")
-        own = {name: saved.get(f"base_model.model.{name}.lora_A.weight") for name in sites}
+        own = {name: saved.get(on_disk(name, "A")) for name in sites}
         there = {name: A for name, A in own.items() if A is not None}
         if not there or any(A.shape[1] != sites[name].a.in_features for name, A in there.items()):
             raise UserError(f"earlier names {folder}, which is no plain LoRA on linears that this one adapts.")

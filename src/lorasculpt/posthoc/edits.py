@@ -19,7 +19,7 @@ from peft.utils import merge_utils
 from torch import Tensor
 
 from ..adapters.origin import differing, recorded
-from ..adapters.plain import Adapter, Pair
+from ..adapters.plain import Adapter, Pair, of_rank, settings_of_rank
 from ..errors import UserError
 from ..ops.masks import magnitude_mask
 
@@ -120,7 +120,7 @@ def average(adapters: Sequence[Adapter], weights: Sequence[float] | None = None)
     for pairs in zip(*(adapter.pairs for adapter in adapters), strict=True):
         A = torch.cat([pair.A.float() for pair in pairs])
         B = torch.cat([pair.B.float() * (w * pair.scaling) for w, pair in zip(found, pairs, strict=True)], 1)
-        merged.append(_filled(pairs[0].name, A, B, rank, first.A.dtype))
+        merged.append(Pair(pairs[0].name, A.to(first.A.dtype), B.to(first.A.dtype), 1.0))
     return _of_rank(adapters[0], rank, merged)
 
 
@@ -246,7 +246,7 @@ def truncate(update: Update, rank: int) -> tuple[Adapter, float]:
     for name, delta in update.items():
         U, S, V = torch.linalg.svd(delta, full_matrices=False)
         root = S[:rank].sqrt()
-        pair = _filled(name, root[:, None] * V[:rank], U[:, :rank] * root, rank, dtype)
+        pair = Pair(name, (root[:, None] * V[:rank]).to(dtype), (U[:, :rank] * root).to(dtype), 1.0)
         pairs.append(pair)
         lost += float((delta - delta_of(pair)).square().sum())
         all_ += float(delta.square().sum())
@@ -314,17 +314,10 @@ def _generator(seed: int, name: str) -> torch.Generator:
     return torch.Generator().manual_seed(int.from_bytes(digest[:7], "big"))
 
 
-def _filled(name: str, A: Tensor, B: Tensor, rank: int, dtype: torch.dtype) -> Pair:
-    """The factors, filled up to ``rank`` with zeros; stock configurations and servers have one rank for all layers."""
-    missing = rank - A.shape[0]
-    pad = torch.nn.functional.pad
-    return Pair(name, pad(A, (0, 0, 0, missing)).to(dtype), pad(B, (0, missing)).to(dtype), 1.0)
-
-
 def _of_rank(adapter: Adapter, rank: int, pairs: Sequence[Pair]) -> Adapter:
-    """``adapter`` with other factors, of one rank and with a scaling of 1."""
-    settings = {"r": rank, "lora_alpha": rank, "rank_pattern": {}, "alpha_pattern": {}, "use_rslora": False}
-    return replace(adapter, config={**adapter.config, **settings}, pairs=tuple(pairs))
+    """``adapter`` with other factors, of one rank and with a scaling of 1, as stock configurations and servers do."""
+    filled = tuple(of_rank(pair, rank) for pair in pairs)
+    return replace(adapter, config={**adapter.config, **settings_of_rank(rank)}, pairs=filled)
 
 
 def _check_density(density: float) -> None:

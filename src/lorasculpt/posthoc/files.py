@@ -11,13 +11,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
 from torch import nn
 from transformers import AutoConfig
 
 from ..adapters.load import PROJECTOR_FILE
 from ..adapters.origin import check_origin, pass_origin_on
-from ..adapters.plain import Adapter, read_adapter
+from ..adapters.plain import Adapter, read_adapter, write_pairs
 from ..adapters.residual import moved_by
 from ..errors import UserError
 from ..export import DTYPES, known_dtype, save_model
@@ -131,12 +130,7 @@ def _write_lora(adapter: Adapter, out: Path) -> tuple[int, str]:
     """Stock files; returns the largest rank and the precision."""
     config = {**adapter.config, "inference_mode": True, "init_lora_weights": True}
     (out / "adapter_config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
-    tensors = {
-        f"base_model.model.{pair.name}.lora_{side}.weight": factor.contiguous()
-        for pair in adapter.pairs
-        for side, factor in (("A", pair.A), ("B", pair.B))
-    }
-    save_file(tensors, out / "adapter_model.safetensors", metadata={"format": "pt"})
+    write_pairs(adapter.pairs, out)
     first = adapter.pairs[0]
     return max(pair.A.shape[0] for pair in adapter.pairs), str(first.A.dtype).removeprefix("torch.")
 

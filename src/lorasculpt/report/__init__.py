@@ -1,5 +1,1 @@
 """Results of runs as one page, one Markdown table and one JSON file with the same numbers."""
-
-from .page import report
-
-__all__ = ["report"]

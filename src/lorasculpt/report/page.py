@@ -16,6 +16,7 @@ import yaml
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from PIL import Image
 
+from ..console import NONE, duration, size
 from ..data.images import open_image
 from ..errors import UserError
 from ..evaluation.correlation import drift_and_loss
@@ -40,7 +41,6 @@ from .results import (
 )
 from .words import (
     MANY,
-    NONE,
     SPACE,
     about_costs,
     about_intervals,
@@ -48,13 +48,11 @@ from .words import (
     bracket,
     by_heart,
     difference,
-    duration,
     headline,
     listed,
     not_compared,
     one_by_one,
     percent,
-    size,
     spread,
     times,
 )

@@ -300,9 +300,9 @@ def tradeoff(entries: list[Entry]) -> str:
         return svg(figure, "tradeoff", "Source average against target average over adapter strength")
 
 
-def _means(steps: list[float], values: list[float], shown: int = 60) -> tuple[list[float], list[float]]:
-    """The means of at most ``shown`` windows of equal length: the loss of single batches is mostly noise."""
-    width = -(-len(steps) // shown)
+def _means(steps: list[float], values: list[float]) -> tuple[list[float], list[float]]:
+    """The means of at most 60 windows of equal length: the loss of single batches is mostly noise."""
+    width = -(-len(steps) // 60)
     windows = [slice(i, i + width) for i in range(0, len(steps), width)]
     return [float(np.mean(steps[w])) for w in windows], [float(np.mean(values[w])) for w in windows]
 

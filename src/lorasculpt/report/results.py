@@ -28,6 +28,7 @@ NUMBERS = (
 SIDES = ("source", "target")
 REFERENCE = "lora"  # what the others are tested against
 OURS = "lorasculpt"
+NEAR = 0.5  # of the most that is gained on the target: who gains less than this is not compared at equal target
 TESTED = ("source_after", "target_after", "h_mean", "average")  # retention and gain only repeat source and target
 LEVEL = 0.05  # a difference with a smaller p is told as one
 REQUIRED = ("method", "seed", "source", "target", "summary")

@@ -8,9 +8,10 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from ..console import NONE
 from ..errors import UserError
 from .results import Number, load
-from .words import NONE, bracket, listed, percent
+from .words import bracket, listed, percent
 
 MATRIX = "matrix.json"
 NUMBERS = {

@@ -5,9 +5,9 @@ from __future__ import annotations
 import math
 from collections import Counter
 
-from .results import OURS, REFERENCE, Entry, Number, compared, ends, front, gained, made_on, way
+from ..console import NONE
+from .results import NEAR, OURS, REFERENCE, Entry, Number, compared, ends, front, gained, made_on, way
 
-NONE = "–"
 MANY = 4  # entries that one sentence can still tell
 SPACE = "\u00a0"  # keeps a number and its unit on one line
 
@@ -39,31 +39,9 @@ def difference(test: dict | None) -> str:
     return f"{'' if points[0] == '−' else '+'}{points}, {chance(test['p'])}"
 
 
-def duration(seconds: float | None) -> str:
-    """75 -> '1 min 15 s'."""
-    if seconds is None:
-        return NONE
-    minutes, rest = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    if hours:
-        return f"{hours} h {minutes:02} min"
-    return f"{minutes} min {rest:02} s" if minutes else f"{rest} s"
-
-
 def times(value: float | None, reference: float | None) -> str:
     """How often ``reference`` goes into ``value``: '1.27 × lora'; nothing where that is not known."""
     return f"{value / reference:.2f}{SPACE}× {REFERENCE}" if value is not None and reference else ""
-
-
-def size(count: float | None) -> str:
-    """Bytes in the largest decimal unit that leaves at least 1: 1234567 -> '1.2 MB'."""
-    if count is None:
-        return NONE
-    for unit in ("B", "kB", "MB"):
-        if count < 1000:
-            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
-        count /= 1000
-    return f"{count:.1f} GB"
 
 
 def listed(names: list[str]) -> str:
@@ -181,7 +159,7 @@ def by_heart(run: dict) -> str:
     for side in ("source", "target"):
         asked.update({task: entry["n"] for task, entry in run[side].items()})
     told = [f"{count} of {asked[task]} questions of {task}" for task, count in (run.get("trained_on") or {}).items()]
-    return f"Asked what was trained on, and so perhaps known by heart: {listed(told)}." if told else ""
+    return f"Also in the training data, and so perhaps memorised: {listed(told)}." if told else ""
 
 
 def unread(equal: dict) -> str:
@@ -198,9 +176,9 @@ def unread(equal: dict) -> str:
 def not_compared(equal: dict) -> str:
     """Who is not compared at equal target, and why, of a results file; nothing where all are."""
     few, coarse = ", ".join(equal.get("left_out", ())), unread(equal)
-    told = [f"for gaining less than half of the most that is gained on the target: {few}"] if few else []
+    told = [f"for gaining less than {100 * NEAR:.0f} % of the most that is gained on the target: {few}"] if few else []
     told += [f"for curves that have no points close enough to this score: {coarse}"] if coarse else []
-    return f"Left out {'; '.join(told)}." if told else ""
+    return f"Left out there {'; '.join(told)}." if told else ""
 
 
 def spread(found: dict | None) -> str:

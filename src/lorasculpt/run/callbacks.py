@@ -15,6 +15,7 @@ from transformers import TrainerCallback
 
 from ..adapters.update import known_tasks
 from ..config import RunConfig
+from ..console import size
 from ..errors import Diverged
 from ..evaluation import drift, evaluate
 from ..evaluation.summary import task_average
@@ -63,8 +64,6 @@ class Keep(TrainerCallback):
         most = min(state.max_steps // every, self.config.training.keep + 1) if every else 0
         wanted = weights + OF_CHECKPOINT * weights * max(0, most - len(checkpoints(self.output)))
         if (left := free(self.output)) < wanted:
-            from ..report.words import size  # brings the drawing along, which training does not need
-
             what = f"the adapter and {most} checkpoint{'s' if most > 1 else ''} take" if most else "the adapter takes"
             mend = "make room, or name a folder on another disk" + (", or lower training.keep" if most > 2 else "")
             raise self.config.error(

@@ -28,7 +28,7 @@ from ..data.records import Record
 from ..errors import UserError
 from ..evaluation import fisher, self_prompts, spoken
 from ..evaluation.prompts import check_prompts
-from ..kinds import KINDS, built, settings_of, started, words
+from ..kinds import KINDS, built, listed_where, settings_of, started
 from ..methods import METHODS
 from ..models.load import autocast_dtype, computing, load
 from ..models.parts import left_out, parts, target_regex
@@ -233,7 +233,7 @@ def kind_of(config: RunConfig) -> type[PeftConfig]:
     for key in config.method:
         if key not in known and key != "name":
             close = difflib.get_close_matches(key, known, n=1)
-            listed = f"lorasculpt methods {name} lists them." if name in METHODS else f"{words(name)}."
+            listed = f"lorasculpt methods {name} lists them." if name in METHODS else f"{listed_where(name)}."
             raise config.error(
                 f"method.{key}", f"is no setting of {name}; {f'did you mean {close[0]}?' if close else listed}"
             )
@@ -274,7 +274,7 @@ def refusal(config: RunConfig, error: Exception, key: str) -> UserError:
     """What to raise for an ``error`` that speaks of the setting ``key``, be it written or a default."""
     own = key.partition(".")[2]
     return config.error(
-        key, f"{'has a default that does not do' if own and own not in config.method else 'is refused'}: {error}"
+        key, f"{'has a default that is refused here' if own and own not in config.method else 'is refused'}: {error}"
     )
 
 

@@ -67,8 +67,7 @@ def general(config: RunConfig) -> list[Record]:
     assert config.data.general is not None
     records = read(config.data.general, images=config.data.images)
     asked = config.evaluate
-    files = [*asked.source, *asked.target, *asked.validation, *asked.validation_source]
-    measured = [record for file in files for record in read(file, images=asked.images)]
+    measured = [record for file in asked.files for record in read(file, images=asked.images)]
     if config.data.validation:
         measured += training_rows(config).aside
     for record, other in shared(records, measured):
@@ -146,14 +145,13 @@ def check_metrics(config: RunConfig) -> None:
     if not asked.metric:
         return
     known = {stage.name for stage in config.data.sequence}
-    files = [*asked.source, *asked.target, *asked.validation, *asked.validation_source]
-    rows = [(file, record) for file in files for record in read(file, images=asked.images, check_images=False)]
+    rows = [(file, record) for file in asked.files for record in read(file, images=asked.images, check_images=False)]
     if config.data.validation and config.data.train:
         rows += [(config.data.train, record) for record in training_rows(config, check_images=False).aside]
     known |= {name for file, record in rows for name in (record.task, _task(file, record))}
     for name in asked.metric:
         if name not in known:
-            told = f"is of a task that no question has; they are of {', '.join(sorted(known))}."
+            told = f"names a task that no question has; the tasks are {', '.join(sorted(known))}."
             raise config.error(f"evaluate.metric.{name}", told)
 
 

@@ -371,7 +371,7 @@ def test_what_cannot_be_launched_is_told(run, tmp_path, monkeypatch):
     arguments = ("compare", tmp_path / "run.yaml", "--methods", "lora")
     for more, part in {
         ("--launch", "slurm", "--job", "gpus"): "--job is 'gpus'; it must be options of submitit",
-        ("--job", "mem_gb=3"): "--job is of the jobs of --launch; add --launch slurm",
+        ("--job", "mem_gb=3"): "--job sets options for the jobs that --launch starts; add --launch slurm",
         ("--launch", "slurm"): "submitit cannot launch on slurm (",
     }.items():
         code, _, err = call(*arguments, *more)

@@ -111,7 +111,7 @@ def test_each_comparison_has_a_file_of_its_own(options, file, monkeypatch):
 
 def test_what_is_no_target_is_told():
     assert "use one of digits, flags, tasks, sequence" in refused("demo", "results", "--target", "shapes")
-    assert "--others are beside one task" in refused("demo", "results", "--target", "tasks", "--others")
+    assert "--others works with a target of one task" in refused("demo", "results", "--target", "tasks", "--others")
 
 
 @pytest.fixture

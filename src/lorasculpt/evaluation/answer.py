@@ -51,7 +51,7 @@ def answer(
     ends, answers = stops(model, processor), [""] * len(records)
     options = GREEDY | {"max_new_tokens": max_new_tokens, "eos_token_id": ends, "pad_token_id": tokenizer.pad_token_id}
     with evaluating(model, precision), tqdm(total=len(records), desc=progress, disable=progress is None) as bar:
-        for part in batches(records, texts, batch):
+        for part in batches(processor, records, texts, batch):
             inputs = encode(model, processor, [records[i] for i in part], [texts[i] for i in part])
             tokens = model.generate(**inputs, **options, **task_of(named, part), use_cache=True)
             spoken = tokenizer.batch_decode(tokens[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
@@ -116,7 +116,7 @@ def choose(
     named = asked(model, repeated, as_task)
     best: dict[int, tuple[float, str]] = {}
     with evaluating(model, precision), tqdm(total=len(rows), desc=progress, disable=progress is None) as bar:
-        for part in batches(repeated, texts, batch):
+        for part in batches(processor, repeated, texts, batch):
             tokens = [tokenizer(leads[rows[j][0]] + rows[j][1], add_special_tokens=False)["input_ids"] for j in part]
             inputs = encode(model, processor, [repeated[j] for j in part], [texts[j] for j in part])
             inputs |= task_of(named, part)

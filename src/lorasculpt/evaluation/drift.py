@@ -117,7 +117,7 @@ def self_prompts(
     devices = {p.device for p in model.parameters() if p.device.type not in ("cpu", "meta")}
     with torch.random.fork_rng(devices), evaluating(model, precision), base_of(model):
         torch.manual_seed(seed)
-        for part in batches(records, texts, batch):
+        for part in batches(processor, records, texts, batch):
             inputs = encode(model, processor, [records[i] for i in part], [texts[i] for i in part])
             tokens = model.generate(**inputs, **options, use_cache=True)[:, inputs["input_ids"].shape[1] :]
             said |= {i: _ended(row, ends) for i, row in zip(part, tokens.tolist(), strict=True)}
@@ -212,7 +212,7 @@ def divergences(
     texts, named = [chat(processor, record) for record in records], asked(model, records, as_task)
     sums = np.zeros(len(prompts))
     with evaluating(model, precision), tqdm(total=len(prompts), desc=progress, disable=progress is None) as bar:
-        for part in batches(records, texts, batch):
+        for part in batches(processor, records, texts, batch):
             tokens = [list(prompts[i].tokens) for i in part]
             inputs = followed(encode(model, processor, [records[i] for i in part], [texts[i] for i in part]), tokens)
             width, counted = _counted(tokens, model.device)

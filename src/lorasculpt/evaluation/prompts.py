@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from itertools import groupby
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -12,9 +13,12 @@ from torch import nn
 from transformers import PaliGemmaProcessor
 
 from ..data.batches import placed, prompt_text
-from ..data.images import open_image
+from ..data.images import check_image, open_image
 from ..data.records import Record
 from ..errors import UserError, gist
+
+LETTERS = 4  # of a token of text, about
+PIXELS = 28**2  # of a token of a picture, about, where its processor does not say
 
 
 def tokenizer_of(processor):
@@ -57,19 +61,44 @@ def check_prompts(processor, records: Iterable[Record]) -> None:
         chat(processor, record)
 
 
-def batches(records: Sequence[Record], texts: Sequence[str], size: int) -> list[list[int]]:
-    """Indices of ``records`` in lists of at most ``size``, longest prompt first.
+def batches(processor, records: Sequence[Record], texts: Sequence[str], size: int) -> list[list[int]]:
+    """Indices of ``records`` in lists of at most ``size``, longest prompt first, by its pictures' tokens and its text.
 
-    Sorting saves padding, and longest first means that memory runs out at once or never. Records of one batch have
-    the same number of pictures, since not every processor takes a mixture.
+    Sorting saves padding, and the largest batch first means that memory runs out at once or never. Records of one batch
+    have the same number of pictures, since not every processor takes a mixture.
+
+    Raises:
+        UserError: as of `check_image`, for a picture.
     """
+    tokens = _tokens(processor, dict.fromkeys(path for record in records for path in record.images))
+    lengths = [
+        sum(tokens[path] for path in record.images) + len(text) / LETTERS
+        for record, text in zip(records, texts, strict=True)
+    ]
 
     def pictures(i: int) -> int:
         return len(records[i].images)
 
-    order = sorted(range(len(records)), key=lambda i: (pictures(i), len(texts[i])), reverse=True)
+    order = sorted(range(len(records)), key=lambda i: (pictures(i), lengths[i]), reverse=True)
     groups = [list(group) for _, group in groupby(order, key=pictures)]
-    return [group[i : i + size] for group in groups for i in range(0, len(group), size)]
+    parts = [group[i : i + size] for group in groups for i in range(0, len(group), size)]
+    return sorted(parts, key=lambda part: len(part) * lengths[part[0]], reverse=True)
+
+
+def _tokens(processor, paths: Iterable[Path]) -> dict[Path, int]:
+    """How many tokens each picture becomes, by its size alone.
+
+    Where the processor does not say, a power of two by the number of pixels: pictures of about one size are then taken
+    to be equal, and texts decide among them, which is right where all become equally many.
+    """
+    sizes = {path: check_image(path)[::-1] for path in paths}
+    each = list(dict.fromkeys(sizes.values()))
+    try:
+        told = processor._get_num_multimodal_tokens(image_sizes=each).num_image_tokens
+        tokens = dict(zip(each, told, strict=True))
+    except Exception:  # it has no such method, or not for its present settings
+        tokens = {(height, width): 1 << (height * width // PIXELS).bit_length() for height, width in each}
+    return {path: tokens[size] for path, size in sizes.items()}
 
 
 def encode(model: nn.Module, processor, records: Sequence[Record], texts: Sequence[str]) -> dict[str, Any]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import threading
 from contextlib import suppress
 
 import pico
@@ -16,7 +17,7 @@ from trl.data_utils import prepare_multimodal_messages
 from lorasculpt.adapters.update import updates
 from lorasculpt.data.records import Record
 from lorasculpt.errors import UserError
-from lorasculpt.evaluation import Task, answer, evaluate, gallery, tasks
+from lorasculpt.evaluation import Task, answer, evaluate, gallery, prompts, tasks
 from lorasculpt.evaluation.answer import choose
 from lorasculpt.evaluation.prompts import batches, chat, encode, evaluating
 
@@ -233,6 +234,59 @@ def test_large_pictures_are_not_asked_among_small_ones(mixed, silent):
 def test_texts_decide_where_all_pictures_are_equally_long(mixed):
     texts = ["?" * n for n in (3, 1, 4, 1, 5, 9)]
     assert batches(pico.build("llava")[1], mixed, texts, 2) == [[5, 4], [2, 0], [1, 3]]
+
+
+@pytest.fixture
+def opened(monkeypatch) -> list[tuple[str, threading.Thread]]:
+    """Pictures as they are opened, and the thread that does."""
+    found = []
+    look = prompts.open_image
+    monkeypatch.setattr(
+        prompts, "open_image", lambda path: found.append((path.name, threading.current_thread())) or look(path)
+    )
+    return found
+
+
+def test_a_picture_is_opened_once_for_all_its_choices(records, opened):
+    model, processor = sharpened("llava")
+    choose(model, processor, records[:2], batch=6)
+    assert sorted(name for name, _ in opened) == ["0.png", "1.png"]
+    assert {thread for _, thread in opened} == {threading.current_thread()}
+
+
+def ended() -> bool:
+    """Whether the threads that prepare batches have ended, or do so by themselves."""
+    preparing = [thread for thread in threading.enumerate() if thread.name.startswith("ThreadPoolExecutor")]
+    for thread in preparing:
+        thread.join(10)
+    return not any(thread.is_alive() for thread in preparing)
+
+
+def test_a_batch_is_prepared_while_the_one_before_it_is_answered():
+    begun = threading.Event()
+
+    def items():
+        yield 0
+        begun.set()
+        yield 1
+        raise UserError("broken")
+
+    ahead = prompts._ahead(items())
+    assert next(ahead) == 0
+    assert begun.wait(10)
+    assert next(ahead) == 1
+    with pytest.raises(UserError, match="broken"):
+        next(ahead)
+    assert list(prompts._ahead(iter("abc"))) == ["a", "b", "c"]
+    assert ended()
+
+
+def test_nothing_goes_on_where_answering_stops():
+    made: list[int] = []
+    ahead = prompts._ahead(map(made.append, range(9)))
+    next(ahead)
+    assert ended()
+    assert made == [0, 1]
 
 
 def test_modes_are_restored():

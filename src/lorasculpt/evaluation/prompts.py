@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from itertools import groupby
 from pathlib import Path
@@ -101,13 +102,52 @@ def _tokens(processor, paths: Iterable[Path]) -> dict[Path, int]:
     return {path: tokens[size] for path, size in sizes.items()}
 
 
-def encode(model: nn.Module, processor, records: Sequence[Record], texts: Sequence[str]) -> dict[str, Any]:
-    """The model's inputs for ``texts`` and the pictures of ``records``, padded on the left, on the model's device."""
+def _processed(processor, records: Sequence[Record], texts: Sequence[str]) -> Mapping[str, Any]:
+    """The model's inputs for ``texts`` and the pictures of ``records``, each file opened once, padded on the left."""
     options = {"padding": True, "padding_side": "left", "return_tensors": "pt", "add_special_tokens": False}
     if processor is not tokenizer_of(processor):
-        pictures = [[open_image(path) for path in record.images] for record in records]
-        options["images"] = pictures if any(pictures) else None
-    return placed(processor(text=list(texts), **options), model)
+        opened = {path: open_image(path) for path in dict.fromkeys(path for each in records for path in each.images)}
+        pictures = [[opened[path] for path in record.images] for record in records]
+        options["images"] = pictures if opened else None
+    return processor(text=list(texts), **options)
+
+
+def encode(model: nn.Module, processor, records: Sequence[Record], texts: Sequence[str]) -> dict[str, Any]:
+    """The model's inputs for ``texts`` and the pictures of ``records``, padded on the left, on the model's device."""
+    return placed(_processed(processor, records, texts), model)
+
+
+def prepared(
+    model: nn.Module, processor, records: Sequence[Record], texts: Sequence[str], size: int
+) -> Iterator[tuple[list[int], dict[str, Any]]]:
+    """The `batches` of ``records``, each with its inputs as of `encode`.
+
+    An accelerator does not wait for them: a thread prepares a batch while the one before it is answered. ``processor``
+    is the thread's until all are prepared, since tokenizers take no two threads at once.
+    """
+    made = (
+        (part, _processed(processor, [records[i] for i in part], [texts[i] for i in part]))
+        for part in batches(processor, records, texts, size)
+    )
+    for part, inputs in made if model.device.type == "cpu" else _ahead(made):
+        inputs = placed(inputs, model)  # what lay on the CPU is given up
+        yield part, inputs
+
+
+def _ahead(items: Iterator[Any]) -> Iterator[Any]:
+    """``items``, each made by a thread while the one before it is in use; what the thread raises is raised here."""
+    end = object()
+
+    def begin() -> Future:
+        pool = ThreadPoolExecutor(1)
+        coming = pool.submit(next, items, end)
+        pool.shutdown(wait=False)  # the thread ends with this item, even where nobody asks for another
+        return coming
+
+    coming = begin()
+    while (held := [coming.result()])[0] is not end:
+        coming = begin()
+        yield held.pop()  # pictures take much room, and are not kept here meanwhile
 
 
 def followed(inputs: dict, answers: list[list[int]]) -> dict:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import threading
 
 import contract
 import pico
@@ -25,7 +26,7 @@ from lorasculpt.adapters import update
 from lorasculpt.adapters.method import method_logs
 from lorasculpt.config import RunConfig
 from lorasculpt.data.records import read
-from lorasculpt.evaluation import fisher, self_prompts
+from lorasculpt.evaluation import answer, fisher, prompts, self_prompts
 from lorasculpt.methods import lwf
 from lorasculpt.models.parts import target_regex
 from lorasculpt.play import Panel
@@ -203,6 +204,21 @@ def test_a_run_is_measured_there_as_here(overrides, run, tmp_path):
             for one, other in zip(*points, strict=True):
                 assert one.keys() == other.keys()
                 assert all(one[key] == pytest.approx(other[key], abs=1e-4) for key in one)
+
+
+def test_a_thread_prepares_what_is_asked_there(there, tmp_path, monkeypatch):
+    """Which a CPU has no processor left for; what comes of it is the same."""
+    model, processor = pico.build("llava")
+    records = read(pico.write_data(tmp_path, n=2))
+    opened, look = [], prompts.open_image
+    note = lambda path: opened.append(threading.current_thread()) or look(path)  # noqa: E731
+    monkeypatch.setattr(prompts, "open_image", note)
+    here = answer(model, processor, records, batch=1, max_new_tokens=2)
+    assert set(opened) == {threading.current_thread()}
+    opened.clear()
+    assert answer(model.to(there), processor, records, batch=1, max_new_tokens=2) == here
+    assert len(opened) == 2
+    assert threading.current_thread() not in opened
 
 
 def test_a_finished_adapter_is_shown_and_edited_there(run, tmp_path):

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
 
 import pytest
+import torch
 from huggingface_hub import HfApi
 from transformers import Trainer
 from trl import SFTConfig, SFTTrainer
@@ -145,6 +147,24 @@ def test_what_the_trainer_refuses_later_is_told_and_leaves_nothing(run):
     with pytest.raises(UserError, match=r"training.arguments is refused: `router_aux_loss_coef` is set to 0.1 but"):
         train.train(config, progress=False)
     assert not config.output.exists()
+
+
+@pytest.mark.parametrize(("processors", "processes", "workers"), [(16, 1, 4), (8, 4, 1), (3, 1, 2), (1, 1, 0)])
+def test_processors_that_an_accelerator_leaves_idle_prepare_its_batches(
+    run, monkeypatch, processors, processes, workers
+):
+    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: set(range(processors)), raising=False)
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", str(processes))
+    monkeypatch.setattr(trainer, "SFTConfig", dict)
+
+    def asked(*overrides):
+        return trainer.arguments(run(*overrides), False, None)["dataloader_num_workers"]
+
+    assert asked() == 0
+    monkeypatch.setattr(trainer, "computing", lambda: torch.device("cuda"))
+    assert asked() == workers
+    assert asked("training.workers=7") == 7
+    assert asked("training.workers=0") == 0
 
 
 def test_masks_are_not_sent_from_process_to_process_unless_asked_for(run):

@@ -171,7 +171,8 @@ class Training(_Section):
         log_every: Steps between log entries.
         report_to: Trackers by transformers' names; TensorBoard's events lie in ``logs`` of ``output``. Default:
             ``[tensorboard]`` where it is installed.
-        workers: Processes that prepare batches; 0 prepares them in the training process.
+        workers: Processes that prepare batches, beside each one that trains; 0 prepares them in the training process.
+            Default: 0 on a CPU; where an accelerator trains, one for each processor but one, four at most.
         arguments: Further arguments of TRL's ``SFTConfig``, such as ``run_name`` or ``neftune_noise_alpha``; those that
             the settings above stand for, or of which nothing would come here, are refused. With ``push_to_hub: true``
             and a ``hub_model_id`` the finished adapter is uploaded (``hub_private_repo``, ``hub_revision``). Default:
@@ -196,7 +197,7 @@ class Training(_Section):
     report_to: list[str] = Field(
         default_factory=lambda: ["tensorboard"] if importlib.util.find_spec("tensorboard") else []
     )
-    workers: Annotated[int, Field(ge=0)] = 0
+    workers: Annotated[int, Field(ge=0)] | None = None
     # left out where there are none: runs from before there were any are equal to runs without
     arguments: Annotated[dict[str, Any], Field(exclude_if=lambda given: not given)] = Field(default_factory=dict)
 

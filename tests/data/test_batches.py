@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import pickle
 from pathlib import Path
 
 import pico
@@ -98,6 +99,15 @@ def test_the_rows_are_left_as_they_were(records: list[Record]) -> None:
     before = json.dumps(row)
     Collator(processor, tasks=["color"])([row])
     assert json.dumps(row) == before
+
+
+@pytest.mark.parametrize("family", [*pico.FAMILIES, "llama"])
+def test_a_process_that_is_not_a_copy_of_this_one_collates_as_this_one(family: str, records: list[Record]) -> None:
+    collate = Collator(pico.build(family)[1], tasks=["color", "talk"])
+    given = [rows(records if family != "llama" else [TEXT])[0]]
+    here, there = collate(given), pickle.loads(pickle.dumps(collate))(given)
+    assert here.keys() == there.keys()
+    assert all(torch.equal(here[key], there[key]) for key in here)
 
 
 @pytest.mark.parametrize("family", ["llava", "gemma3", "llama"])

@@ -46,7 +46,7 @@ def test_sixteen_bit_grey_keeps_its_shades(tmp_path: Path) -> None:
 @pytest.mark.parametrize("suffix", FORMATS)
 def test_a_whole_picture_passes(tmp_path: Path, noise: Image.Image, suffix: str) -> None:
     noise.save(tmp_path / f"a.{suffix}")
-    check_image(tmp_path / f"a.{suffix}")
+    assert check_image(tmp_path / f"a.{suffix}") == (80, 60)
 
 
 @pytest.mark.parametrize("share", [0.01, 0.5, 0.98])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import threading
 from contextlib import suppress
 
 import pico
@@ -16,9 +17,9 @@ from trl.data_utils import prepare_multimodal_messages
 from lorasculpt.adapters.update import updates
 from lorasculpt.data.records import Record
 from lorasculpt.errors import UserError
-from lorasculpt.evaluation import Task, answer, comparison, evaluate, gallery, tasks
+from lorasculpt.evaluation import Task, answer, comparison, evaluate, gallery, prompts, tasks
 from lorasculpt.evaluation.answer import choose
-from lorasculpt.evaluation.prompts import batches, chat, evaluating
+from lorasculpt.evaluation.prompts import batches, chat, encode, evaluating
 
 
 def ask(text: str, *images, answer: str = "red", task: str = "color", system: str = "") -> Record:
@@ -178,12 +179,114 @@ def test_the_prompt_is_that_of_training(records):
 
 def test_longest_first_and_no_mixture(records):
     texts = [record.question for record in records]
-    parts = batches(records, texts, 2)
+    parts = batches(pico.build("llava")[1], records, texts, 2)
     assert sorted(i for part in parts for i in part) == list(range(len(records)))
     for part in parts:
         assert len({len(records[i].images) for i in part}) == 1
         assert [len(texts[i]) for i in part] == sorted((len(texts[i]) for i in part), reverse=True)
     assert parts[0] == [3, 0]
+
+
+def test_the_largest_batch_comes_first(records):
+    """Rows times length: more pictures to a question do not make a batch larger that has fewer questions."""
+    two = dataclasses.replace(records[1], images=records[1].images * 2)
+    few = [two, records[0], records[1], records[3]]
+    assert batches(pico.build("llava")[1], few, ["?"] * 4, 3) == [[1, 2, 3], [0]]
+
+
+@pytest.fixture
+def mixed(tmp_path) -> list[Record]:
+    """The same question of small pictures and of large ones, in turn."""
+    found = []
+    for i in range(6):
+        found.append(ask("What color is the shape?", tmp_path / f"{i}.png"))
+        pico.picture(i).resize((280, 196) if i % 2 else (56, 28)).save(found[-1].images[0])
+    return found
+
+
+class Silent:
+    """A processor that does not say how many tokens a picture becomes."""
+
+    def __init__(self, processor):
+        self.tokenizer, self.processor = processor.tokenizer, processor
+
+    def __call__(self, **given):
+        return self.processor(**given)
+
+
+@pytest.mark.skipif("qwen2_vl" not in pico.FAMILIES, reason="needs torchvision")
+@pytest.mark.parametrize("silent", [False, True])
+def test_large_pictures_are_not_asked_among_small_ones(mixed, silent):
+    """Where a picture has as many tokens as its size asks for, and its mark is one in all texts."""
+    model, processor = sharpened("qwen2_vl")
+    processor.image_processor.size = {"shortest_edge": 28**2, "longest_edge": 100 * 28**2}
+    texts = [chat(processor, record) for record in mixed]
+    parts = batches(Silent(processor) if silent else processor, mixed, texts, 3)
+    assert parts == [[1, 3, 5], [0, 2, 4]]
+    inputs = [encode(model, processor, [mixed[i] for i in part], [texts[i] for i in part]) for part in parts]
+    lengths = [each["attention_mask"].shape[1] for each in inputs]
+    assert lengths[0] == lengths[1] + 70 - 2
+    assert all(each["attention_mask"].all() for each in inputs)
+    apart = [answer(model, processor, [record], max_new_tokens=4)[0] for record in mixed]
+    assert answer(model, processor, mixed, max_new_tokens=4, batch=3) == apart
+
+
+def test_texts_decide_where_all_pictures_are_equally_long(mixed):
+    texts = ["?" * n for n in (3, 1, 4, 1, 5, 9)]
+    assert batches(pico.build("llava")[1], mixed, texts, 2) == [[5, 4], [2, 0], [1, 3]]
+
+
+@pytest.fixture
+def opened(monkeypatch) -> list[tuple[str, threading.Thread]]:
+    """Pictures as they are opened, and the thread that does."""
+    found = []
+    look = prompts.open_image
+    monkeypatch.setattr(
+        prompts, "open_image", lambda path: found.append((path.name, threading.current_thread())) or look(path)
+    )
+    return found
+
+
+def test_a_picture_is_opened_once_for_all_its_choices(records, opened):
+    model, processor = sharpened("llava")
+    choose(model, processor, records[:2], batch=6)
+    assert sorted(name for name, _ in opened) == ["0.png", "1.png"]
+    assert {thread for _, thread in opened} == {threading.current_thread()}
+
+
+def ended() -> bool:
+    """Whether the threads that prepare batches have ended, or do so by themselves."""
+    preparing = [thread for thread in threading.enumerate() if thread.name.startswith("ThreadPoolExecutor")]
+    for thread in preparing:
+        thread.join(10)
+    return not any(thread.is_alive() for thread in preparing)
+
+
+def test_a_batch_is_prepared_while_the_one_before_it_is_answered():
+    begun = threading.Event()
+
+    def items():
+        yield 0
+        begun.set()
+        yield 1
+        raise UserError("broken")
+
+    ahead = prompts._ahead(items())
+    assert next(ahead) == 0
+    assert begun.wait(10)
+    assert next(ahead) == 1
+    with pytest.raises(UserError, match="broken"):
+        next(ahead)
+    assert list(prompts._ahead(iter("abc"))) == ["a", "b", "c"]
+    assert ended()
+
+
+def test_nothing_goes_on_where_answering_stops():
+    made: list[int] = []
+    ahead = prompts._ahead(map(made.append, range(9)))
+    next(ahead)
+    assert ended()
+    assert made == [0, 1]
 
 
 def test_modes_are_restored():

@@ -48,8 +48,10 @@ def open_image(path: str | Path) -> Image.Image:
         return image.convert("RGB")
 
 
-def check_image(path: str | Path) -> None:
+def check_image(path: str | Path) -> tuple[int, int]:
     """Raise the ``UserError`` that `open_image` would raise, without decoding PNG and JPEG files (0.1 to 1 ms each).
+
+    Returns the width and height that the file says, not turned as its EXIF data say.
 
     A PNG file is read through for its checksums. A JPEG file has none, but one that was cut short lacks its end marker;
     only a file without the marker at its very end, and every other format, is decoded. What was whole is not looked at
@@ -57,16 +59,17 @@ def check_image(path: str | Path) -> None:
     """
     with _explained(path):
         found = os.stat(path)
-        _see(path, found.st_size, found.st_mtime_ns)
+        return _see(path, found.st_size, found.st_mtime_ns)
 
 
 @cache
-def _see(path: str | Path, size: int, time: int) -> None:
+def _see(path: str | Path, size: int, time: int) -> tuple[int, int]:
     with Image.open(path) as image:
         if image.format == "PNG":
             image.verify()
         elif image.format != "JPEG" or not _ends_as_jpeg(path):
             image.load()
+        return image.size
 
 
 def _ends_as_jpeg(path: str | Path) -> bool:

@@ -12,7 +12,7 @@ from ..adapters.update import known_tasks
 from ..data.batches import prompt_text
 from ..data.records import Record
 from ..models.template import stops
-from .prompts import batches, chat, encode, evaluating, followed, tokenizer_of
+from .prompts import chat, evaluating, followed, prepared, tokenizer_of
 from .tasks import asked_as
 
 # plain argmax, whatever sampling or penalties the model's own generation config suggests
@@ -48,17 +48,15 @@ def answer(
     """
     tokenizer, named = tokenizer_of(processor), asked(model, records, as_task)
     texts = [chat(processor, record) for record in records]
-    ends, answers = stops(model, processor), [""] * len(records)
+    ends = stops(model, processor)
+    said: dict[int, list[int]] = {}
     options = GREEDY | {"max_new_tokens": max_new_tokens, "eos_token_id": ends, "pad_token_id": tokenizer.pad_token_id}
     with evaluating(model, precision), tqdm(total=len(records), desc=progress, disable=progress is None) as bar:
-        for part in batches(records, texts, batch):
-            inputs = encode(model, processor, [records[i] for i in part], [texts[i] for i in part])
+        for part, inputs in prepared(model, processor, records, texts, batch):
             tokens = model.generate(**inputs, **options, **task_of(named, part), use_cache=True)
-            spoken = tokenizer.batch_decode(tokens[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
-            for i, text in zip(part, spoken, strict=True):
-                answers[i] = text.strip()
+            said |= zip(part, tokens[:, inputs["input_ids"].shape[1] :].tolist(), strict=True)
             bar.update(len(part))
-    return answers
+    return [tokenizer.decode(said[i], skip_special_tokens=True).strip() for i in range(len(records))]
 
 
 def asked(model: nn.Module, records: Sequence[Record], as_task: str | None) -> list[str] | None:
@@ -113,14 +111,13 @@ def choose(
     leads = [_lead(processor, record, prompt) for record, prompt in zip(records, prompts, strict=True)]
     rows = [(i, choice) for i, record in enumerate(records) for choice in record.choices]
     repeated, texts = [records[i] for i, _ in rows], [prompts[i] for i, _ in rows]
+    tokens = [tokenizer(leads[i] + choice, add_special_tokens=False)["input_ids"] for i, choice in rows]
     named = asked(model, repeated, as_task)
     best: dict[int, tuple[float, str]] = {}
     with evaluating(model, precision), tqdm(total=len(rows), desc=progress, disable=progress is None) as bar:
-        for part in batches(repeated, texts, batch):
-            tokens = [tokenizer(leads[rows[j][0]] + rows[j][1], add_special_tokens=False)["input_ids"] for j in part]
-            inputs = encode(model, processor, [repeated[j] for j in part], [texts[j] for j in part])
-            inputs |= task_of(named, part)
-            for j, value in zip(part, _mean_log_likelihood(model, inputs, tokens).tolist(), strict=True):
+        for part, inputs in prepared(model, processor, repeated, texts, batch):
+            values = _mean_log_likelihood(model, inputs | task_of(named, part), [tokens[j] for j in part])
+            for j, value in zip(part, values.tolist(), strict=True):
                 i, choice = rows[j]
                 if i not in best or value > best[i][0]:
                     best[i] = (value, choice)

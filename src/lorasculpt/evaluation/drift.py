@@ -29,7 +29,7 @@ from ..errors import UserError
 from ..files import whole
 from ..models.template import stops
 from .answer import GREEDY, asked, task_of
-from .prompts import batches, chat, encode, evaluating, followed, tokenizer_of
+from .prompts import chat, evaluating, followed, prepared, tokenizer_of
 from .score import RESAMPLES, bounds
 from .strength import moved
 
@@ -117,8 +117,7 @@ def self_prompts(
     devices = {p.device for p in model.parameters() if p.device.type not in ("cpu", "meta")}
     with torch.random.fork_rng(devices), evaluating(model, precision), base_of(model):
         torch.manual_seed(seed)
-        for part in batches(records, texts, batch):
-            inputs = encode(model, processor, [records[i] for i in part], [texts[i] for i in part])
+        for part, inputs in prepared(model, processor, records, texts, batch):
             tokens = model.generate(**inputs, **options, use_cache=True)[:, inputs["input_ids"].shape[1] :]
             said |= {i: _ended(row, ends) for i, row in zip(part, tokens.tolist(), strict=True)}
     prompts = [Prompt(record, said[i]) for i, record in enumerate(records)]
@@ -212,9 +211,9 @@ def divergences(
     texts, named = [chat(processor, record) for record in records], asked(model, records, as_task)
     sums = np.zeros(len(prompts))
     with evaluating(model, precision), tqdm(total=len(prompts), desc=progress, disable=progress is None) as bar:
-        for part in batches(records, texts, batch):
+        for part, given in prepared(model, processor, records, texts, batch):
             tokens = [list(prompts[i].tokens) for i in part]
-            inputs = followed(encode(model, processor, [records[i] for i in part], [texts[i] for i in part]), tokens)
+            inputs = followed(given, tokens)
             width, counted = _counted(tokens, model.device)
             tuned = _log_probabilities(model, inputs | task_of(named, part), width)[counted]
             with base_of(model):

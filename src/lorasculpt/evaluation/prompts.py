@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from itertools import groupby
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -12,9 +14,12 @@ from torch import nn
 from transformers import PaliGemmaProcessor
 
 from ..data.batches import placed, prompt_text
-from ..data.images import open_image
+from ..data.images import check_image, open_image
 from ..data.records import Record
 from ..errors import UserError, gist
+
+LETTERS = 4  # of a token of text, about
+PIXELS = 28**2  # of a token of a picture, about, where its processor does not say
 
 
 def tokenizer_of(processor):
@@ -57,28 +62,92 @@ def check_prompts(processor, records: Iterable[Record]) -> None:
         chat(processor, record)
 
 
-def batches(records: Sequence[Record], texts: Sequence[str], size: int) -> list[list[int]]:
-    """Indices of ``records`` in lists of at most ``size``, longest prompt first.
+def batches(processor, records: Sequence[Record], texts: Sequence[str], size: int) -> list[list[int]]:
+    """Indices of ``records`` in lists of at most ``size``, longest prompt first, by its pictures' tokens and its text.
 
-    Sorting saves padding, and longest first means that memory runs out at once or never. Records of one batch have
-    the same number of pictures, since not every processor takes a mixture.
+    Sorting saves padding, and the largest batch first means that memory runs out at once or never. Records of one batch
+    have the same number of pictures, since not every processor takes a mixture.
+
+    Raises:
+        UserError: as of `check_image`, for a picture.
     """
+    tokens = _tokens(processor, dict.fromkeys(path for record in records for path in record.images))
+    lengths = [
+        sum(tokens[path] for path in record.images) + len(text) / LETTERS
+        for record, text in zip(records, texts, strict=True)
+    ]
 
     def pictures(i: int) -> int:
         return len(records[i].images)
 
-    order = sorted(range(len(records)), key=lambda i: (pictures(i), len(texts[i])), reverse=True)
+    order = sorted(range(len(records)), key=lambda i: (pictures(i), lengths[i]), reverse=True)
     groups = [list(group) for _, group in groupby(order, key=pictures)]
-    return [group[i : i + size] for group in groups for i in range(0, len(group), size)]
+    parts = [group[i : i + size] for group in groups for i in range(0, len(group), size)]
+    return sorted(parts, key=lambda part: len(part) * lengths[part[0]], reverse=True)
+
+
+def _tokens(processor, paths: Iterable[Path]) -> dict[Path, int]:
+    """How many tokens each picture becomes, by its size alone.
+
+    Where the processor does not say, a power of two by the number of pixels: pictures of about one size are then taken
+    to be equal, and texts decide among them, which is right where all become equally many.
+    """
+    sizes = {path: check_image(path)[::-1] for path in paths}
+    each = list(dict.fromkeys(sizes.values()))
+    try:
+        told = processor._get_num_multimodal_tokens(image_sizes=each).num_image_tokens
+        tokens = dict(zip(each, told, strict=True))
+    except Exception:  # it has no such method, or not for its present settings
+        tokens = {(height, width): 1 << (height * width // PIXELS).bit_length() for height, width in each}
+    return {path: tokens[size] for path, size in sizes.items()}
+
+
+def _processed(processor, records: Sequence[Record], texts: Sequence[str]) -> Mapping[str, Any]:
+    """The model's inputs for ``texts`` and the pictures of ``records``, each file opened once, padded on the left."""
+    options = {"padding": True, "padding_side": "left", "return_tensors": "pt", "add_special_tokens": False}
+    if processor is not tokenizer_of(processor):
+        opened = {path: open_image(path) for path in dict.fromkeys(path for each in records for path in each.images)}
+        pictures = [[opened[path] for path in record.images] for record in records]
+        options["images"] = pictures if opened else None
+    return processor(text=list(texts), **options)
 
 
 def encode(model: nn.Module, processor, records: Sequence[Record], texts: Sequence[str]) -> dict[str, Any]:
     """The model's inputs for ``texts`` and the pictures of ``records``, padded on the left, on the model's device."""
-    options = {"padding": True, "padding_side": "left", "return_tensors": "pt", "add_special_tokens": False}
-    if processor is not tokenizer_of(processor):
-        pictures = [[open_image(path) for path in record.images] for record in records]
-        options["images"] = pictures if any(pictures) else None
-    return placed(processor(text=list(texts), **options), model)
+    return placed(_processed(processor, records, texts), model)
+
+
+def prepared(
+    model: nn.Module, processor, records: Sequence[Record], texts: Sequence[str], size: int
+) -> Iterator[tuple[list[int], dict[str, Any]]]:
+    """The `batches` of ``records``, each with its inputs as of `encode`.
+
+    An accelerator does not wait for them: a thread prepares a batch while the one before it is answered. ``processor``
+    is the thread's until all are prepared, since tokenizers take no two threads at once.
+    """
+    made = (
+        (part, _processed(processor, [records[i] for i in part], [texts[i] for i in part]))
+        for part in batches(processor, records, texts, size)
+    )
+    for part, inputs in made if model.device.type == "cpu" else _ahead(made):
+        inputs = placed(inputs, model)  # what lay on the CPU is given up
+        yield part, inputs
+
+
+def _ahead(items: Iterator[Any]) -> Iterator[Any]:
+    """``items``, each made by a thread while the one before it is in use; what the thread raises is raised here."""
+    end = object()
+
+    def begin() -> Future:
+        pool = ThreadPoolExecutor(1)
+        coming = pool.submit(next, items, end)
+        pool.shutdown(wait=False)  # the thread ends with this item, even where nobody asks for another
+        return coming
+
+    coming = begin()
+    while (held := [coming.result()])[0] is not end:
+        coming = begin()
+        yield held.pop()  # pictures take much room, and are not kept here meanwhile
 
 
 def followed(inputs: dict, answers: list[list[int]]) -> dict:

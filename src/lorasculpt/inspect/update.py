@@ -193,7 +193,7 @@ def _loads(model: PeftModel, processor: Any, groups: dict[str, list[Record]]) ->
             context.recorder = note
             table = rows(records)
             with evaluating(model, None):
-                for part in batches(records, [chat(processor, record) for record in records], BATCH):
+                for part in batches(processor, records, [chat(processor, record) for record in records], BATCH):
                     batch = placed(collate([table[i] for i in part]), model)
                     model(**batch, use_cache=False, **({"task": task} if task in known else {}))
     finally:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from copy import deepcopy
@@ -195,7 +196,7 @@ def arguments(config: RunConfig, progress: bool, autocast: torch.dtype | None) -
         save_strategy="steps" if settings.save_every else "no",
         save_steps=settings.save_every or 500,
         report_to=settings.report_to,
-        dataloader_num_workers=settings.workers,
+        dataloader_num_workers=_spare() if settings.workers is None else settings.workers,
         dataloader_pin_memory=not on_cpu,
         seed=config.seed,
         disable_tqdm=not progress,
@@ -209,6 +210,14 @@ def arguments(config: RunConfig, progress: bool, autocast: torch.dtype | None) -
     except (TypeError, ValueError, ImportError) as error:
         SFTConfig(**own)  # fails by itself where the fault is not in what was given
         raise config.error("training.arguments", f"is refused: {str(error).splitlines()[0]}") from error
+
+
+def _spare() -> int:
+    """How many processes may prepare batches beside this one: none where the CPU itself trains."""
+    if computing().type == "cpu":
+        return 0
+    own = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return max(0, min(4, own // int(os.environ.get("LOCAL_WORLD_SIZE", "1")) - 1))
 
 
 def on_one_gpu(arguments: SFTConfig, progress: bool) -> SFTConfig:

@@ -24,11 +24,15 @@ STRATEGIES: dict[str, dict] = {
     "fsdp": {"fsdp": True, "fsdp_config": {"version": 2, "cpu_ram_efficient_loading": False}},
     "fsdp-ram": {"fsdp": True, "fsdp_config": {"version": 2, "cpu_ram_efficient_loading": True}},
 }
-RUNS = [
-    (strategy, method)
-    for strategy in STRATEGIES
-    for method in (["mtl_lora"] if strategy == "dispatch" else CASES)  # its every slice needs its tasks
-]
+# all methods in the hardest way, and of the others those that have something of their own there: every method under DDP
+# is in test_distributed.py
+METHODS = {
+    "ddp": ["lorasculpt", "mixlora", "lwf"],
+    "dispatch": ["mtl_lora"],  # its every slice needs its tasks
+    "fsdp": list(CASES),
+    "fsdp-ram": ["lorasculpt", "mtl_lora", "smora", "spider"],  # masks, tasks, a bias that moves, whole weights
+}
+RUNS = [(strategy, method) for strategy in STRATEGIES for method in METHODS[strategy]]
 
 
 def rows() -> list[dict[str, torch.Tensor]]:

@@ -1,6 +1,6 @@
 """``accelerate launch`` with two processes trains what one process trains: under DDP, FSDP2, and FSDP2 that spares RAM.
 
-One pair of processes runs all methods; its checkpoints resume to the same weights. Where one process collates for both,
+One pair of processes runs them all; its checkpoints resume to the same weights. Where one process collates for both,
 every sample keeps its task.
 """
 

@@ -27,11 +27,13 @@ from lorasculpt.comparison.plan import Comparison
 from lorasculpt.comparison.table import equal_target, pareto, show, table
 from lorasculpt.config import RunConfig
 from lorasculpt.data.batches import Collator
+from lorasculpt.evaluation.correlation import drift_and_loss
 from lorasculpt.files import write_json
 from lorasculpt.measure import shape
 from lorasculpt.posthoc.edits import delta_of
 from lorasculpt.provenance import versions
 from lorasculpt.report.page import report
+from lorasculpt.report.results import with_kept
 from lorasculpt.report.words import unread
 from lorasculpt.run import records
 from lorasculpt.run.folder import write_record
@@ -477,6 +479,41 @@ def test_a_strength_is_not_chosen_on_the_test(run, tmp_path, monkeypatch):
     assert Comparison(elsewhere, None, 1, [0.01], path).missing() == ["test/lora-seed0"]
 
 
+def test_without_source_it_goes_by_drift(run, tmp_path, capsys, monkeypatch):
+    given = ("evaluate.source=[]", "evaluate.drift=2", "evaluate.strengths=[]")
+    path = compare.compare(run(*given), ["lora"], seeds=1, rates=[0.01], progress=False)
+    record = json.loads(path.read_text())
+    (made,), (row,) = record["runs"], record["table"]
+    assert row["kept"]["mean"] == np.exp(-made["drift"]["value"]) < 1
+    assert not {"retention", "h_mean", "average", "source_before", "source_after"} & row.keys()
+    assert (row["source"], record["pareto"], record["drift"]) == ({}, ["lora"], None)
+    show(record)
+    shown = capsys.readouterr().out
+    assert "Kept: the base's probability of its own texts" in shown
+    assert "Pareto front of kept and target: lora." in shown
+    page = report(path, tmp_path / "page").with_suffix(".md").read_text()
+    assert "of the base's probability of its own texts" in page
+
+    def measure(config, **options):
+        config.output.mkdir(parents=True)
+        write_record(config)
+        found = made | {"settings": shape(config), "seed": config.seed, "evaluate": None}
+        write_json(config.output / "results.json", {"schema": 1, "versions": versions(), "runs": [found]})
+        assert config.evaluate.drift == 2  # of a trial too, which else would have nothing to tell what is kept by
+
+    monkeypatch.setattr(plan, "train", lambda config, **options: None)
+    monkeypatch.setattr(plan, "measure", measure)
+    monkeypatch.setattr(Comparison, "_questions", lambda *_, **which: made["questions"])
+    tried = compare.compare(run(*given, "output=tried"), ["lora"], seeds=1, rates=[0.01, 0.02], progress=False)
+    record = json.loads(tried.read_text())
+    assert [set(trial["scores"]) for trial in record["trials"]] == [{"target_before", "target_after", "kept"}] * 2
+    assert record["rates"]["lora"]["chosen"] == 0.01
+    # the base is known by its target
+    made["summary"]["target_before"] += 0.02
+    with pytest.raises(UserError, match="the target was at"):
+        compare.compare(run(*given, "output=new"), ["lora"], seeds=2, rates=[0.01], out=path, progress=False)
+
+
 def test_every_run_says_what_it_was_made_with_and_every_row_whether_all_its_seeds_are_there(run, monkeypatch):
     monkeypatch.setattr(plan, "train", lambda config, **options: None)
     monkeypatch.setattr(plan, "measure", measured_at(0.5))
@@ -809,6 +846,22 @@ def test_a_setting_that_is_refused_later_is_placed_where_it_was_written(run):
         (("--methods", "sparser"), ("methods.sparser.densty=1",), "'methods.sparser.densty=1': method.densty is no"),
         (("--methods", "other"), ("methods.other.name=x",), "'methods.other.name=x': methods.other.name is 'x'"),
         (("--methods", "lora"), ("evaluate.source=[]",), "evaluate must name what to measure"),
+        (("--methods", "lora"), ("evaluate.target=[]", "evaluate.drift=2"), "evaluate must name what to measure"),
+        (
+            ("--methods", "lora"),
+            ("evaluate.source=[]", "evaluate.drift=2", "evaluate.validation_source=[test/train.jsonl]"),
+            "evaluate.validation_source is like evaluate.source, which is not given; name both.",
+        ),
+        (
+            ("--methods", "lora"),
+            ("evaluate.source=[]", "evaluate.drift=2", "projector=full"),
+            "projector is full, so there is no drift to measure",
+        ),
+        (
+            (),
+            ("evaluate.source=[]", "evaluate.drift=2", "methods={lora: {by: h_mean}}"),
+            "methods.lora.by is h_mean, which needs the source; name evaluate.source.",
+        ),
         (("--methods", "lora"), ("evaluate.validation=test/train.jsonl",), "rates may not be chosen on it"),
         (("--methods", "lora"), ("output=single",), "which holds a single run"),
     ],
@@ -1187,6 +1240,41 @@ def test_without_lora_or_with_one_seed_nothing_is_tested():
     assert row["against"]["source_after"] is None
 
 
+def test_what_the_others_are_held_against_goes_by_the_method(capsys):
+    """A label of one's own is as good as the method's name; an edit of it stands for nothing."""
+
+    def labelled(label: str, method: str, **fields) -> list[dict]:
+        return [entry(label, 0.4, 0.8, seed, method=method, **fields) for seed in (0, 1)]
+
+    runs = labelled("milder", "lora", edit={"edit": "scale"}, seconds=99.0) + labelled("baseline", "lora")
+    runs += labelled("other", "lora", seconds=50.0) + labelled("mine", "lorasculpt", seconds=20.0)
+    for run in runs:
+        run["curve"] = [{"strength": s, "source": 0.8 - 0.4 * s, "target": 0.8 * s} for s in (0, 1)]
+    rows = {row["label"]: row for row in table(runs)}
+    assert {label: row["time"]["mean"] for label, row in rows.items()} == {
+        "milder": pytest.approx(9.9),
+        "baseline": 1,
+        "other": 5,
+        "mine": 2,
+    }
+    assert {label for label, row in rows.items() if row["against"]} == {"milder", "other", "mine"}
+    assert equal_target(runs)["against"] == "mine"
+    # the name itself goes before
+    assert table([*runs, *labelled("lora", "lora", seconds=40.0)])[-2]["time"]["mean"] == 0.5
+
+    def shown(runs: list[dict]) -> str:
+        about = {"equal_target": equal_target(runs), "pareto": [], "drift": None, "rates": {}, "missing": []}
+        show({"runs": runs, "table": table(runs), **about})
+        return capsys.readouterr().out
+
+    words = shown(runs)
+    assert "against baseline" in words
+    assert "time and memory in those of baseline." in words
+    words = shown(runs[-2:])
+    assert "no label is trained by lora, so nothing is tested against it" in words
+    assert not any("parameters" in line and "time" in line for line in words.splitlines())
+
+
 def test_what_no_other_method_equals_or_beats_in_both_is_on_the_front():
     rows = table([entry("a", 0.5, 0.5), entry("b", 0.5, 0.6), entry("c", 0.7, 0.1), entry("d", 0.6, 0.05)])
     assert pareto(rows) == ["b", "c"]
@@ -1224,6 +1312,30 @@ def test_sources_are_compared_where_all_methods_have_learned_the_same():
     nothing = {"target": None, "against": None, "source": {}, "left_out": [], "coarse": {}}
     assert equal_target(runs[-1:]) == nothing
     assert equal_target([on_curve("dense", 0, (0, 0.8, 0.5), (1, 0.4, 0.5))]) == nothing  # where nothing was learned
+
+
+def test_what_is_kept_by_drift_is_tested_and_compared_as_a_source_is():
+    def drifted(label: str, seed: int, drift: float, half: float) -> dict:
+        """From a target of 0 by ``half`` at strength 0.5 to 0.8."""
+        made = entry(label, 0.4, 0.8, seed)
+        made["summary"] |= dict.fromkeys(("source_before", "source_after", "retention", "h_mean", "average"))
+        points = ((0, 0.0, 0.0), (0.5, half, 0.5), (1, drift, 0.8))
+        curve = [{"strength": s, "drift": d, "drift_interval": [d, d], "target": t} for s, d, t in points]
+        return made | {"source": {}, "drift": {"value": drift, "interval": [drift, drift], "n": 2}, "curve": curve}
+
+    runs = [drifted("lora", seed, 1.0, 0.2) for seed in (0, 1)]
+    runs += [drifted("lorasculpt", seed, drift, 0.1) for seed, drift in enumerate((0.5, 0.4))]
+    told = [with_kept(run) for run in runs]
+    lora, sparse = table(told)
+    assert lora["kept"]["mean"] == pytest.approx(np.exp(-1))
+    assert sparse["against"].keys() == {"kept", "target_after", "gain"}
+    assert sparse["against"]["kept"]["difference"] == pytest.approx((np.exp(-0.5) + np.exp(-0.4)) / 2 - np.exp(-1))
+    assert pareto([lora, sparse]) == ["lorasculpt"]
+    equal = equal_target(told)
+    assert "source" not in equal
+    assert (equal["target"], equal["against"]) == (0.8, "lorasculpt")
+    assert equal["kept"]["lora"]["mean"] == pytest.approx(np.exp(-1))
+    assert drift_and_loss(runs) is None
 
 
 def test_where_no_curve_is_known_at_the_level_nobody_is_compared():

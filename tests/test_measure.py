@@ -89,8 +89,10 @@ def test_without_source_the_adapter_that_keeps_enough_is_left(run, tmp_path):
         torch.testing.assert_close(written(**inputs).logits, turned_down, atol=1e-5, rtol=1e-4)
         assert not torch.allclose(tuned(**inputs).logits, turned_down, atol=1e-4)
 
-    assert "measured without source tasks" in refused("report", config.output, "--out", tmp_path / "page")
-    assert "must name what to measure: source" in refused("compare", file, share)
+    done("report", config.output, "--out", tmp_path / "page")
+    page = (tmp_path / "page" / "report.html").read_text()
+    assert "of the base's probability of its own texts" in page.replace("&#39;", "'")
+    assert "or without source data drift" in refused("compare", file, share)
 
     budget = found["budget"]
     assert str(out) in retained(config, budget | {"strength": 0.25})  # again: it is replaced,

@@ -296,6 +296,7 @@ def compare(
           milder: {of: lora, edit: scale, by: 0.7}   # or prune, dare, tailor
 
     Learning rates are chosen on evaluate.validation (default: a tenth of the training rows), never on the test.
+    Where evaluate names no source, what is kept goes by its drift: the base's probability of its own texts.
     PEFT's own (dora, pissa, osf, ...: see lorasculpt methods) are methods too. Where data is a sequence, tasks are
     learned in turn, at the rate that does best on the validation file of each; where one has none, at training.lr or
     the one rate of --rates.

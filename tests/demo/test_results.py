@@ -181,6 +181,22 @@ def test_a_claim_whose_pairs_differ_in_precision_is_marked(page):
     assert page.ABOUT_MIXED not in page.verdicts({"runs": runs, "rates": {"lora": {}, "lorasculpt": {}}}, True)
 
 
+def test_a_drift_has_its_interval_and_the_number_of_its_texts(page):
+    drift = {"value": 0.5, "interval": [0.4, 0.7], "n": 9}
+    runs = [judged("lora", 0, 0.7, 0.65) | {"drift": drift}, judged("l2", 0, 0.7, 0.65)]
+    found = {"runs": runs, "table": table(runs)}
+    told = page.costs(found).splitlines()[2:]
+    assert [line.split(" | ")[1] for line in told] == ["0.50 [0.40, 0.70]", "–"]
+    assert page.texts(found).startswith("Drift is of 9 texts that the base wrote")
+
+
+def test_what_the_pictures_of_a_flag_are_worth_is_told(page):
+    told = "480 pictures of 60 flags, each in 8 ways: pictures of a flag stand or fall together"
+    assert told in run.REMARKS["flags"]
+    assert told in " ".join(page.target_page("flags"))
+    assert told not in " ".join(page.target_page("demo"))
+
+
 def test_one_run_is_told_as_one(page):
     runs = [{"precision": "bf16"}, {"precision": "fp32"}, {"precision": "fp32"}, {}]
     assert page.precisions(runs) == ", 1 run in bf16 and 2 runs in fp32"

@@ -107,7 +107,7 @@ def test_two_runs_a_table_and_a_page_and_a_second_call_trains_nothing(tiny, tmp_
     assert len(found["color"]) == len(found["shape"]) == 3
     page = (out / "report" / "report.html").read_text()
     assert f"Open {out / 'report' / 'report.html'}" in shown
-    assert run.REMARK in shown
+    assert run.REMARKS["digits"] in shown
     assert all(f">{name}<" in page for name in ("lora", "lorasculpt", "color (source)", "shape (target)"))
 
     again = run.demo(out)

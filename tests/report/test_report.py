@@ -19,7 +19,7 @@ from lorasculpt.errors import UserError
 from lorasculpt.evaluation.correlation import drift_and_loss
 from lorasculpt.report.page import report
 from lorasculpt.report.plots import closer, drawn, legend, near, tradeoff
-from lorasculpt.report.results import Number, against, best, entries, front, over_seeds, read
+from lorasculpt.report.results import Number, against, best, entries, front, ours, over_seeds, read, reference
 from lorasculpt.report.words import bracket, difference, headline, listed, one_by_one, percent, verdict
 
 VOID = {"meta", "img", "br", "link", "input", "hr"}
@@ -244,6 +244,66 @@ def test_what_sets_entries_apart_is_named_alone():
     for one, rate in zip(runs, (1e-4, 2e-4), strict=True):
         one["settings"] = {"seed": 0, "training": {"lr": rate, "steps": 10}}
     assert [entry.label for entry in made(*runs)] == ["A training.lr=0.0001", "A training.lr=0.0002"]
+
+
+def drifted(method: str, drift: float, target: float, seed: int = 0, **fields) -> dict:
+    """A made-up run without source tasks, its drift known within a tenth, with a point of its curve."""
+    one = run(method, (0.3, 0.2), target, seed, **details(0) | fields)
+    for name in ("source_before", "source_after", "retention", "h_mean", "average"):
+        one["summary"] |= {name: None, f"{name}_interval": None}
+    half = {"strength": 0.5, "target": 0.4, "target_interval": [0.3, 0.5], "drift": 0.1, "drift_interval": [0.0, 0.2]}
+    told = {"value": drift, "interval": [drift - 0.1, drift + 0.1], "n": 8}
+    return one | {"source": {}, "curve": [half], "drift": told, "training": [{"step": 1, "loss": 3.0, "target": 0.2}]}
+
+
+def test_without_source_what_is_kept_goes_by_drift(tmp_path):
+    runs = [drifted("lora", drift, 0.6, seed) for seed, drift in enumerate((1.2, 1.4, 1.3))]
+    runs += [drifted("lorasculpt", drift, 0.55, seed) for seed, drift in enumerate((0.3, 0.35, 0.4))]
+    path = report(write(tmp_path, *runs), tmp_path / "out")
+    content, markdown = (path.with_suffix(suffix).read_text() for suffix in (".json", ".md"))
+    page = Page(path.read_text()).text()
+    lora, sparse = json.loads(content)["methods"]
+    kept = [math.exp(-drift) for drift in (1.2, 1.4, 1.3)]
+    assert lora["summary"].keys() == {"kept", "target_before", "target_after", "gain"}
+    assert [one["kept"]["value"] for one in lora["by_seed"]] == pytest.approx(kept)
+    assert lora["by_seed"][0]["kept"]["low"] == pytest.approx(math.exp(-1.3))
+    assert lora["curve"][0]["kept"] == {"value": 1.0, "low": None, "high": None}
+    assert lora["curve"][1]["kept"] == pytest.approx({"value": math.exp(-0.1), "low": math.exp(-0.2), "high": 1.0})
+    assert sparse["against"].keys() == {"kept", "target_after"}
+    assert json.loads(content)["pareto"] == ["lora", "lorasculpt"]
+    first = json.loads(content)["headline"][0].replace("\u00a0", " ")
+    assert first == (
+        "lora learned digits to 60 % and kept 27 % of the base's probability of its own texts; "
+        "lorasculpt learned 55 % and kept 71 %."
+    )
+    assert "| Method | Kept (%) | Target (%) | Gain (points) | Drift (nats) |" in markdown
+    assert "| base model | 100.0 | 10.0" in markdown
+    assert "kept: probability of the base's own texts (%)" in page
+    assert "source" not in (markdown + content + page).lower().replace('"source": {}', "")
+    assert len(headline(entries(read([write(tmp_path, *(drifted(name, 0.5, 0.6) for name in "abcde"))])))) == 2
+
+
+def test_runs_with_and_without_source_are_reported_apart(tmp_path):
+    mixed = write(tmp_path, drifted("lora", 0.5, 0.6), run("lorasculpt", (0.7, 0.5), 0.6))
+    with pytest.raises(UserError, match=r"its tasks are not those of .*; report them apart"):
+        read([mixed])
+    nothing = drifted("lora", 0.5, 0.6)
+    del nothing["drift"]
+    with pytest.raises(UserError, match="run 1 has neither source tasks nor a drift"):
+        read([write(tmp_path, nothing)])
+
+
+def test_what_the_others_are_held_against_may_be_called_otherwise(tmp_path):
+    runs = seeds("lora", [0.4, 0.45, 0.5], [0.6, 0.6, 0.6], label="baseline", **details(0))
+    runs += seeds("lorasculpt", [0.5, 0.6, 0.7], [0.5, 0.5, 0.5], label="mine", **details(1))
+    found = entries(read([write(tmp_path, *runs)]))
+    assert (reference(found).label, ours(found).label) == ("baseline", "mine")
+    told = report(write(tmp_path, *runs), tmp_path / "out").with_suffix(".md").read_text()
+    assert "× baseline" in told
+    assert "the mean difference from baseline" in told
+    told = report(write(tmp_path, *runs[3:], run("dora", (0.3, 0.2), 0.6)), tmp_path / "none")
+    for text in (told.read_text(), told.with_suffix(".md").read_text()):
+        assert "None of these is trained by lora" in text
 
 
 def test_front():

@@ -29,19 +29,21 @@ class Known:
         entries = self.trials if group == "validation" else self.tests
         return next((one for one in entries if all(one.get(key) == value for key, value in wanted.items())), None)
 
-    def check(self, before: float | None, here: float | None) -> None:
+    def check(self, number: str, before: float | None, here: float | None) -> None:
         """See that the base does on the source what it did when the entries that are taken were made.
 
         Args:
-            before: The source score of the base then; None where it was not measured.
+            number: ``"source_before"``, or where there is no source ``"target_before"``.
+            before: That score of the base then; None where it was not measured.
             here: The same in a run of today.
 
         Raises:
             UserError: they differ.
         """
+        side = number.removesuffix("_before")
         if before is not None and here is not None and abs(before - here) > NEAR:
             raise UserError(
-                f"{self.path} holds runs of another base or other questions: the source was at {before:.3f} before "
+                f"{self.path} holds runs of another base or other questions: the {side} was at {before:.3f} before "
                 f"training there and is at {here:.3f} here; name another file with --out, or remove it."
             )
 

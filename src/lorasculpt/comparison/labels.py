@@ -101,6 +101,8 @@ def _label(
             f"must be one of {', '.join(CHOICES)}; got {by!r}" if by not in CHOICES else "chooses nothing: lr is given"
         )
         raise config.error(f"methods.{label}.by", f"{mend}.")
+    if by == "h_mean" and not config.evaluate.source:
+        raise config.error(f"methods.{label}.by", "is h_mean, which needs the source; name evaluate.source.")
     replay = _replay(config, label, said)
     return Label(method, _seeds(config, label, said, seeds), own, like, replay=replay, by=by)
 

@@ -18,6 +18,7 @@ from ..evaluation.tasks import Task
 from ..files import write_text
 from ..measure import measure, measured, shape, tells
 from ..provenance import versions
+from ..report.results import with_kept
 from ..run.folder import DRIFT_FILE, RUN_FILE, check_output, diverged, same_run
 from ..run.records import check_metrics, general, held_out, questions, training_rows
 from ..train import train
@@ -115,12 +116,21 @@ class Comparison:
         self._known = known.read(results, self.rows) if results else Known()
         self._results: dict[Path, dict[str, Any]] = {}
         self._told: dict[bool, str] = {}
-        self._texts: Path | None = None  # what it says by itself, for the drift
+        self._texts: dict[bool, Path] = {}  # what it says by itself, for the drift; of trials about other pictures
 
     def _check(self, config: RunConfig) -> None:
         """Raise :class:`UserError` unless ``config`` says what to train on and what to measure."""
-        if not config.evaluate.source or not config.evaluate.target:
-            raise config.error("evaluate", "must name what to measure: source (to be kept) and target (to be learned).")
+        asked = config.evaluate
+        if not asked.target or not (asked.source or asked.drift):
+            raise config.error(
+                "evaluate",
+                "must name what to measure: source (to be kept) and target (to be learned), or without source data "
+                "drift, such as drift: 32.",
+            )
+        if not asked.source and asked.validation_source:
+            raise config.error("evaluate.validation_source", "is like evaluate.source, which is not given; name both.")
+        if not asked.source and config.projector == "full":
+            raise config.error("projector", "is full, so there is no drift to measure; name evaluate.source.")
         if set(config.evaluate.validation) & set(config.evaluate.target):
             raise config.error("evaluate.validation", "holds a file of evaluate.target; rates may not be chosen on it.")
 
@@ -146,7 +156,7 @@ class Comparison:
         changes = TESTED | {
             "strengths": [],
             "every": None,
-            "drift": None,
+            "drift": None if config.evaluate.source else config.evaluate.drift,
             "target": config.evaluate.validation or config.evaluate.target,
             "source": config.evaluate.validation_source or config.evaluate.source,
         }
@@ -244,7 +254,7 @@ class Comparison:
         folder = run.config.output
         if not run.trial or (found := diverged(folder)) is None or not same_run(folder, run.config):
             return None
-        scores = dict.fromkeys(("source_before", "source_after", "target_after", "h_mean"))
+        scores = dict.fromkeys(self._told_of_trials)
         return {"scores": scores | {"diverged": [found["step"], found["steps"]]}, "versions": found["versions"]}
 
     def make(self, run: Run, progress: bool = True) -> None:
@@ -269,10 +279,11 @@ class Comparison:
         if self.result(run) is not None:
             return  # measured elsewhere: what is needed of it is its adapter
         texts = run.config.output / DRIFT_FILE
-        if self._texts and not texts.is_file():
-            shutil.copy(self._texts, texts)
+        if run.trial in self._texts and not texts.is_file():
+            shutil.copy(self._texts[run.trial], texts)
         measure(run.config, progress=progress)
-        self._texts = texts if texts.is_file() else self._texts
+        if texts.is_file():
+            self._texts[run.trial] = texts
         self._compare_base(run)
 
     def _compare_base(self, run: Run) -> None:
@@ -281,7 +292,8 @@ class Comparison:
             return
         for other in self.trials() if run.trial else self.tests():
             if (found := self._recorded(other)) is not None:
-                self._known.check(*(self._scores(one)["source_before"] for one in (found, own)))
+                side, *_ = self._told_of_trials
+                self._known.check(side, *(self._scores(one)[side] for one in (found, own)))
 
     def command(self, run: Run) -> str:
         """The shell line that does what :meth:`make` would."""
@@ -324,8 +336,16 @@ class Comparison:
         return result["scores"] if "scores" in result else self._scored(result)
 
     def _scored(self, result: dict[str, Any]) -> dict[str, float]:
-        """The four numbers that choose a rate, out of a measured run's summary."""
-        return {key: result["summary"][key] for key in ("source_before", "source_after", "target_after", "h_mean")}
+        """The numbers that choose a rate, out of a measured run's summary."""
+        summary = with_kept(result)["summary"]
+        return {key: summary[key] for key in self._told_of_trials}
+
+    @property
+    def _told_of_trials(self) -> tuple[str, ...]:
+        """The numbers that are told of a trial; the first is of the base alone."""
+        if self.config.evaluate.source:
+            return "source_before", "source_after", "target_after", "h_mean"
+        return "target_before", "target_after", "kept"
 
     def tests(self) -> list[Run]:
         """The runs at the rates that are chosen already: every label with the first seed before any with the next.
@@ -473,12 +493,14 @@ class Comparison:
         """Everything that is known by now, as a results file: the runs one by one, and what they say together.
 
         ``table`` is :func:`~lorasculpt.comparison.table.table`, ``pareto`` and ``equal_target`` are made by those
-        beside it, ``drift`` by `lorasculpt.evaluation.correlation`; ``missing`` is empty where ``complete``. A run
+        beside it, ``drift`` by `lorasculpt.evaluation.correlation`; without source tasks they are of what is kept by
+        drift. ``missing`` is empty where ``complete``. A run
         has the ``versions`` that it was made with, and each of its target tasks its ``majority``, the score of the
         commonest answer: to reach that proves nothing.
         """
         runs, missing = self._done(), self.missing()
-        rows = self._rows(runs, table)
+        told = [with_kept(run) for run in runs]
+        rows = self._rows(told, table)
         return {
             "schema": 1,
             "complete": not missing,
@@ -490,7 +512,7 @@ class Comparison:
             "runs": runs,
             "table": rows,
             "pareto": pareto(rows),
-            "equal_target": equal_target(runs),
+            "equal_target": equal_target(told),
             "drift": drift_and_loss(runs),
         }
 

@@ -14,10 +14,10 @@ from ..console import numbers
 from ..evaluation.student import mean_interval, paired
 from ..evaluation.summary import h_mean
 from ..measure import shape
-from ..report.results import REFERENCE
+from ..report.results import REFERENCE, stands_for
 from ..run.folder import ADAPTER, LOG_FILE
 from ..sequence import MATRIX_FILE, stages_of
-from .table import cell, costs, grouped, made_with, tell_ends, tell_missing, tested
+from .table import cell, costs, grouped, made_with, measured_in, pairs, tell_ends, tell_missing, tested
 
 NUMBERS = {
     "last": "Last",
@@ -90,7 +90,7 @@ def table(entries: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     """
     rows = []
     for label, runs, reference in grouped(entries):
-        pairs = [(run, reference[run["seed"]]) for run in runs if run["seed"] in reference]
+        both = pairs(runs, reference)
         rows.append(
             {
                 "label": label,
@@ -101,11 +101,11 @@ def table(entries: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
                 **{name: mean_interval([run[name] for run in runs]) for name in NUMBERS},
                 "matrix": np.mean([run["matrix"] for run in runs], axis=0).tolist(),
                 "source": np.mean([run["source"] for run in runs], axis=0).tolist(),
-                **costs(label, runs, reference),
+                **costs(runs, reference),
                 "against": {
-                    name: paired([one[name] for one, _ in pairs], [two[name] for _, two in pairs])
+                    name: paired([one[name] for one, _ in both], [two[name] for _, two in both])
                     for name in NUMBERS
-                    if pairs and name != "source_before"
+                    if both and name != "source_before"
                 },
             }
         )
@@ -116,7 +116,8 @@ def show(record: dict[str, Any]) -> None:
     """Print the table of a comparison of sequences, the tests against the reference, and every mean matrix."""
     names = {name: words for name, words in NUMBERS.items() if name != "source_before"}
     shown = numbers("method", *names.values())
-    tests = numbers(f"against {REFERENCE}", *(words for name in names.values() for words in (name, "p")))
+    reference = stands_for(REFERENCE, record["sequences"])
+    tests = numbers(f"against {reference}", *(words for name in names.values() for words in (name, "p")))
     for row in record["table"]:
         shown.add_row(row["label"], *(cell(row[name]) for name in names))
         found = [row["against"].get(name) for name in names]
@@ -133,8 +134,6 @@ def show(record: dict[str, Any]) -> None:
         for stage, accuracy, source in zip(stages, row["matrix"], row["source"], strict=True):
             matrix.add_row(stage, *(f"{100 * value:.1f}" for value in (*accuracy, source)))
         console.print(matrix)
-    print(
-        f"Points of 100, ± the half of a 95 % interval over seeds. {MEANING}; time and memory in those of {REFERENCE}."
-    )
+    print(f"Points of 100, ± the half of a 95 % interval over seeds. {MEANING}; {measured_in(reference)}.")
     tell_ends(record["rates"])
     tell_missing(record["missing"])

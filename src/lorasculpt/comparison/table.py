@@ -13,7 +13,7 @@ from rich.table import Table
 from ..console import numbers, size
 from ..evaluation.run import KNOWN, rectangle
 from ..evaluation.student import mean_interval, paired
-from ..report.results import NEAR, NUMBERS, OURS, REFERENCE, front, made_on
+from ..report.results import NEAR, OURS, REFERENCE, equalled, front, made_on, names, stands_for
 from ..report.words import by_heart, chance, not_compared
 
 
@@ -23,25 +23,34 @@ def table(runs: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     Every number of a run's summary, and every task after training, is a mean over seeds with the 95 % interval of
     Student's t: how much another seed would change. (How sure the test items make us stands in each run.) ``steps``,
     ``lr``, ``seeds``, and the ``n`` of each task say what is behind it; ``before`` of a task is the base's score, and
-    ``majority`` what the commonest answer would get, where that is known.
+    ``majority`` what the commonest answer would get, where that is known. Runs without source tasks have ``kept`` in
+    place of what needs them (:func:`~lorasculpt.report.results.with_kept`).
 
-    ``against`` are paired t-tests against the rows of ``REFERENCE`` over the seeds that both have; p is not corrected
-    for the number of tests. ``time`` and ``memory`` are those of :func:`costs`. ``drift`` is a mean over seeds, with
+    ``against`` are paired t-tests against the label that stands for ``REFERENCE``
+    (:func:`~lorasculpt.report.results.stands_for`) over the seeds that both have; p is not corrected for the number of
+    tests. ``time`` and ``memory`` are those of :func:`costs`. ``drift`` is a mean over seeds, with
     None for each of its parts where it was not measured.
     """
     return [_row(label, group, reference) for label, group, reference in grouped(runs)]
 
 
 def grouped(runs: Sequence[dict[str, Any]]) -> list[tuple[str, list[dict], dict[int, dict]]]:
-    """The runs of each label, and by seed the runs of the reference, none for itself."""
+    """The runs of each label, and by seed those of the label that the others are held against, if there is one."""
     groups: dict[str, list[dict]] = {}
     for run in runs:
         groups.setdefault(run["label"], []).append(run)
-    reference = {run["seed"]: run for run in groups.get(REFERENCE, [])}
-    return [(label, group, {} if label == REFERENCE else reference) for label, group in groups.items()]
+    known = stands_for(REFERENCE, runs)
+    reference = {run["seed"]: run for run in groups.get(known, [])} if known else {}
+    return [(label, group, reference) for label, group in groups.items()]
 
 
-def costs(label: str, runs: list[dict], reference: dict[int, dict]) -> dict[str, Any]:
+def pairs(runs: list[dict], reference: dict[int, dict]) -> list[tuple[dict, dict]]:
+    """The runs of a label beside those of the reference with their seeds; none of the reference itself."""
+    both = [(run, reference[run["seed"]]) for run in runs if run["seed"] in reference]
+    return [(run, other) for run, other in both if run["label"] != other["label"]]
+
+
+def costs(runs: list[dict], reference: dict[int, dict]) -> dict[str, Any]:
     """Time, memory and size of the runs of a label.
 
     ``time`` and ``memory`` are the training time and its peak of memory in units of the reference's: the mean over the
@@ -53,21 +62,20 @@ def costs(label: str, runs: list[dict], reference: dict[int, dict]) -> dict[str,
     precision by precision; ``memory`` is the mean of these, without an interval. ``memory_bytes`` is the smallest peak
     either way.
     """
-    others = list(reference.values()) if label != REFERENCE else runs
-    by = {run["seed"]: run for run in others}
-    pairs = [(run, by[run["seed"]]) for run in runs if run["seed"] in by]
-    pairs = [(one, two) for one, two in pairs if made_on(one) == made_on(two)]
+    others = list(reference.values())
+    alike = [(run, reference[run["seed"]]) for run in runs if run["seed"] in reference]
+    alike = [(one, two) for one, two in alike if made_on(one) == made_on(two)]
     of = {run.get("memory_of") for run in (*runs, *others)}
     if of == {"process"}:
-        alike = {made_on(run) for run in runs} & {made_on(run) for run in others}
-        peaks = [[_peak([run for run in side if made_on(run) == made]) for side in (runs, others)] for made in alike]
+        made = {made_on(run) for run in runs} & {made_on(run) for run in others}
+        peaks = [[_peak([run for run in side if made_on(run) == one]) for side in (runs, others)] for one in made]
         memory = mean_interval([mean_interval([_over(one, two) for one, two in peaks])["mean"]])
     else:
-        both = pairs if len(of) == 1 else []
+        both = alike if len(of) == 1 else []
         memory = mean_interval([_over(one.get("memory_bytes"), two.get("memory_bytes")) for one, two in both])
     return {
         "seconds": mean(run["seconds"] for run in runs),
-        "time": mean_interval([_over(one["seconds"], two["seconds"]) for one, two in pairs]),
+        "time": mean_interval([_over(one["seconds"], two["seconds"]) for one, two in alike]),
         "memory_bytes": _peak(runs),
         "memory": memory,
         "trainable": runs[0]["trainable"],
@@ -77,14 +85,14 @@ def costs(label: str, runs: list[dict], reference: dict[int, dict]) -> dict[str,
 
 def _row(label: str, runs: list[dict], reference: dict[int, dict]) -> dict[str, Any]:
     first = runs[0]
-    pairs = [(run, reference[run["seed"]]) for run in runs if run["seed"] in reference]
+    both = pairs(runs, reference)
     return {
         "label": label,
         "method": first["method"],
         "seeds": [run["seed"] for run in runs],
         "steps": first["steps"],
         "lr": first["settings"]["training"]["lr"],
-        **{name: mean_interval([run["summary"][name] for run in runs]) for name in NUMBERS},
+        **{name: mean_interval([run["summary"][name] for run in runs]) for name in names(first)},
         **{
             side: {
                 task: mean_interval([run[side][task]["after"] for run in runs])
@@ -94,11 +102,11 @@ def _row(label: str, runs: list[dict], reference: dict[int, dict]) -> dict[str, 
             for side in ("source", "target")
         },
         "drift": mean_interval([(run.get("drift") or {}).get("value") for run in runs]),
-        **costs(label, runs, reference),
+        **costs(runs, reference),
         "against": {
-            name: paired([one["summary"][name] for one, _ in pairs], [two["summary"][name] for _, two in pairs])
-            for name in NUMBERS
-            if pairs and not name.endswith("_before")
+            name: paired([one["summary"][name] for one, _ in both], [two["summary"][name] for _, two in both])
+            for name in names(first)
+            if both and not name.endswith("_before")
         },
     }
 
@@ -114,12 +122,19 @@ def _over(value: float | None, other: float | None) -> float | None:
 
 
 def pareto(rows: Sequence[dict[str, Any]]) -> list[str]:
-    """The labels of those rows of a :func:`table` that no other row equals or beats in both source and target."""
-    return front({row["label"]: (row["source_after"]["mean"], row["target_after"]["mean"]) for row in rows})
+    """The labels of those rows of a :func:`table` that no other equals or beats in both source, or kept, and target."""
+    return front({row["label"]: (row[_side(row)]["mean"], row["target_after"]["mean"]) for row in rows})
+
+
+def _side(row: dict[str, Any]) -> str:
+    """The number of a row that is set against its target."""
+    return "kept" if "kept" in row else "source_after"
 
 
 def equal_target(runs: Sequence[dict[str, Any]]) -> dict[str, Any]:
     """Source average of the labels where the strength of each gives the target score that all of them reach.
+
+    Of runs without source tasks it is what is kept by drift, under ``kept`` in place of ``source``.
 
     Read off each run's curve over strength, between its points linearly where these are as close as ``refine`` wants
     them (:func:`~lorasculpt.evaluation.run.rectangle`): a straight line through more is a guess. What a label reaches
@@ -132,7 +147,7 @@ def equal_target(runs: Sequence[dict[str, Any]]) -> dict[str, Any]:
         ``target``: the level, None where no run has a curve on which anything was gained. ``source``: of each label the
         ``seeds``, the ``values`` of the source average in their order, their ``mean`` with its 95 % interval ``low``
         and ``high``, and ``test``, the paired t-test against the label ``against`` over the seeds that both have (None
-        for that label itself, and for fewer than two). ``against``: LoRASculpt, or the first label without it.
+        for that label itself, and for fewer than two). ``against``: the label that stands for ``OURS``, or the first.
         ``left_out``: the labels that gain too little. ``coarse``: by label the seeds whose curve is not known there.
     """
     curves: dict[str, dict[int, list[dict]]] = {}
@@ -140,26 +155,28 @@ def equal_target(runs: Sequence[dict[str, Any]]) -> dict[str, Any]:
         if run["curve"]:
             own = sorted(run["curve"], key=lambda point: point["strength"])
             curves.setdefault(run["label"], {})[run["seed"]] = own
+    side = "kept" if any("kept" in run.get("summary", ()) for run in runs) else "source"
     best = {label: [max(point["target"] for point in curve) for curve in own.values()] for label, own in curves.items()}
     base = {label: [curve[0]["target"] for curve in own.values()] for label, own in curves.items()}
     gained = {label: min(a - b for a, b in zip(best[label], base[label], strict=True)) for label in curves}
     most = max(gained.values(), default=0)
     if most <= 0:
-        return {"target": None, "against": None, "source": {}, "left_out": [], "coarse": {}}
+        return {"target": None, "against": None, side: {}, "left_out": [], "coarse": {}}
     kept = [label for label in gained if gained[label] >= NEAR * most]
     level = min(min(best[label]) for label in kept)
     at: dict[str, dict[int, float]] = {}
     coarse: dict[str, list[int]] = {}
     for label in kept:
         for seed, curve in curves[label].items():
-            if (kept_there := _source_at(level, curve)) is None:
+            if (kept_there := _at(level, curve, side)) is None:
                 coarse.setdefault(label, []).append(seed)
             else:
                 at.setdefault(label, {})[seed] = kept_there
     left_out = [label for label in gained if label not in kept]
     if not at:
-        return {"target": level, "against": None, "source": {}, "left_out": left_out, "coarse": coarse}
-    against = OURS if OURS in at else next(iter(at))
+        return {"target": level, "against": None, side: {}, "left_out": left_out, "coarse": coarse}
+    ours = stands_for(OURS, runs)
+    against = ours if ours in at else next(iter(at))
 
     def row(label: str, values: dict[int, float]) -> dict[str, Any]:
         both = [seed for seed in values if seed in at[against] and label != against]
@@ -167,18 +184,17 @@ def equal_target(runs: Sequence[dict[str, Any]]) -> dict[str, Any]:
         own = list(values.values())
         return {"seeds": list(values), "values": own} | mean_interval(own) | {"test": test}
 
-    source = {label: row(label, values) for label, values in at.items()}
     return {
         "target": level,
         "against": against,
-        "source": source,
+        side: {label: row(label, values) for label, values in at.items()},
         "left_out": left_out,
         "coarse": coarse,
     }
 
 
-def _source_at(level: float, curve: Sequence[dict]) -> float | None:
-    """The source average of a curve at the smallest strength where its target, which gets there, is ``level``.
+def _at(level: float, curve: Sequence[dict], side: str) -> float | None:
+    """The ``side`` of a curve at the smallest strength where its target, which gets there, is ``level``.
 
     None where that lies between two points too far apart to tell; at a point it was measured.
     """
@@ -188,21 +204,34 @@ def _source_at(level: float, curve: Sequence[dict]) -> float | None:
                 return None
             rise = high["target"] - low["target"]
             share = (level - low["target"]) / rise if rise > 0 else 1.0
-            return low["source"] + share * (high["source"] - low["source"])
+            return low[side] + share * (high[side] - low[side])
     raise ValueError(f"no point of the curve has a target of {level}")
 
 
 # --- on the screen --------------------------------------------------------------------------------------------------
 
+BY_SOURCE = {
+    "source_after": "source",
+    "target_after": "target",
+    "retention": "retention",
+    "gain": "gain",
+    "h_mean": "H-mean",
+    "average": "average",
+}
+BY_DRIFT = {"kept": "kept", "target_after": "target", "gain": "gain"}
+
 
 def show(record: dict[str, Any]) -> None:
     """Print the table of a comparison, the tests against the reference, and what a reader has to know."""
-    columns = ("source_after", "target_after", "retention", "gain", "h_mean", "average")
-    shown = numbers("method", "source", "target", "retention", "gain", "H-mean", "average")
-    tests = numbers(f"against {REFERENCE}", "source", "p", "target", "p", "H-mean", "p")
+    by_drift = any("kept" in row for row in record["table"])
+    columns = BY_DRIFT if by_drift else BY_SOURCE
+    told = [name for name in columns if name in ("source_after", "kept", "target_after", "h_mean")]
+    reference = stands_for(REFERENCE, record["runs"])
+    shown = numbers("method", *columns.values())
+    tests = numbers(f"against {reference}", *(words for name in told for words in (columns[name], "p")))
     for row in record["table"]:
         shown.add_row(row["label"], *(cell(row[name]) for name in columns))
-        found = [row["against"].get(name) for name in ("source_after", "target_after", "h_mean")]
+        found = [row["against"].get(name) for name in told]
         if any(found):
             tests.add_row(row["label"], *(text for test in found for text in tested(test)))
     console = Console()
@@ -211,37 +240,45 @@ def show(record: dict[str, Any]) -> None:
     if tests.row_count:
         console.print(tests)
     steps = ", ".join(str(steps) for steps in sorted({row["steps"] for row in record["table"]}))
-    print(
-        f"Points of 100, ± half of a 95 % interval over seeds; {steps} steps; time and memory in those of {REFERENCE}."
-    )
+    print(f"Points of 100, ± half of a 95 % interval over seeds; {steps} steps; {measured_in(reference)}.")
+    if by_drift:
+        print("Kept: the base's probability of its own texts, a token, exp(-drift); there are no source tasks.")
     equal = record["equal_target"]
-    if equal["source"]:
+    if equalled(equal):
         kept = ", ".join(
             f"{label} {cell(found)}" + (f" ({chance(found['test']['p'])})" if (found["test"] or {}).get("p") else "")
-            for label, found in equal["source"].items()
+            for label, found in equalled(equal).items()
         )
-        print(f"Source where all reach the target {100 * equal['target']:.1f}, p against {equal['against']}: {kept}.")
+        side, level = "Kept" if by_drift else "Source", 100 * equal["target"]
+        print(f"{side} where all reach the target {level:.1f}, p against {equal['against']}: {kept}.")
     if others := not_compared(equal):
         print(others)
-    print(f"Pareto front of source and target: {', '.join(record['pareto'])}.")
+    print(f"Pareto front of {'kept' if by_drift else 'source'} and target: {', '.join(record['pareto'])}.")
     if record["drift"]:
         words = {"runs": "runs", "curve": "points of curves"}
-        told = ", ".join(_ranked(record["drift"][key], words[key]) for key in words if record["drift"][key])
-        print(f"Drift and the source lost, Spearman's rank correlation (95 % interval): {told}.")
-    for told in dict.fromkeys(filter(None, map(by_heart, record["runs"]))):
-        print(told)
+        ranked = ", ".join(_ranked(record["drift"][key], words[key]) for key in words if record["drift"][key])
+        print(f"Drift and the source lost, Spearman's rank correlation (95 % interval): {ranked}.")
+    for sentence in dict.fromkeys(filter(None, map(by_heart, record["runs"]))):
+        print(sentence)
     tell_ends(record["rates"])
     tell_missing(record["missing"])
 
 
+def measured_in(reference: str | None) -> str:
+    """What times and memory are told in, or that there is nothing to tell them in and to test against, in words."""
+    if reference is None:
+        return f"no label is trained by {REFERENCE}, so nothing is tested against it and no time or memory told in its"
+    return f"time and memory in those of {reference}"
+
+
 def made_with(rows: Sequence[dict[str, Any]]) -> Table:
-    """What the methods of a table were trained with and cost; drift and memory where some have them."""
-    drifts, memories = (any(row.get(name, {}).get("mean") is not None for row in rows) for name in ("drift", "memory"))
-    shown = numbers("method", "seeds", "lr", *["drift"] * drifts, "time", *["memory"] * memories, "parameters", "size")
+    """What the methods of a table were trained with and cost; drift, time and memory where some have them."""
+    told = {"drift": 3, "time": 2, "memory": 2}
+    told = {name: n for name, n in told.items() if any(row.get(name, {}).get("mean") is not None for row in rows)}
+    shown = numbers("method", "seeds", "lr", *told, "parameters", "size")
     for row in rows:
         cells = [row["label"], str(len(row["seeds"])), f"{row['lr']:g}"]
-        cells += [cell(row["drift"], 1, 3)] if drifts else []
-        cells += [cell(row["time"], 1, 2)] + ([cell(row["memory"], 1, 2)] if memories else [])
+        cells += [cell(row[name], 1, digits) for name, digits in told.items()]
         shown.add_row(*cells, f"{row['trainable']:,}", size(row["adapter_bytes"]))
     return shown
 

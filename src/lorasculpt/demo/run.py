@@ -30,10 +30,13 @@ METHODS: dict[str, dict[str, Any]] = {
     },
 }
 STEPS = 160  # two minutes a run on two cores with fast bf16, eight on two threads of one core without
-REMARK = (
-    "Both ran at the learning rate that teaches digits best on a validation set. At a seventh of that rate LoRA "
-    "learned and kept as much as LoRASculpt (results/demo.json)."
-)
+REMARKS = {
+    "digits": (
+        "Both ran at the learning rate that teaches digits best on a validation set. At a seventh of that rate LoRA "
+        "learned and kept as much as LoRASculpt (results/demo.json)."
+    ),
+    "flags": f"One run each, at rates that were chosen for digits. {world.TOGETHER}",
+}
 QUICK = 60  # items behind each number of the quick demo
 WORK = {False: 1.4e14, True: 6.2e14}  # operations in products of the quick and of the full demo
 BESIDE = 1.1e-12  # seconds for each of them that everything else takes
@@ -101,7 +104,7 @@ def demo(out: Path, *, target: str = "digits", full: bool = False) -> list[Path]
             print(f"\n{name}: training on {target} (lorasculpt train {path})")
             train(config)
             results.append(measure(config))
-    page = report(results, out / "report", REMARK if target == "digits" else None)
+    page = report(results, out / "report", REMARKS[target])
     print(f"\nDone in {(time.monotonic() - began) / 60:.1f} minutes. Open {page}")
-    print(REMARK if target == "digits" else "One run each, at rates that were chosen for digits.")
+    print(REMARKS[target])
     return results

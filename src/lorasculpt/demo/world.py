@@ -307,6 +307,11 @@ def digit_items(split: str) -> list[Item]:
 
 
 COUNTRIES = 60  # of twice as many and more a few minutes of training show too few pictures each
+WAYS = 8  # in which a flag of the test is held
+TOGETHER = (
+    f"The test has {COUNTRIES * WAYS} pictures of {COUNTRIES} flags, each in {WAYS} ways: pictures of a flag stand or "
+    "fall together, so that intervals over pictures are too narrow."
+)
 ANOTHERS = {"bv", "cp", "dg", "ea", "hm", "mf", "sj", "ta", "um"}  # territories that fly another one's flag
 
 
@@ -324,13 +329,13 @@ def flags() -> tuple[tuple[str, str], ...]:
 def flag_items(split: str) -> list[Item]:
     """Whose flag is it: the name of a country, with none offered.
 
-    Trained on are Twemoji's drawings, validated with the same drawings held in other ways, tested on OpenMoji's. All
-    pictures of a flag stand or fall together: intervals over them are too narrow.
+    Trained on are Twemoji's drawings, validated with the same drawings held in other ways, tested on OpenMoji's. What
+    its intervals are worth says ``TOGETHER``.
     """
     folder, copies = {
         "train": ("flags", range(24)),
         "validation": ("flags", range(24, 31)),
-        "test": ("openmoji", range(8)),
+        "test": ("openmoji", range(WAYS)),
     }[split]
     items = [
         Item("flags", "Whose flag is it?", country, f"{folder}/{file}_{copy}.png")

@@ -21,12 +21,13 @@ def drift_and_loss(runs: Sequence[dict[str, Any]]) -> dict[str, Any] | None:
     Returns:
         ``runs``: :func:`rank_correlation` over the runs that have a drift. ``curve``: the same over all points of the
         strength curves that carry one; not over strength 0, which is the base, with neither drift nor loss. None for
-        what no run has, and altogether if none has a drift.
+        what no run has, and altogether if none has a drift and a source.
     """
     drifted: list[Points] = []
     curves: list[Points] = []
     for run in runs:
-        before = run["summary"]["source_before"]
+        if (before := run["summary"]["source_before"]) is None:
+            continue  # there is no source
         if run.get("drift"):
             drifted.append([(run["drift"]["value"], before - run["summary"]["source_after"])])
         if points := [(p["drift"], before - p["source"]) for p in run["curve"] if "drift" in p and p["strength"] > 0]:

@@ -25,14 +25,13 @@ from ..files import write_json, write_text
 from . import plots, sequences
 from .inside import TOTALS, inside
 from .results import (
-    NUMBERS,
-    REFERENCE,
     Entry,
     Number,
     against,
     best,
     ends,
     entries,
+    equalled,
     front,
     made_on,
     measured,
@@ -59,6 +58,7 @@ from .words import (
 
 COLUMNS = {
     "source_after": "Source average (%)",
+    "kept": "Kept (%)",
     "target_after": "Target (%)",
     "retention": "Retention (%)",
     "gain": "Gain (points)",
@@ -87,22 +87,28 @@ def _drift_cell(drift: Number | None) -> dict:
     return _plain_cell(f"{drift.value:.3f}", drift.value) | {"interval": interval}
 
 
+def columns(found: list[Entry]) -> dict[str, str]:
+    """Those of ``COLUMNS`` that the entries have."""
+    return {name: head for name, head in COLUMNS.items() if name in found[0].numbers}
+
+
 def summary_table(found: list[Entry]) -> dict:
-    """One row for the base and one for each entry: the six numbers, and drift where it is known.
+    """One row for the base and one for each entry: the numbers that there are, and drift where it is known.
 
     The best of each column is bold if there is a best; numbers that are tested against the reference say how.
     """
     drift = [_drift_cell(entry.drift) for entry in found] if any(entry.drift is not None for entry in found) else []
-    base = [_cell(found[0].numbers[name]) for name in ("source_before", "target_before")]
-    rows = [{"name": "base model", "cells": base + [_plain_cell(NONE, None)] * (len(COLUMNS) - 2 + bool(drift))}]
-    winners = {name: best([entry.numbers[name] for entry in found]) for name in COLUMNS}
+    heads = columns(found)
+    base = [_cell(found[0].curve[0][side]) for side in (found[0].side, "target")]
+    rows = [{"name": "base model", "cells": base + [_plain_cell(NONE, None)] * (len(heads) - 2 + bool(drift))}]
+    winners = {name: best([entry.numbers[name] for entry in found]) for name in heads}
     tests = against(found)
     for i, entry in enumerate(found):
         own = tests.get(entry.label, {})
-        cells = [_cell(entry.numbers[name], winners[name] == i, own.get(name)) for name in COLUMNS]
+        cells = [_cell(entry.numbers[name], winners[name] == i, own.get(name)) for name in heads]
         name = entry.label if len(entry.runs) == 1 else f"{entry.label} ({len(entry.runs)} seeds)"
         rows.append({"name": name, "cells": cells + drift[i : i + 1]})
-    return {"head": ["Method", *COLUMNS.values(), *["Drift (nats)"] * bool(drift)], "rows": rows}
+    return {"head": ["Method", *heads.values(), *["Drift (nats)"] * bool(drift)], "rows": rows}
 
 
 def cost_table(found: list[Entry]) -> dict:
@@ -122,7 +128,7 @@ def cost_table(found: list[Entry]) -> dict:
         if known not in (None, entry) and len({made_on(run) for run in (*entry.runs, *known.runs)}) == 1:
             for key in ("seconds", *["memory_bytes"] * measured_alike):
                 if key in cells:
-                    cells[key]["test"] = times(getattr(entry, key), getattr(known, key))
+                    cells[key]["test"] = times(getattr(entry, key), getattr(known, key), known.label)
         rows.append({"name": entry.label, "cells": list(cells.values())})
     return {"head": ["Method", *(head for head, _ in columns.values())], "rows": rows}
 
@@ -153,28 +159,28 @@ def seed_table(found: list[Entry]) -> dict | None:
     rows = [
         {
             "name": f"{entry.label}, seed {run['seed']}",
-            "cells": [_cell(measured(run["summary"], name)) for name in COLUMNS],
+            "cells": [_cell(measured(run["summary"], name)) for name in columns(found)],
         }
         for entry in found
         for run in entry.runs
         if len(entry.runs) > 1
     ]
-    return {"head": ["Run", *COLUMNS.values()], "rows": rows} if rows else None
+    return {"head": ["Run", *columns(found).values()], "rows": rows} if rows else None
 
 
 def equal_table(found: list[Entry]) -> tuple[dict, str, str] | None:
-    """The source average of each adapter where these reach the same target score, that score, and who is left out.
+    """What each adapter has left where all reach the same target score, that score, and who is left out.
 
     None if not known.
     """
     equal = found[0].runs[0].get("equal_target") or {}
-    if not equal.get("source"):
+    if not equalled(equal):
         return None
     rows = [
-        {"name": label, "cells": [_cell(Number(source["mean"], source["low"], source["high"]))]}
-        for label, source in equal["source"].items()
+        {"name": label, "cells": [_cell(Number(left["mean"], left["low"], left["high"]))]}
+        for label, left in equalled(equal).items()
     ]
-    return {"head": ["Method", "Source average (%)"], "rows": rows}, percent(equal["target"]), not_compared(equal)
+    return {"head": ["Method", COLUMNS[found[0].after]], "rows": rows}, percent(equal["target"]), not_compared(equal)
 
 
 def made_of_table(totals: dict[str, dict]) -> dict | None:
@@ -253,9 +259,10 @@ def gallery(found: list[Entry]) -> list[dict]:
     return items
 
 
-def filters(items: list[dict]) -> list[dict]:
-    """What the gallery can be narrowed to, with the number of pictures that are left."""
-    names = {"all": "all", "forgotten": "forgotten", "learned": "learned", "both": "both right"}
+def filters(items: list[dict], source: bool) -> list[dict]:
+    """What the gallery can be narrowed to, with the number of pictures that are left; only of a source is forgotten."""
+    names = {"all": "all"} | ({"forgotten": "forgotten"} if source else {})
+    names |= {"learned": "learned", "both": "both right"}
     return [
         {"name": name, "text": text, "count": sum(name in (*item["groups"], "all") for item in items)}
         for name, text in names.items()
@@ -282,15 +289,15 @@ def as_json(found: list[Entry], sentences: list[str]) -> dict:
             "label": entry.label,
             "method": entry.runs[0]["method"],
             "seeds": entry.seeds,
-            "summary": {name: _plain(entry.numbers[name]) for name in NUMBERS},
+            "summary": {name: _plain(number) for name, number in entry.numbers.items()},
             "source": tasks(entry.source),
             "target": tasks(entry.target),
             "curve": [
-                {"strength": p["strength"], "source": _plain(p["source"]), "target": _plain(p["target"])}
+                {"strength": p["strength"], entry.side: _plain(p[entry.side]), "target": _plain(p["target"])}
                 for p in entry.curve
             ],
             "by_seed": [
-                {"seed": run["seed"]} | {name: _plain(measured(run["summary"], name)) for name in NUMBERS}
+                {"seed": run["seed"]} | {name: _plain(measured(run["summary"], name)) for name in entry.numbers}
                 for run in entry.runs
             ],
             "against": tests.get(entry.label, {}),
@@ -363,7 +370,8 @@ def _of_file(run: dict) -> dict[str, Any]:
 
 def _notes(found: list[Entry]) -> list[str]:
     """What a reader has to know before comparing the entries."""
-    notes = [note for side in ("source_before", "target_before") for note in _bases(found, side)]
+    sides = [side for side in ("source_before", "target_before") if side in found[0].numbers]
+    notes = [note for side in sides for note in _bases(found, side)]
     runs = [run for entry in found for run in entry.runs]
     notes += dict.fromkeys(filter(None, map(by_heart, runs)))
     if not all(run["complete"] for run in runs):
@@ -476,8 +484,9 @@ def _runs(paths: list[Path], remark: str | None) -> _Part:
     lead, notes, note = headline(found), _notes(found), about_intervals(found)
     sentences = lead + one_by_one(found)
     notes += [remark] if remark else []
-    if against(found):
-        note += " " + about_tests(REFERENCE)
+    known = reference(found)
+    if known and against(found):
+        note += " " + about_tests(known.label)
     content = as_json(found, sentences)
     tables = [summary_table(found), task_table(found), cost_table(found)]
     pictures, equal = gallery(found), equal_table(found)
@@ -489,6 +498,7 @@ def _runs(paths: list[Path], remark: str | None) -> _Part:
         "lead": len(lead),
         "many": len(found) > MANY,
         "note": note,
+        "by": found[0].side,
         "of_costs": about_costs(found),
         "tables": tables,
         "equal": equal,
@@ -507,7 +517,7 @@ def _runs(paths: list[Path], remark: str | None) -> _Part:
         "maps": within["maps"],
         "unread": within["notes"],
         "gallery": pictures,
-        "filters": filters(pictures),
+        "filters": filters(pictures, bool(found[0].source)),
         "several": len(found) > 1,
         "settings": _settings(found),
     }

@@ -22,7 +22,7 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.markers import MarkerStyle
 
-from .results import OURS, REFERENCE, Entry, ends, front
+from .results import Entry, ends, front, ours, reference
 
 Point = tuple[float, float]
 
@@ -50,6 +50,7 @@ STYLE = {
     "lines.markersize": 6,
 }
 SIDES: dict[str, Any] = {"source": "-", "target": (0, (3, 2))}  # and the dashes of its line
+AXES = {"source": "source: what it knew (%)", "kept": "kept: probability of the base's own texts (%)"}
 WIDTH = 4.7  # inches: wide enough for a column of a page, and still readable when a phone shrinks it
 CURVES = 6  # of more entries some have a mark for their end alone
 KEPT, LEARNED = 0.9, 0.5  # what is seen closer: so much of the base's source, and of the best target
@@ -83,8 +84,9 @@ def drawn(entries: list[Entry]) -> list[int]:
     """The entries whose curves are drawn: all of up to ``CURVES``, else the first, the reference, ours, the front."""
     if len(entries) <= CURVES:
         return list(range(len(entries)))
-    chosen = {*front(ends(entries)), entries[0].label}
-    return [i for i, e in enumerate(entries) if e.label in chosen or e.label.casefold() in (REFERENCE, OURS)]
+    others = [entry for entry in (entries[0], reference(entries), ours(entries)) if entry]
+    chosen = {*front(ends(entries)), *(entry.label for entry in others)}
+    return [i for i, entry in enumerate(entries) if entry.label in chosen]
 
 
 def curved(entries: list[Entry]) -> list[int]:
@@ -127,7 +129,7 @@ def _bars(points: list[dict]) -> list[list[Point]]:
     """The two error bars, target's and source's, of each of ``points``, in percent."""
     bars = []
     for point in points:
-        x, y = point["target"], point["source"]
+        x, y = point["target"], point["source"] if "source" in point else point["kept"]
         if x.low is not None and x.high is not None:
             bars.append([(100 * x.low, 100 * y.value), (100 * x.high, 100 * y.value)])
         if y.low is not None and y.high is not None:
@@ -211,7 +213,7 @@ def near(entries: list[Entry]) -> list[int]:
     if len(entries) <= CURVES:
         return []
     best = max(target for target, _ in ends(entries).values())
-    before = entries[0].numbers["source_before"].value
+    before = entries[0].curve[0][entries[0].side].value
     both = ends(entries).values()
     found = [i for i, (x, y) in enumerate(both) if x >= LEARNED * best and y >= KEPT * before]
     return found if len(found) > 2 else []
@@ -224,9 +226,9 @@ def closer(entries: list[Entry]) -> str | None:
         return None
     with mpl.rc_context(STYLE):
         figure = Figure(figsize=(WIDTH, 4.1), layout="constrained")
-        axes = figure.add_subplot(xlabel="target (%)", ylabel="source (%)")
+        axes = figure.add_subplot(xlabel="target (%)", ylabel=f"{entries[0].side} (%)")
         last = {i: entries[i].curve[-1] for i in found}
-        places = {i: (100 * end["target"].value, 100 * end["source"].value) for i, end in last.items()}
+        places = {i: (100 * end["target"].value, 100 * end[entries[i].side].value) for i, end in last.items()}
         own = {i: mine(i, _told(entries[i])) for i in found}
         _limits(axes, np.array(list(places.values())))
         for i, place in places.items():
@@ -242,12 +244,12 @@ def closer(entries: list[Entry]) -> str | None:
 
 def _told(entry: Entry) -> str:
     """What the mark of an entry's end says of itself."""
-    target, source = (100 * entry.curve[-1][side].value for side in ("target", "source"))
-    return f"{entry.label}: target {target:.1f} %, source {source:.1f} %"
+    target, other = (100 * entry.curve[-1][side].value for side in ("target", entry.side))
+    return f"{entry.label}: target {target:.1f} %, {entry.side} {other:.1f} %"
 
 
 def tradeoff(entries: list[Entry]) -> str:
-    """Source against target average as each adapter is turned from strength 0 to 1.
+    """Source, or what is kept by drift, against target average as each adapter is turned from strength 0 to 1.
 
     Every seed is a small hollow mark. Of several entries the Pareto front is drawn; only of up to three every point
     has its interval and the strength beside it. Of more than ``CURVES`` those that are `drawn` have their curve, and
@@ -255,13 +257,16 @@ def tradeoff(entries: list[Entry]) -> str:
     """
     with mpl.rc_context(STYLE):
         figure = Figure(figsize=(WIDTH, 4.1), layout="constrained")
-        axes = figure.add_subplot(xlabel="target: what it was taught (%)", ylabel="source: what it knew (%)")
+        axes = figure.add_subplot(xlabel="target: what it was taught (%)", ylabel=AXES[entries[0].side])
         few, shown, lined = len(entries) <= 3, drawn(entries), curved(entries)
         named = set(shown) - set(near(entries)) if len(shown) < len(entries) else set()
         own = [mine(i, _told(entry)) for i, entry in enumerate(entries)]
-        xy = [[(100 * p["target"].value, 100 * p["source"].value) for p in entry.curve] for entry in entries]
+        xy = [[(100 * p["target"].value, 100 * p[entry.side].value) for p in entry.curve] for entry in entries]
         seeds = {
-            i: [(100 * run["summary"]["target_after"], 100 * run["summary"]["source_after"]) for run in entries[i].runs]
+            i: [
+                tuple(100 * run["summary"][name] for name in ("target_after", entries[i].after))
+                for run in entries[i].runs
+            ]
             for i in shown
             if len(entries[i].runs) > 1
         }
@@ -297,7 +302,8 @@ def tradeoff(entries: list[Entry]) -> str:
                 labels.put(f"{point['strength']:g}", place, colour(i), gap=9 if place is xy[i][-1] else 6, **own[i])
             if i in named:
                 labels.put(entry.label, xy[i][-1], colour(i), gap=9, **own[i])
-        return svg(figure, "tradeoff", "Source average against target average over adapter strength")
+        said = {"source": "Source average", "kept": "What is kept"}[entries[0].side]
+        return svg(figure, "tradeoff", f"{said} against target average over adapter strength")
 
 
 def _means(steps: list[float], values: list[float]) -> tuple[list[float], list[float]]:
@@ -363,9 +369,9 @@ def drift(entries: list[Entry]) -> str | None:
     """The source average that each run lost over its drift, and small the points of its curve that carry one.
 
     Of more than ``CURVES`` entries those that are `drawn` alone have a curve. The axis of the drift is logarithmic
-    where it spans more than a factor of thirty. None where no run has a drift.
+    where it spans more than a factor of thirty. None where no run has a drift, or none a source.
     """
-    drifted = [(i, run) for i, entry in enumerate(entries) for run in entry.runs if run.get("drift")]
+    drifted = [(i, run) for i, e in enumerate(entries) for run in e.runs if run.get("drift") and e.source]
     if not drifted:
         return None
     shown = drawn(entries)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import mean, stdev
@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 
 from ..errors import UserError
+from ..evaluation.budget import kept
 from ..evaluation.student import paired, quantile
 
 NUMBERS = (
@@ -25,11 +26,12 @@ NUMBERS = (
     "h_mean",
     "average",
 )
+BY_DRIFT = ("kept", "target_before", "target_after", "gain")  # those of a run without source tasks
 SIDES = ("source", "target")
-REFERENCE = "lora"  # what the others are tested against
-OURS = "lorasculpt"
+REFERENCE, OURS = "lora", "lorasculpt"  # what the others are tested against, and what is held against all
 NEAR = 0.5  # of the most that is gained on the target: who gains less than this is not compared at equal target
-TESTED = ("source_after", "target_after", "h_mean", "average")  # retention and gain only repeat source and target
+# retention and gain only repeat source and target
+TESTED = ("source_after", "kept", "target_after", "h_mean", "average")
 LEVEL = 0.05  # a difference with a smaller p is told as one
 REQUIRED = ("method", "seed", "source", "target", "summary")
 
@@ -54,9 +56,10 @@ class Entry:
     """One method (with one choice of settings): its runs, and every number over them.
 
     ``source`` and ``target`` map a task to ``{"before": Number, "after": Number, "n": int}``; ``curve`` is a list of
-    ``{"strength": float, "source": Number, "target": Number}`` from strength 0 (the base) to 1. ``drift`` is in nats a
-    token; of several peaks of memory the smallest is taken, since what else a process holds adds to it. What a run does
-    not tell is None, and so is ``seconds`` where the runs are of several machines or precisions.
+    ``{"strength": float, "source": Number, "target": Number}`` from strength 0 (the base) to 1, without source tasks
+    with ``kept`` (:func:`with_kept`) in place of ``source``. ``drift`` is in nats a token; of several peaks of memory
+    the smallest is taken, since what else a process holds adds to it. What a run does not tell is None, and so is
+    ``seconds`` where the runs are of several machines or precisions.
     """
 
     label: str
@@ -75,6 +78,21 @@ class Entry:
     def seeds(self) -> list[int]:
         """The seed of each run."""
         return [run["seed"] for run in self.runs]
+
+    @property
+    def side(self) -> str:
+        """What is set against the target, as points of the curve have it."""
+        return "source" if self.source else "kept"
+
+    @property
+    def after(self) -> str:
+        """The number that it comes to after training."""
+        return "source_after" if self.source else "kept"
+
+    @property
+    def share(self) -> str:
+        """The number that is the share of the base that is kept."""
+        return "retention" if self.source else "kept"
 
 
 def load(path: Path) -> dict[str, Any]:
@@ -102,10 +120,12 @@ def read(paths: Sequence[Path]) -> list[dict]:
     pictures in folders of their own beside its file; where these are gone there is no ``gallery``. ``home`` is the
     folder that holds a run and no other, with its adapter; None where there is none. ``equal_target`` is what a single
     file says of all its runs, ``compared`` whether it is a comparison's, ``chosen_by`` what the run's learning rate was
-    chosen by, and ``chosen_on`` of which data, where the file says that.
+    chosen by, and ``chosen_on`` of which data, where the file says that. A run without source tasks is told by its
+    drift (:func:`with_kept`).
 
     Raises:
-        UserError: a file is missing, is no JSON, has another schema, or lacks a part of a run, or a run has no source.
+        UserError: a file is missing, is no JSON, has another schema, or lacks a part of a run, or a run has neither
+            source nor drift, or other tasks than the first.
     """
     runs: list[dict] = []
     for path in paths:
@@ -117,10 +137,10 @@ def read(paths: Sequence[Path]) -> list[dict]:
             missing += [key for key in NUMBERS if key not in run.get("summary", NUMBERS)]
             if missing:
                 raise UserError(f"{path}: run {number} has no {missing[0]!r}; evaluate it again.")
-            if not run["source"]:
+            if not run["source"] and not run.get("drift"):
                 raise UserError(
-                    f"{path}: run {number} was measured without source tasks, and a report sets what is learned "
-                    "against what is forgotten; name evaluate.source and evaluate it again, or use lorasculpt dial."
+                    f"{path}: run {number} has neither source tasks nor a drift, and a report sets what is learned "
+                    "against what is forgotten; name evaluate.source or evaluate.drift and evaluate it again."
                 )
             about = {
                 "versions": run.get("versions") or content.get("versions", {}),
@@ -131,7 +151,7 @@ def read(paths: Sequence[Path]) -> list[dict]:
             about["chosen_by"] = ((content.get("rates") or {}).get(run.get("label")) or {}).get("by")
             about["chosen_on"] = content.get("validation")
             places = {"file": path, "folder": path.parent, "home": path.parent if len(found) == 1 else None}
-            runs.append(run | about | places | _own(path.parent, run))
+            runs.append(with_kept(run | about | places | _own(path.parent, run)))
     if not runs:
         raise UserError(f"{paths[0] if paths else 'results'}: no runs to report; evaluate one first.")
     first = runs[0]
@@ -154,6 +174,43 @@ def _own(folder: Path, run: dict) -> dict[str, Any]:
     if own.get("summary") != run["summary"]:
         return {}
     return {"folder": home, "home": home, "gallery": own.get("gallery") or []}
+
+
+def with_kept(run: dict) -> dict:
+    """``run``, and where it has no source tasks what it kept by drift, in its summary and at each point of its curve.
+
+    That is exp(-drift) (:func:`lorasculpt.evaluation.budget.kept`) under ``kept``, and its interval.
+    """
+    drift = run.get("drift")
+    if run["source"] or not drift:
+        return run
+
+    def left(value: float, interval: Sequence[float]) -> dict[str, Any]:
+        _, (share, most, least) = kept([{"drift": nats} for nats in (value, *interval)])
+        return {"kept": share, "kept_interval": [least, most]}
+
+    curve = [point | left(point["drift"], point["drift_interval"]) for point in run.get("curve") or ()]
+    return run | {"summary": run["summary"] | left(drift["value"], drift["interval"]), "curve": curve}
+
+
+def names(run: dict) -> tuple[str, ...]:
+    """The numbers of a run's summary that there are: those of source and target, or without source tasks by drift."""
+    return NUMBERS if run["source"] else BY_DRIFT
+
+
+def stands_for(method: str, runs: Iterable[dict]) -> str | None:
+    """The label that stands for ``method`` among those of ``runs``; None where none does.
+
+    It is the one that is called so, in capitals or not, or else the first that is trained by it, as no edit is.
+    """
+    found = {run["label"]: run.get("method") == method and "edit" not in run for run in runs}
+    called = (label for label in found if label.casefold() == method)
+    return next(called, None) or next((label for label, trained in found.items() if trained), None)
+
+
+def equalled(equal: dict) -> dict[str, dict]:
+    """What each label has left at equal target, of what a results file says of that: of the source, or by drift."""
+    return equal.get("kept") or equal.get("source") or {}
 
 
 def measured(found: dict, name: str) -> Number:
@@ -210,17 +267,21 @@ def _over_tasks(runs: list[dict], side: str) -> dict[str, dict]:
 def _curve(runs: list[dict], numbers: dict[str, Number]) -> list[dict]:
     """The mean of the curves that there are, at each strength of any of them, with both ends from the summary.
 
+    Its points have the target and what is set against it.
+
     A curve that was not measured at one of these is read there along the line between its neighbours; strengths beyond
     the ends of one are left out.
     """
     curves = [sorted(run["curve"], key=lambda point: point["strength"]) for run in runs if run.get("curve")]
+    side = "source" if runs[0]["source"] else "kept"
     means = [
-        {"strength": at} | {side: over_seeds([_read(curve, at, side) for curve in curves]) for side in SIDES}
+        {"strength": at} | {key: over_seeds([_read(curve, at, key) for curve in curves]) for key in (side, "target")}
         for at in sorted({point["strength"] for curve in curves for point in curve} - {0, 1})
         if all(curve[0]["strength"] <= at <= curve[-1]["strength"] for curve in curves)
     ]
+    at = numbers if side == "source" else numbers | {"kept_before": Number(1.0), "kept_after": numbers["kept"]}
     base, tuned = (
-        {"strength": strength, "source": numbers[f"source_{when}"], "target": numbers[f"target_{when}"]}
+        {"strength": strength, side: at[f"{side}_{when}"], "target": at[f"target_{when}"]}
         for strength, when in ((0, "before"), (1, "after"))
     )
     return [base, *means, tuned]
@@ -236,7 +297,7 @@ def _read(curve: list[dict], strength: float, side: str) -> Number:
 
 
 def _entry(label: str, runs: list[dict]) -> Entry:
-    found = {name: [measured(run["summary"], name) for run in runs] for name in NUMBERS}
+    found = {name: [measured(run["summary"], name) for run in runs] for name in names(runs[0])}
     bounds = {"retention": (0.0, math.inf), "gain": (-1.0, 1.0)}
     numbers = {
         name: values[0] if name.endswith("_before") else over_seeds(values, *bounds.get(name, ()))
@@ -315,8 +376,8 @@ def front(points: Mapping[str, tuple[float, float]]) -> list[str]:
 
 
 def ends(found: Sequence[Entry]) -> dict[str, tuple[float, float]]:
-    """Target and source average after training, by label."""
-    return {entry.label: (entry.numbers["target_after"].value, entry.numbers["source_after"].value) for entry in found}
+    """Target, and source average or what is kept by drift, after training, by label."""
+    return {entry.label: (entry.numbers["target_after"].value, entry.numbers[entry.after].value) for entry in found}
 
 
 def compared(one: Entry, other: Entry, name: str) -> dict | None:
@@ -368,8 +429,18 @@ def gained(entry: Entry) -> str | dict | None:
 
 
 def reference(found: Sequence[Entry]) -> Entry | None:
-    """The entry called ``REFERENCE``, in capitals or not."""
-    return next((entry for entry in found if entry.label.casefold() == REFERENCE), None)
+    """The entry that stands for ``REFERENCE`` (:func:`stands_for`)."""
+    return _standing(REFERENCE, found)
+
+
+def ours(found: Sequence[Entry]) -> Entry | None:
+    """The entry that stands for ``OURS``."""
+    return _standing(OURS, found)
+
+
+def _standing(method: str, found: Sequence[Entry]) -> Entry | None:
+    label = stands_for(method, [entry.runs[0] | {"label": entry.label} for entry in found])
+    return next((entry for entry in found if entry.label == label), None)
 
 
 def against(found: Sequence[Entry]) -> dict[str, dict[str, dict]]:
@@ -378,7 +449,11 @@ def against(found: Sequence[Entry]) -> dict[str, dict[str, dict]]:
     if known is None:
         return {}
     tests = {
-        entry.label: {name: test for name in TESTED if (test := compared(entry, known, name)) is not None}
+        entry.label: {
+            name: test
+            for name in TESTED
+            if name in known.numbers and (test := compared(entry, known, name)) is not None
+        }
         for entry in found
         if entry is not known
     }

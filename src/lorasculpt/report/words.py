@@ -6,8 +6,23 @@ import math
 from collections import Counter
 
 from ..console import NONE
-from .results import NEAR, OURS, REFERENCE, Entry, Number, compared, ends, front, gained, made_on, way
+from .results import (
+    NEAR,
+    REFERENCE,
+    Entry,
+    Number,
+    compared,
+    ends,
+    equalled,
+    front,
+    gained,
+    made_on,
+    ours,
+    reference,
+    way,
+)
 
+TEXTS = "the base's probability of its own texts"  # what is kept where no source is known
 MANY = 4  # entries that one sentence can still tell
 SPACE = "\u00a0"  # keeps a number and its unit on one line
 
@@ -39,9 +54,9 @@ def difference(test: dict | None) -> str:
     return f"{'' if points[0] == '−' else '+'}{points}, {chance(test['p'])}"
 
 
-def times(value: float | None, reference: float | None) -> str:
-    """How often ``reference`` goes into ``value``: '1.27 × lora'; nothing where that is not known."""
-    return f"{value / reference:.2f}{SPACE}× {REFERENCE}" if value is not None and reference else ""
+def times(value: float | None, other: float | None, label: str) -> str:
+    """How often the ``other``, of ``label``, goes into ``value``: '1.27 × lora'; nothing where it is not known."""
+    return f"{value / other:.2f}{SPACE}× {label}" if value is not None and other else ""
 
 
 def listed(names: list[str]) -> str:
@@ -57,7 +72,7 @@ def _learned(entry: Entry, task: str = "") -> str:
         said = f"learned nothing{' of ' * bool(task)}{task} ({reached})"
     else:
         said = f"learned {task}{' to ' * bool(task)}{reached}"
-    share = entry.numbers["retention"].value
+    share = entry.numbers[entry.share].value
     kept = "the base model knew none of the source" if math.isnan(share) else f"kept {percent(share, 0)}{SPACE}%"
     return f"{entry.label} {said} and {kept}"
 
@@ -82,11 +97,11 @@ def verdict(a: Entry, b: Entry) -> str:
     One rule for all of them (`lorasculpt.report.results.way`): the paired test over the seeds that both have, and
     without it their intervals.
     """
-    ways = {"kept": way(a, b, "retention"), "learned": way(a, b, "target_after")}
+    ways = {"kept": way(a, b, a.share), "learned": way(a, b, "target_after")}
     kept, learned = ways.values()
     if kept is None or learned is None:
         return f"Whether {a.label} and {b.label} differ by more than noise is not known: intervals are missing."
-    tests = {"kept": _tested(a, b, "retention"), "learned": _tested(a, b, "target_after")}
+    tests = {"kept": _tested(a, b, a.share), "learned": _tested(a, b, "target_after")}
     once, apart = _seeds(a, b), f"not told apart by {len(set(a.seeds) & set(b.seeds))} seeds"
     noise, unsure = ([what for what in ways if ways[what] == worth] for worth in ("noise", "unsure"))
     within = [f"the difference in what they {what} is within the noise{tests[what]}" for what in noise]
@@ -106,36 +121,40 @@ def verdict(a: Entry, b: Entry) -> str:
         rank = "ahead of" if kept == "more" else "behind"
         told = f"in what it kept{tests['kept']} and in what it learned{tests['learned']}"
         return f"{b.label} is {rank} {a.label} {told}{once}."
+    trade = f"{b.label} kept {kept} than {a.label}{tests['kept']} but learned {learned}{tests['learned']}: a trade-off"
+    if not a.source:
+        return f"{trade}{once}."
     ranks = {"more": "ahead", "less": "behind", "noise": "level, within the noise", "unsure": apart}
     rank = ranks.get(way(a, b, "h_mean") or "", "of unknown rank")
-    return (
-        f"{b.label} kept {kept} than {a.label}{tests['kept']} but learned {learned}{tests['learned']}: a trade-off"
-        f"{once}. In the harmonic mean of source and target {b.label} is {rank}{_tested(a, b, 'h_mean')}."
-    )
+    both = f"In the harmonic mean of source and target {b.label} is {rank}{_tested(a, b, 'h_mean')}"
+    return f"{trade}{once}. {both}."
 
 
 def headline(entries: list[Entry]) -> list[str]:
     """The result in a few sentences: what each entry learned and kept, and what matters most of how they differ.
 
-    Of more than ``MANY`` the first sentence tells the one with the highest harmonic mean and the first, and the second
-    the Pareto front. Where the learning rate of a LoRA was chosen by source and target together, ``OURS`` is held
-    against it: what a method is worth shows beside someone who looks at both numbers.
+    Of more than ``MANY`` the first sentence tells the one with the highest harmonic mean, if there is a source, and the
+    first, and the second the Pareto front. Where the learning rate of a LoRA was chosen by source and target together,
+    what stands for ``OURS`` is held against it: what a method is worth shows beside someone who looks at both numbers.
     """
     task = listed(list(entries[0].target))
     first = entries[0]
     told, before, after = entries, "", []
     if len(entries) > MANY:
-        top = max(entries, key=lambda entry: entry.numbers["h_mean"].value)
-        told = [top, first] if top is not first else [top]
-        before = f"Highest of {len(entries)} in the harmonic mean of source and target: "
+        told, before = [first], f"Of {len(entries)}: "
+        if first.source:
+            top = max(entries, key=lambda entry: entry.numbers["h_mean"].value)
+            told = [top, first] if top is not first else [top]
+            before = f"Highest of {len(entries)} in the harmonic mean of source and target: "
         ahead = "; ".join(front(ends(entries)))
         after = [f"On the Pareto front, where no other equals or beats them on both counts: {ahead}."]
-    said = [_learned(told[0], task) + " of what the model knew" * (first.numbers["retention"].value >= 0)]
+    known = "what the model knew" if first.source else TEXTS
+    said = [_learned(told[0], task) + f" of {known}" * (first.numbers[first.share].value >= 0)]
     said += [_learned(entry) for entry in told[1:]]
-    ours = next((entry for entry in entries if entry.label.casefold() == OURS), None)
+    own = ours(entries)
     for entry in entries:
-        if ours is not None and entry.runs[0].get("chosen_by") == "h_mean" and entry.runs[0]["method"] == REFERENCE:
-            after.append(f"Against a LoRA whose learning rate was chosen by both numbers: {verdict(entry, ours)}")
+        if own is not None and entry.runs[0].get("chosen_by") == "h_mean" and entry.runs[0]["method"] == REFERENCE:
+            after.append(f"Against a LoRA whose learning rate was chosen by both numbers: {verdict(entry, own)}")
     return [before + "; ".join(said) + ".", *after]
 
 
@@ -168,7 +187,7 @@ def unread(equal: dict) -> str:
     A label of which other runs are read has its seeds beside it.
     """
     return ", ".join(
-        f"{label} (seed {', '.join(map(str, seeds))})" if label in equal["source"] else label
+        f"{label} (seed {', '.join(map(str, seeds))})" if label in equalled(equal) else label
         for label, seeds in equal.get("coarse", {}).items()
     )
 
@@ -212,12 +231,17 @@ def about_intervals(entries: list[Entry]) -> str:
 
 
 def about_costs(entries: list[Entry]) -> str:
-    """Which times and peaks compare, where not all runs were made on one machine in one precision; else nothing."""
+    """What times and peaks of several can be held against, and which compare; nothing where that needs no words."""
+    known = reference(entries)
+    if known is None:
+        alone = f"None of these is trained by {REFERENCE}: nothing is tested against it, no time or memory told in its."
+        return alone if len(entries) > 1 else ""
     if len({made_on(run) for entry in entries for run in entry.runs}) == 1:
         return ""
     return (
-        f"Compare times and peaks of memory only where one is told in {REFERENCE}'s, as \u201c1.12{SPACE}× {REFERENCE}"
-        "\u201d: the others are of another machine or precision, and no time is told over runs of several."
+        f"Compare times and peaks of memory only where one is told in {known.label}'s, as \u201c1.12{SPACE}× "
+        f"{known.label}\u201d: the others are of another machine or precision, and no time is told over runs of "
+        "several."
     )
 
 

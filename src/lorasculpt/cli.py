@@ -472,7 +472,7 @@ def methods(
         for key, value in found[0]["settings"].items():
             table.add_row(*map(escape, (key, str(value), _plain(told[key]))))
         Console().print(table)
-        print("Besides these it takes what LoraConfig takes: r, lora_alpha, lora_dropout, target_modules, ...")
+        print("Besides these it takes what LoraConfig takes: r, lora_alpha, lora_dropout, exclude_modules, ...")
     else:
         _methods(found)
         print(f"Also trained and compared, by PEFT: lora, {', '.join(OF_PEFT)}.")

@@ -49,7 +49,7 @@ def settings(config: type[MethodConfig]) -> dict[str, Any]:
 
 def meanings(config: type[MethodConfig]) -> dict[str, str]:
     """What the docstring of a method's config says of each setting."""
-    return (told(UpdateConfig) if issubclass(config, UpdateConfig) else {}) | told(config)
+    return told(MethodConfig) | (told(UpdateConfig) if issubclass(config, UpdateConfig) else {}) | told(config)
 
 
 def _tasks(config: type[MethodConfig]) -> str | None:

@@ -411,9 +411,11 @@ def export(
 def inspect_(
     adapter: Annotated[Path, typer.Argument(help="The adapter's folder.", show_default=False)],
     base: Annotated[
-        Path | None,
+        str | None,
         typer.Option(
-            help="The model's folder: adds the overlap with large weights. An adapter that is no LoRA needs it."
+            help="The model, a folder or a name on the Hub: adds the overlap with large weights. An adapter that is no "
+            "LoRA needs it.",
+            show_default=False,
         ),
     ] = None,
     data: Annotated[

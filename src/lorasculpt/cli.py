@@ -11,6 +11,7 @@ import json
 import math
 import os
 import re
+import shlex
 import sys
 import warnings
 from collections.abc import Collection
@@ -169,6 +170,9 @@ def train(run: Run, overrides: Overrides = None) -> None:
     from .train import train as go
 
     print(f"adapter: {go(config)}")
+    if config.evaluate.retain is not None:
+        command = shlex.join(["lorasculpt", "eval", str(run), *(overrides or [])])
+        print(f"The one that keeps {100 * config.evaluate.retain:g} % is chosen and written by: {command}")
 
 
 @app.command("eval")

@@ -37,6 +37,7 @@ def test_a_card_tells_how_it_is_loaded_and_made_and_then_what_was_measured(run, 
     assert str(tmp_path) not in told  # a folder here is nobody else's
     assert ModelCard(told).data.to_dict() == {"library_name": "peft", "tags": ["lorasculpt"]}
     assert "PeftModel.from_pretrained" in told
+    assert 'lorasculpt.load(model, "path/to/out", trainable=True)' in told
     assert "2 steps, seed 0, in fp32," in told
     settings = yaml.safe_load(told.partition("## How it was trained\n\n```yaml\n")[2].partition("```")[0])
     assert settings["method"] == config.method
@@ -84,6 +85,7 @@ def test_what_peft_alone_does_not_load_is_said_to_need_this_library(run, change)
     told = (train.train(run(change, "evaluate.source=[]"), progress=False) / "README.md").read_text()
     assert "from lorasculpt import load" in told
     assert "PeftModel" not in told
+    assert ("trainable=True" in told) == (change == "projector=full")
 
 
 def test_a_base_on_the_hub_is_linked_and_a_folder_is_not(run, tmp_path, monkeypatch):

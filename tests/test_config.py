@@ -147,6 +147,9 @@ MISTAKES = {
     "method: spider": "run.yaml:5: method must be a section of keys; got 'spider'",
     "method: {name: [lora]}": "run.yaml:5: method has the name ['lora'], which is no text; name a method",
     "projektor: full": "run.yaml:5: projektor is no setting; did you mean projector?",
+    "retain: 0.97": "run.yaml:5: retain is no setting; did you mean evaluate.retain?",
+    "limit: 3": "run.yaml:5: limit is no setting; did you mean data.limit or evaluate.limit?",
+    "evaluate: {seed: 3}": "run.yaml:5: evaluate.seed is no setting; did you mean seed?",
     "xyz: 1": "run.yaml:5: xyz is no setting; use one of base, dtype, quantization, trust_remote_code, attention, "
     "image_processor, output, seed, method, methods, scope, projector, data, training, evaluate",
     "evaluate: {source: [a, 3]}": "run.yaml:5: evaluate.source.1 must be a path; got 3",

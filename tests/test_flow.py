@@ -30,6 +30,7 @@ from lorasculpt.models.load import load
 from lorasculpt.overview import meanings
 from lorasculpt.provenance import machine
 from lorasculpt.run.callbacks import Cost
+from lorasculpt.run.model import attach
 from lorasculpt.run.records import one_pass, training_rows
 from lorasculpt.train import train
 
@@ -502,6 +503,9 @@ def test_a_method_may_choose_its_own_layers(several):
     found = weights(train(several("output=all", "method={name: spider}", "scope=language"), progress=False))
     assert not any("projector" in name for name in found)
     assert any("layers.0." in name for name in found)
+    chosen = several("method={name: lorasculpt, r: 2, layers_to_transform: [1]}")
+    names = attach(pico.build("llava")[0], chosen).targeted_module_names
+    assert {re.sub(r"\.\w+\.\w+$", "", name) for name in names} == {"model.language_model.layers.1"}
     with pytest.raises(UserError, match="projector is full, but spider says by itself"):
         train(several("output=none", "method={name: spider}", "projector=full"), progress=False)
 

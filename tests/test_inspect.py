@@ -7,6 +7,7 @@ from pathlib import Path
 import pico
 import pytest
 import torch
+from huggingface_hub import constants
 from peft import LoraConfig, get_peft_model
 from rich.console import Console
 from safetensors.torch import load_file, save_file
@@ -154,6 +155,41 @@ def test_a_sharded_checkpoint_is_read_through_its_index(tmp_path):
     (base / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {f"{Q}.weight": "one.safetensors"}}))
     folder = write_lora(tmp_path / "a", {Q: (torch.randn(6, 2), torch.randn(2, 4))})
     assert inspect(folder, base).total.overlap is not None
+
+
+def hub(cache: Path, weights: dict[str, torch.Tensor]) -> Path:
+    """The folder of ``me/base`` in a cache of the Hub."""
+    repo = cache / "models--me--base"
+    (repo / "refs").mkdir(parents=True)
+    (repo / "refs" / "main").write_text("a" * 40)
+    return write_base(repo / "snapshots" / ("a" * 40), weights)
+
+
+def test_a_base_may_be_a_name_on_the_hub(tmp_path, monkeypatch):
+    base = hub(tmp_path / "cache", {Q: torch.randn(6, 4)})
+    folder = write_lora(tmp_path / "a", {Q: (torch.randn(6, 2), torch.randn(2, 4))})
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
+    found = inspect(folder, "me/base", fetch=False)
+    assert (found.base, found.total) == ("me/base", inspect(folder, base).total)
+    with pytest.raises(UserError, match="me/gone is no folder here, and nothing of it is in the Hub's cache"):
+        inspect(folder, "me/gone", fetch=False)
+    with pytest.raises(UserError, match=r"me/gone is no folder here, and the Hub does not give it"):
+        inspect(folder, "me/gone")
+
+
+def test_what_the_cache_lacks_of_a_base_is_fetched(tmp_path, monkeypatch):
+    here, there = (hub(tmp_path / name, {Q: torch.randn(6, 4)}) for name in ("here", "there"))
+    (here / "model.safetensors").unlink()
+    (here / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {f"{Q}.weight": "gone.safetensors"}}))
+    folder = write_lora(tmp_path / "a", {Q: (torch.randn(6, 2), torch.randn(2, 4))})
+
+    def download(name, local_files_only=False, **_):
+        return here if local_files_only else there
+
+    monkeypatch.setattr("lorasculpt.adapters.folder.snapshot_download", download)
+    assert inspect(folder, "me/base").total == inspect(folder, there).total
+    with pytest.raises(UserError, match=r"gone\.safetensors is not there, which model\.safetensors\.index\.json names"):
+        inspect(folder, "me/base", fetch=False)
 
 
 def test_parts_and_kinds(tmp_path):

@@ -66,6 +66,8 @@ def test_without_source_the_adapter_that_keeps_enough_is_left(run, tmp_path):
     config = run("evaluate.retain=0.5", "evaluate.drift=4")
     adapter, out = train(config, progress=False), config.output / "adapter-retained"
     file, share = tmp_path / "run.yaml", "evaluate.retain=0.5"
+    said = done("train", file, share, "evaluate.drift=4")
+    assert f"keeps 50 % is chosen and written by: lorasculpt eval {file} {share} evaluate.drift=4\n" in said
     words = " ".join(done("eval", file, share, "evaluate.drift=4").split())
     assert f"The adapter at that strength: {out}" in words  # the target is the same at both, so the smaller is taken
     assert "chosen on the questions it is scored on" in words

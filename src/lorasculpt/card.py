@@ -14,7 +14,7 @@ from huggingface_hub import ModelCardData
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
 
 from .adapters.load import PROJECTOR_FILE
-from .adapters.method import MethodConfig
+from .adapters.method import MethodConfig, read_record
 from .config import RunConfig
 from .files import write_text
 from .hub import on_hub
@@ -40,13 +40,17 @@ from transformers import AutoModelForImageTextToText
 model = AutoModelForImageTextToText.from_pretrained("{path}")  # AutoModelForCausalLM for a text model
 model = {call}(model, "path/to/{title}")
 ```
-{measured}
+{further}{measured}
 ## How it was trained
 
 ```yaml
 {settings}```
 
 {steps} steps, seed {seed}, in {precision}, {trainable:,} trainable parameters{versions}.
+"""
+FURTHER = """
+To train it further, load it with `lorasculpt.load(model, "path/to/{title}", trainable=True)`, which brings its masks
+back: training fills the zeros of a plain LoRA.
 """
 MEASURED = """
 ## What it learned and what it kept
@@ -90,6 +94,8 @@ def _text(adapter: Path, config: RunConfig, training: dict[str, Any], numbers: s
         library_name="peft",
         tags=["lorasculpt", config.method["name"], *([f"base_model:adapter:{config.base}"] if known else [])],
     )
+    record = read_record(adapter)
+    pruned = record is not None and record["state"].get("pruned")
     settings = config.model_dump(
         mode="json", include={"image_processor", "method", "scope", "projector", "training"}, exclude_defaults=True
     )
@@ -104,6 +110,7 @@ def _text(adapter: Path, config: RunConfig, training: dict[str, Any], numbers: s
         data=Path(str(config.data.train)).name,
         imported=imported,
         call=call,
+        further=FURTHER.format(title=config.output.name) if pruned else "",
         measured=numbers,
         settings=yaml.safe_dump(settings, sort_keys=False, allow_unicode=True),
         steps=training["steps"],

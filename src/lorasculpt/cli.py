@@ -11,6 +11,7 @@ import json
 import math
 import os
 import re
+import shlex
 import sys
 import warnings
 from collections.abc import Collection
@@ -171,6 +172,9 @@ def train(run: Run, overrides: Overrides = None) -> None:
     from .train import train as go
 
     print(f"adapter: {go(config)}")
+    if config.evaluate.retain is not None:
+        command = shlex.join(["lorasculpt", "eval", str(run), *(overrides or [])])
+        print(f"The one that keeps {100 * config.evaluate.retain:g} % is chosen and written by: {command}")
 
 
 @app.command("eval")
@@ -414,9 +418,11 @@ def export(
 def inspect_(
     adapter: Annotated[Path, typer.Argument(help="The adapter's folder.", show_default=False)],
     base: Annotated[
-        Path | None,
+        str | None,
         typer.Option(
-            help="The model's folder: adds the overlap with large weights. An adapter that is no LoRA needs it."
+            help="The model, a folder or a name on the Hub: adds the overlap with large weights. An adapter that is no "
+            "LoRA needs it.",
+            show_default=False,
         ),
     ] = None,
     data: Annotated[
@@ -475,7 +481,7 @@ def methods(
         for key, value in found[0]["settings"].items():
             table.add_row(*map(escape, (key, str(value), _plain(told[key]))))
         Console().print(table)
-        print("Besides these it takes what LoraConfig takes: r, lora_alpha, lora_dropout, target_modules, ...")
+        print("Besides these it takes what LoraConfig takes: r, lora_alpha, lora_dropout, exclude_modules, ...")
     else:
         _methods(found)
         print(f"Also trained and compared, by PEFT: lora, {', '.join(OF_PEFT)}.")

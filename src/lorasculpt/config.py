@@ -535,8 +535,8 @@ def _explain(error: ValidationError, origin: _Origin) -> str:
             return f"{origin.place(key[:-1])}: {dotted} is missing; add it"
         case "extra_forbidden":
             known = _keys(key[:-1])
-            close = difflib.get_close_matches(str(key[-1]), known, n=1)
-            mend = f"did you mean {close[0]}?" if close else f"use one of {', '.join(known)}"
+            close = _called(key[-1]) or difflib.get_close_matches(str(key[-1]), known, n=1)
+            mend = f"did you mean {' or '.join(close)}?" if close else f"use one of {', '.join(known)}"
             return f"{origin.place(key)}: {dotted} is no setting; {mend}"
         case "value_error":
             return f"{origin.place(key)}: {dotted} {first['ctx']['error']}"
@@ -552,6 +552,17 @@ def _explain(error: ValidationError, origin: _Origin) -> str:
 def _key(location: tuple[int | str, ...]) -> Key:
     """A pydantic location without the marks that it adds for dictionary keys."""
     return tuple(name for name in location if name != "[key]")
+
+
+def _called(name: Hashable) -> list[str]:
+    """The settings of this name, in whatever section."""
+    fields = RunConfig.model_fields
+    within = {f"{section}.": field.annotation for section, field in fields.items()} | {"": RunConfig}
+    return [
+        f"{before}{name}"
+        for before, model in within.items()
+        if isinstance(model, type) and issubclass(model, _Section) and name in model.model_fields
+    ]
 
 
 def _keys(section: Key) -> list[str]:

@@ -49,7 +49,8 @@ def settings(config: type[MethodConfig]) -> dict[str, Any]:
 
 def meanings(config: type[MethodConfig]) -> dict[str, str]:
     """What the docstring of a method's config says of each setting."""
-    return (documented(UpdateConfig) if issubclass(config, UpdateConfig) else {}) | documented(config)
+    update = documented(UpdateConfig) if issubclass(config, UpdateConfig) else {}
+    return documented(MethodConfig) | update | documented(config)
 
 
 def _tasks(config: type[MethodConfig]) -> str | None:

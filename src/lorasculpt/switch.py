@@ -17,7 +17,7 @@ from .errors import UserError
 def add_task(model: nn.Module, name: str, from_adapter: str | Path | None = None, *, adapter: str = "default") -> None:
     r"""Begin the next task of a sequence: freeze what was learned so far, and give the new task a LoRA of its own.
 
-        model = get_peft_model(base, AMLoRAConfig(target_modules="all-linear", tasks=["charts"]))
+        model = get_peft_model(base, AMLoRAConfig(tasks=["charts"]))
         ...                                                    train on charts
         lorasculpt.add_task(model, "receipts")
         ...                                                    train on receipts, with a new optimizer or trainer

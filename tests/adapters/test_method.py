@@ -37,7 +37,8 @@ from lorasculpt import METHODS, Clock, LoRASculptConfig, method_logs
 from lorasculpt.adapters.layers import MaskedLinear, sites
 from lorasculpt.adapters.method import REFUSED, looks_sculpted, methods_of
 from lorasculpt.adapters.update import UpdateConfig, updates
-from lorasculpt.models.parts import target_regex
+from lorasculpt.errors import UserError
+from lorasculpt.models.parts import linears, target_regex
 
 STOCK = {field.name: field for field in dataclasses.fields(LoraConfig)}
 
@@ -184,6 +185,38 @@ def test_what_is_supported_trains_as_plain_lora_does(settings):
         train(each, [texts()] * 3)
     assert equal(weights(model), weights(plain))
     assert torch.equal(logits(model, texts()[0]), logits(plain, texts()[0]))
+
+
+# --- where it goes --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("family", [*pico.FAMILIES, *pico.OTHERS])
+def test_without_targets_it_goes_to_the_language_part(family, tmp_path):
+    """Whatever PEFT has by itself for the family (of a Llama it takes q and v); stock PEFT finds the same layers."""
+    base, other = (pico.build(family)[0] for _ in range(2))
+    wanted = set(linears(base, "language"))
+    model = get_peft_model(base, LoRASculptConfig(r=4, density=0.5, init_lora_weights=False))
+    assert set(sites(model)) == wanted
+    model.add_adapter("beside", LoRASculptConfig(r=2, density=0.5))
+    assert set(sites(model, "beside")) == wanted
+    model.save_pretrained(tmp_path, selected_adapters=["default"])
+    again = PeftModel.from_pretrained(other, tmp_path)
+    assert type(again.peft_config["default"]) is LoraConfig
+    assert equal(weights(again), weights(model))
+
+
+@pytest.mark.parametrize("method", sorted(set(CASES) - {"spider"}))
+def test_every_method_but_one_that_names_its_layers_does(method):
+    base, _ = pico.build("llava")
+    wanted = set(linears(base, "language"))
+    assert set(get_peft_model(base, CASES[method]()).targeted_module_names) == wanted
+
+
+@pytest.mark.parametrize("base", [nn.Sequential(nn.Linear(4, 4)), hf.LlamaForSequenceClassification])
+def test_a_model_whose_parts_are_not_known_asks_for_targets(base):
+    model = base if isinstance(base, nn.Module) else base(hf.LlamaConfig(**pico.TEXT))
+    with pytest.raises(UserError, match=r"are not known here, .*; list the layers in target_modules"):
+        get_peft_model(model, LoRASculptConfig())
 
 
 def test_an_uninitialised_b_is_allowed():

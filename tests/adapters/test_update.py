@@ -16,7 +16,7 @@ from peft import get_peft_model
 from torch import nn
 from torch.nn import functional as F
 
-from lorasculpt import FullConfig, MTLLoRAConfig, SpiderConfig, UserError, load
+from lorasculpt import FullConfig, LoRAMoEConfig, LoRASculptConfig, MTLLoRAConfig, SpiderConfig, UserError, load
 from lorasculpt.adapters.context import TASK_IDS
 from lorasculpt.adapters.update import UpdateConfig, context_of, known_tasks, updates
 from lorasculpt.data.batches import Collator, rows
@@ -390,7 +390,7 @@ def test_tasks_are_refused_where_they_mean_nothing(method):
         kind(tasks=["a", "b"])
 
 
-OWN_LAYERS = [FullConfig, SpiderConfig]  # methods that name layers themselves where target_modules is not given
+OWN_LAYERS = [FullConfig, SpiderConfig, LoRAMoEConfig, LoRASculptConfig]  # they name layers, or else PEFT does not
 
 
 @pytest.mark.parametrize("config", OWN_LAYERS)

@@ -2,6 +2,8 @@ from __future__ import annotations
 
 import copy
 import math
+import re
+from collections import Counter
 
 import pico
 import pytest
@@ -442,6 +444,23 @@ def test_only_the_modules_asked_for_are_penalised():
     assert methods_of(llama(cmr_weight=0.0))["default"].penalties() == {}
 
 
+def test_a_vision_tower_has_no_part_in_the_sum_over_the_language_model():
+    """Its linears are called the same. They count where all are asked for, or where there are no others."""
+
+    def counted(**settings):
+        model = get_peft_model(pico.build("llava")[0], LoRASculptConfig(r=4, density=0.5, **settings))
+        found = methods_of(model)["default"]._penalised()
+        assert sum(weight for _, weight in found) == pytest.approx(1e-3)
+        return Counter("vision_tower" in site.name for site, _ in found)
+
+    names = [*PENALISED, "o_proj"]
+    assert counted(target_modules=names) == {False: 6}
+    assert counted(target_modules=names, cmr_modules="all") == {False: 8, True: 6}
+    assert counted(target_modules=r".*vision_tower.*\.[qkv]_proj") == {True: 6}
+    with pytest.raises(ValueError, match=r"names none of the adapted linears \(o_proj\)"):
+        counted(target_modules=r".*(vision_tower.*\.q_proj|language_model.*\.o_proj)")
+
+
 @pytest.mark.parametrize("connector", [0.0, 0.1, 0.3])
 def test_the_connector_is_a_group_of_its_own(connector):
     """Mean over the language model times lambda plus mean over the connector times beta, even where both are equal."""
@@ -453,7 +472,7 @@ def test_the_connector_is_a_group_of_its_own(connector):
         for site in sites(model).values():
             site.b.weight.normal_()
     found = methods_of(model)["default"].penalties()
-    language = [site for name, site in sites(model).items() if name.split(".")[-1] in PENALISED]
+    language = [site for name, site in sites(model).items() if re.search(r"language_model.*\.[qkv]_proj$", name)]
     bridge = [site for name, site in sites(model).items() if "multi_modal_projector" in name]
     assert len(bridge) == 2
     value = 0.0

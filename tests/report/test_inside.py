@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from huggingface_hub import constants
 from made_up import lora, run, write
 
 from lorasculpt.inspect.lora import inspect, write_json
@@ -110,9 +111,32 @@ def test_maps_are_what_was_inspected(tmp_path):
     assert steps[0] != steps[1]
     text = report([plain, sparse], tmp_path / "out").read_text()
     assert "The same everywhere, and not drawn: plain." in text
+    assert "being no preference" in text
     assert text.count('class="scroll map"') == len(maps)
     content = json.loads((tmp_path / "out" / "report.json").read_text())
     assert content["adapters"]["sparse"]["density_b"] == known.total.density_b
+
+
+def test_a_base_from_the_hub_is_taken_from_its_cache_or_missed(tmp_path, monkeypatch):
+    path = one(tmp_path / "a", "a", [0.2, 0.5], base=tmp_path / "base")
+    (tmp_path / "a" / "run.yaml").write_text("base: me/base")
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
+    found = inside(entries(read([path])))
+    assert found["totals"]["a"]["overlap"] is None
+    assert found["notes"] == [
+        "a is not held against its base here: me/base is no folder here, and nothing of it is in the Hub's cache."
+    ]
+    text = report(path, tmp_path / "out").read_text()
+    assert found["notes"][0].partition(":")[0] in text
+    assert "being no preference" not in text
+    repo = tmp_path / "cache" / "models--me--base"
+    (repo / "refs").mkdir(parents=True)
+    (repo / "refs" / "main").write_text("a" * 40)
+    (repo / "snapshots").mkdir()
+    (tmp_path / "base").rename(repo / "snapshots" / ("a" * 40))
+    found = inside(entries(read([path])))
+    assert found["notes"] == []
+    assert found["totals"]["a"]["overlap"] is not None
 
 
 def test_a_saved_inspection_is_taken(tmp_path):

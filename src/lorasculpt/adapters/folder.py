@@ -1,4 +1,4 @@
-"""The folder of an adapter: one here, or what the Hugging Face Hub has under a name."""
+"""The folder of an adapter or of its base: one here, or what the Hugging Face Hub has under a name."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ DOWNLOADING = inspect.signature(snapshot_download).parameters
 
 
 def folder_of(name: str | Path, files: Sequence[str], subfolder: str | None = None, **options: Any) -> Path:
-    """The folder of the adapter ``name``; what is no folder here, and may be a name on the Hub, is fetched from there.
+    """The folder of the adapter or base ``name``; what is no folder here, and may be a name on the Hub, is fetched.
 
     Args:
         name: a folder, or a name such as "me/tiny". A folder goes before a name.
         files: the names of those to fetch; one that the Hub does not have is left out.
         subfolder: where in it the adapter lies.
         options: ``revision``, ``cache_dir``, ``token`` and the like, as of ``huggingface_hub.snapshot_download``; what
-            it does not take, as PEFT passes some on, is let go.
+            it does not take, as PEFT passes some on, is let go. With ``local_files_only`` nothing is fetched.
 
     Raises:
         UserError: the Hub does not give it. A folder that is not there, with a path that is no name on the Hub, is
@@ -42,6 +42,8 @@ def folder_of(name: str | Path, files: Sequence[str], subfolder: str | None = No
     try:
         return Path(snapshot_download(str(name), **kept, allow_patterns=patterns), inside)
     except Exception as error:  # whatever the Hub and the way there may say
+        if options.get("local_files_only"):
+            raise UserError(f"{name} is no folder here, and nothing of it is in the Hub's cache.") from error
         why = gist(error)
         raise UserError(
             f"{name} is no folder here, and the Hub does not give it ({why}): correct the name, or see to it that you "

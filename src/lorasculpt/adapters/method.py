@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import json
 import warnings
@@ -16,12 +17,13 @@ from peft.mapping import (
     PEFT_TYPE_TO_TUNER_MAPPING,
 )
 from peft.tuners.lora import LoraModel
-from peft.tuners.tuners_utils import BaseTuner
+from peft.tuners.tuners_utils import BaseTuner, check_target_module_exists
 from peft.utils import CONFIG_NAME
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from ..errors import UserError
+from ..models.parts import linears, target_regex
 from .folder import folder_of
 from .layers import MaskedLinear, Site, sharded, sites
 from .origin import origin, write_origin
@@ -144,7 +146,12 @@ class Method:
 
 @dataclasses.dataclass
 class MethodConfig(LoraConfig):
-    """Shared by the configs of all methods: on disk a stock LoRA config, and beside it the method's own file."""
+    """Shared by the configs of all methods: on disk a stock LoRA config, and beside it the method's own file.
+
+    Args:
+        target_modules: as of ``LoraConfig``, the layers to adapt, wherever they are. Default: every linear of the
+            language part, as of ``scope: language`` in a run, whatever PEFT has by itself for the family.
+    """
 
     method: ClassVar[str]
     implementation: ClassVar[type[Method]]
@@ -181,6 +188,16 @@ class MethodConfig(LoraConfig):
         """What ``settings`` have to say besides, where each task of a sequence gets a LoRA of its own and those of the
         tasks before, in the folders ``earlier``, stay beside it, frozen; None where it does not."""
         return None
+
+    def default_targets(self, model: nn.Module) -> set[str] | str:
+        """The linears of ``model`` to adapt where ``target_modules`` is not given, by name or as a pattern of names.
+
+        Raises:
+            UserError: the parts of this model are not known.
+        """
+        if self.layers_to_transform is None:
+            return target_regex(model, "language")
+        return set(linears(model, "language"))  # PEFT takes no pattern beside numbers of layers
 
     def check_steps(self, total_steps: int) -> None:
         """See that the settings suit a training of ``total_steps`` optimizer steps.
@@ -300,6 +317,12 @@ class Methods(BaseTuner):
             del made[adapter]
         return made
 
+    def _prepare_adapter_config(self, peft_config, model_config):
+        if peft_config.target_modules is None:
+            found = peft_config.default_targets(self.model)
+            peft_config.target_modules = found if isinstance(found, str) else _left(found, peft_config)
+        return super()._prepare_adapter_config(peft_config, model_config)
+
     @classmethod
     def _get_adapter_state_dict(cls, model, config, adapter_name, state_dict, unwanted_adapter_names):
         tuner = getattr(model, "base_model", None)
@@ -321,6 +344,22 @@ class Methods(BaseTuner):
         if isinstance(tuner, Methods):
             tuner.methods[adapter_name].loaded(found)
         return found
+
+
+def _left(names: set[str], config: MethodConfig) -> set[str]:
+    """Those of ``names`` that ``layers_to_transform`` and ``exclude_modules`` leave.
+
+    PEFT takes a full name at its word, whatever layer it lies in, and so is asked about last names.
+    """
+    asked = copy.copy(config)
+    asked.target_modules = {name.rpartition(".")[2] for name in names}
+    left = {name for name in names if check_target_module_exists(asked, f".{name}")}
+    if not left:
+        raise ValueError(
+            f"layers_to_transform={config.layers_to_transform} and exclude_modules={config.exclude_modules} leave none "
+            f"of the layers that {type(config).__name__} adapts by itself: correct them, or give target_modules."
+        )
+    return left
 
 
 class MethodModel(Methods, LoraModel):

@@ -18,7 +18,7 @@ class TaskCollator:
 
     It goes around the collator that a trainer has, whatever the trainer and its data::
 
-        config = MTLLoRAConfig(tasks=["charts", "receipts"], target_modules=["q_proj", "v_proj"])
+        config = MTLLoRAConfig(tasks=["charts", "receipts"])
         arguments = SFTConfig("out", remove_unused_columns=False)
         trainer = SFTTrainer(model, arguments, train_dataset=data, peft_config=config)
         trainer.data_collator = TaskCollator(trainer.data_collator, config.tasks)

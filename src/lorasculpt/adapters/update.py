@@ -7,7 +7,6 @@ on disk: stock PEFT would load a LoRA file without the router and say nothing.
 
 from __future__ import annotations
 
-import copy
 import dataclasses
 import json
 import math
@@ -21,9 +20,8 @@ from peft.tuners.tuners_utils import (
     BaseTunerLayer,
     _get_in_out_features,
     check_adapters_to_merge,
-    check_target_module_exists,
 )
-from peft.utils import CONFIG_NAME, TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING, get_quantization_config
+from peft.utils import CONFIG_NAME, get_quantization_config
 from peft.utils.other import get_pattern_key, transpose
 from torch import Tensor, nn
 
@@ -271,10 +269,6 @@ class UpdateConfig(MethodConfig):
 
         return chosen(self.rank_pattern, self.r), chosen(self.alpha_pattern, self.lora_alpha)
 
-    def default_targets(self, model: nn.Module) -> set[str] | None:
-        """The linears of ``model`` to adapt where ``target_modules`` is not given; None leaves that to PEFT."""
-        return None
-
     @classmethod
     def exports(cls) -> tuple[str, ...]:
         if cls.merges == "never":
@@ -390,17 +384,11 @@ class UpdateModel(Methods):
 
     prefix = "lora_"
     tuner_layer_cls = UpdateLayer
-    target_module_mapping = TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
 
     @property
     def context(self) -> Context:
         """What this model's layers may know about a forward pass."""
         return self.__dict__.setdefault("_context", Context())
-
-    def _prepare_adapter_config(self, peft_config, model_config):
-        if peft_config.target_modules is None and (names := peft_config.default_targets(self.model)) is not None:
-            peft_config.target_modules = _left(names, peft_config)
-        return super()._prepare_adapter_config(peft_config, model_config)
 
     def _post_injection_hook(self, model, config, adapter_name):
         self.context.attach(model)
@@ -441,22 +429,6 @@ class UpdateModel(Methods):
         model = super()._unload_and_optionally_merge(merge, *args, **kwargs)
         self.context.detach()
         return model
-
-
-def _left(names: set[str], config: UpdateConfig) -> set[str]:
-    """Those of ``names`` that ``layers_to_transform`` and ``exclude_modules`` leave.
-
-    PEFT takes a full name at its word, whatever layer it lies in, and so is asked about last names.
-    """
-    asked = copy.copy(config)
-    asked.target_modules = {name.rpartition(".")[2] for name in names}
-    left = {name for name in names if check_target_module_exists(asked, f".{name}")}
-    if not left:
-        raise ValueError(
-            f"layers_to_transform={config.layers_to_transform} and exclude_modules={config.exclude_modules} leave none "
-            f"of the layers that {type(config).__name__} adapts by itself: correct them, or give target_modules."
-        )
-    return left
 
 
 def _depth(model: nn.Module, name: str) -> tuple[int | None, int | None]:

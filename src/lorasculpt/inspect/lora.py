@@ -22,6 +22,7 @@ from rich.console import Console
 from torch import Tensor
 
 from .. import files
+from ..adapters.folder import folder_of
 from ..adapters.load import check_family
 from ..adapters.origin import check_same, kept, recorded
 from ..adapters.plain import Pair, read_adapter
@@ -42,6 +43,8 @@ OMEGA = 1.0
 """Steepness of LoRASculpt's M; the paper's default."""
 SAMPLE = 2**19
 """Entries of BA that its redundancy curve is drawn from: as many random rows as hold about so many."""
+OF_BASE = ("config.json", "model.safetensors", "model.safetensors.index.json", "model-*.safetensors")
+"""The files of a base that are read, by their names on the Hub."""
 BLOCK = 2**22
 """Entries of a product or of a base weight worked on at a time."""
 
@@ -108,12 +111,14 @@ class Inspection:
         return {"schema": 1, "shares": list(SHARES), "large": LARGE, "omega": OMEGA, **asdict(self)}
 
 
-def inspect(adapter_folder: str | Path, base: str | Path | None = None) -> Inspection:
+def inspect(adapter_folder: str | Path, base: str | Path | None = None, *, fetch: bool = True) -> Inspection:
     """Measure a plain LoRA adapter, and with ``base`` hold its update against the pretrained weights.
 
     Args:
         adapter_folder: a folder with ``adapter_config.json`` (peft_type LORA) and ``adapter_model.safetensors``.
-        base: local folder of the base model. Only the adapted weights are read from its safetensors files.
+        base: the base model, a folder or a name on the Hub. Only the adapted weights are read from its safetensors
+            files.
+        fetch: whether a base that is not whole in the Hub's cache on this disk is fetched.
 
     Raises:
         UserError: the adapter cannot be read (`lorasculpt.adapters.plain`), or the base is not the adapter's.
@@ -124,7 +129,7 @@ def inspect(adapter_folder: str | Path, base: str | Path | None = None) -> Inspe
             f"{adapter_folder} is a {other.method} adapter, no plain LoRA; lorasculpt.inspect.update.inspect shows it."
         )
     adapter = read_adapter(adapter_folder)
-    weights = BaseWeights.open(base) if base is not None else None
+    weights = _weights(base, fetch) if base is not None else None
     if weights is not None and (weights.folder / "config.json").is_file():
         told = read_json(weights.folder / "config.json")
         check_family(adapter.folder, told.get("model_type"), told.get("architectures") or [])
@@ -153,6 +158,16 @@ def inspect(adapter_folder: str | Path, base: str | Path | None = None) -> Inspe
         total=together([layer.measures for layer in layers]),
         other=adapter.other,
     )
+
+
+def _weights(base: str | Path, fetch: bool) -> BaseWeights:
+    """Those of ``base``. What is in the cache goes before what the Hub has by now: it is what was trained on."""
+    try:
+        return BaseWeights.open(folder_of(base, OF_BASE, local_files_only=True))
+    except UserError:
+        if not fetch:
+            raise
+    return BaseWeights.open(folder_of(base, OF_BASE))
 
 
 def _measure(pair: Pair, against: dict[str, float]) -> Measures:

@@ -58,7 +58,6 @@ from ..adapters.dense import DenseConfig, DenseUpdate
 from ..adapters.layers import sharded_like
 from ..adapters.method import Method
 from ..adapters.update import Update, UpdateMethod, register_update
-from ..models.parts import linears
 from ..ops.masks import magnitude_mask
 
 SELECT = ("all", "half", "magnitude")
@@ -136,9 +135,8 @@ class Full(UpdateMethod):
 class FullConfig(DenseConfig):
     """Full fine-tuning of linears as an adapter. Use it wherever PEFT takes a ``LoraConfig``.
 
-    Without ``target_modules`` it trains all linears of the language model. There is no low rank: ``r``, ``lora_alpha``,
-    their patterns, ``use_rslora`` and ``lora_dropout`` mean nothing here and are refused. The learning rate should be
-    smaller than a LoRA's; a tenth of it is a rule of thumb.
+    There is no low rank: ``r``, ``lora_alpha``, their patterns, ``use_rslora`` and ``lora_dropout`` mean nothing here
+    and are refused. The learning rate should be smaller than a LoRA's; a tenth of it is a rule of thumb.
 
     Args:
         select: "all", "half" or "magnitude": what is trained.
@@ -180,7 +178,3 @@ class FullConfig(DenseConfig):
         for name, default, owner in (("share", 0.5, "magnitude"), ("round_steps", None, "half"), ("seed", 0, "half")):
             if getattr(self, name) != default and self.select != owner:
                 raise ValueError(f"{name} belongs to select={owner!r}; leave it out with select={self.select!r}.")
-
-    def default_targets(self, model):
-        """All linears of the language model, by name."""
-        return set(linears(model, "language"))

@@ -42,7 +42,7 @@ from torch import Tensor, nn
 from ..adapters.layers import Site, full, sharded, sharded_like
 from ..adapters.method import Method, MethodConfig, pruned, register
 from ..errors import UserError
-from ..models.parts import FAMILIES
+from ..models.parts import FAMILIES, in_language
 from ..ops.conflict import awareness, conflict
 from ..ops.density import product_density, solve_density
 from ..ops.masks import kept, magnitude_mask, pack, unpack
@@ -63,6 +63,7 @@ class Sculpt(Method):
         self.pruned = False
         self.removed: float | None = None  # share of the update's energy that pruning took, where it is known
         self._seen = False  # whether a step has begun
+        self._language = {name for name in self.sites if in_language(model.model, name)}
         self._squared: dict[str, Tensor] = {}
         self._norms: dict[str, Tensor] = {}
         self._cmr: dict[str, float] = {}
@@ -73,9 +74,9 @@ class Sculpt(Method):
                     kept(leaf.weight.numel(), density)
                 except ValueError as error:
                     raise ValueError(f"{name}: {error}") from None
-        language = [name for name in self.sites if not _in_connector(name)]
+        language = self._summed()
         if config.cmr_weight and language and not self._penalised():
-            names = sorted({name.rpartition(".")[2] for name in language})
+            names = sorted({site.name.rpartition(".")[2] for site in language})
             raise ValueError(
                 f"cmr_modules={config.cmr_modules} names none of the adapted linears ({', '.join(names)}), so nothing "
                 "would be penalised; name some of them, or 'all', or set cmr_weight=0."
@@ -143,16 +144,21 @@ class Sculpt(Method):
 
     # --- the penalty ----------------------------------------------------------------------------------------------
 
+    def _summed(self) -> list[Site]:
+        """The modules that equation (4) may sum over: the connector apart, those of the language model.
+
+        A vision tower has linears of the same names. Its modules count where ``cmr_modules`` is "all", and where it
+        alone is adapted.
+        """
+        others = [site for name, site in self.sites.items() if not _in_connector(name)]
+        language = [site for site in others if site.name in self._language]
+        return others if self.config.cmr_modules == "all" else language or others
+
     def _penalised(self) -> list[tuple[Site, float]]:
         """The modules of equation (4) with lambda / # each; the connector is a group of its own."""
         wanted = self.config.cmr_modules
-        language: list[Site] = []
-        connector: list[Site] = []
-        for name, site in self.sites.items():
-            if _in_connector(name):
-                connector.append(site)
-            elif wanted == "all" or name.rpartition(".")[2] in wanted:
-                language.append(site)
+        language = [site for site in self._summed() if wanted == "all" or site.name.rpartition(".")[2] in wanted]
+        connector = [site for name, site in self.sites.items() if _in_connector(name)]
         groups = (language, self.config.cmr_weight), (connector, self.config.cmr_connector_weight)
         return [(site, weight / len(group)) for group, weight in groups if weight for site in group]
 
@@ -291,8 +297,9 @@ class LoRASculptConfig(MethodConfig):
         cmr_weight: lambda of equation (5), at least 0. Paper's code: 1e-3.
         cmr_connector_weight: the same for a LoRA on the connector (paper's beta); 0 leaves it out, as the code does.
         omega: steepness of equation (3), > 0. Paper's code: 1.
-        cmr_modules: last names of the linears that equation (4) sums over, or "all". Paper's code: q, k, v. At least
-            one of them must be adapted, unless ``cmr_weight`` is 0 or the connector alone is adapted.
+        cmr_modules: last names of the linears that equation (4) sums over, or "all". Names are those of the language
+            model's, unless none of it is adapted; "all" are the vision tower's too, where it is adapted. Paper's code:
+            q, k, v. At least one must be adapted, unless ``cmr_weight`` is 0 or the connector alone is adapted.
         cmr_memory: "recompute" M at every step by row blocks, or "cache" its square (a tensor of the size of every
             penalised weight, in fp32; the step is faster).
 
@@ -304,7 +311,7 @@ class LoRASculptConfig(MethodConfig):
         >>> from transformers import LlamaConfig, LlamaForCausalLM
         >>> model = LlamaForCausalLM(LlamaConfig(vocab_size=64, hidden_size=32, intermediate_size=48,
         ...                                      num_hidden_layers=1, num_attention_heads=4))
-        >>> model = get_peft_model(model, LoRASculptConfig(r=8, target_modules=["q_proj", "v_proj"]))
+        >>> model = get_peft_model(model, LoRASculptConfig(r=8))
         >>> model.peft_config["default"].density
         0.1
     """

@@ -147,8 +147,9 @@ class SpiderConfig(DenseConfig):
     nothing here and are refused.
 
     Args:
+        target_modules: as of ``LoraConfig``, the layers to train. Default: those that ``last_layers`` says.
         last_layers: how many of the last decoder layers are trained where ``target_modules`` is not given, at least
-            1; with them the linears of the projector. ``target_modules`` overrides both. Paper: 2.
+            1; with them the linears of the projector. Paper: 2.
         memory: "full" keeps G in fp32 and I_pre; "low" keeps G in bf16, rounded at random so that it is right in the
             mean, and computes I_pre at every step.
 

@@ -75,10 +75,10 @@ def parts(model: nn.Module) -> Parts:
     """The parts of ``model``, which may be wrapped by PEFT. A text-only causal language model has ``language`` alone.
 
     Raises:
-        UserError: the family is not in `FAMILIES`.
+        UserError: the family is not in `FAMILIES`, or it is no model of transformers.
     """
     base = _base(model)
-    kind = base.config.model_type
+    kind = getattr(getattr(base, "config", None), "model_type", type(base).__name__)
     if kind in FAMILIES:
         return FAMILIES[kind]
     text_only = kind not in IMAGE_TEXT_CLASSES and type(base).__name__ in CAUSAL_CLASSES.values()
@@ -153,7 +153,7 @@ def left_out(model: nn.Module) -> float:
 def in_language(model: nn.Module, name: str) -> bool:
     """Whether ``name`` lies in the language part of the base ``model``, as all does in a model that is not known."""
     try:
-        return _inside(name, parts(model).language) if isinstance(model, PreTrainedModel) else True
+        return _inside(name, parts(model).language)
     except UserError:
         return True
 

@@ -26,18 +26,21 @@ class BaseWeights:
         """List the tensors of ``folder``; none is read yet.
 
         Raises:
-            UserError: no such folder, or no safetensors weights in it.
+            UserError: no such folder, or no safetensors weights in it, or not all of them.
         """
         folder = Path(folder)
         index = folder / "model.safetensors.index.json"
         if index.is_file():
             shards = {key: folder / name for key, name in read_json(index).get("weight_map", {}).items()}
+            if missing := next((shard for shard in shards.values() if not shard.is_file()), None):
+                raise UserError(f"{missing} is not there, which {index.name} names; copy or download the model again.")
         elif (folder / "model.safetensors").is_file():
             with _opened(folder / "model.safetensors") as file:
                 shards = dict.fromkeys(file.keys(), folder / "model.safetensors")
         else:
             raise UserError(
-                f"{folder} has no model.safetensors; the base must be a local folder with the model's weights."
+                f"{folder} has no model.safetensors; the base must be a model with such weights, by its folder or its "
+                "name on the Hub."
             )
         return cls(folder, shards)
 

@@ -64,14 +64,16 @@ def inside(found: Sequence[Entry]) -> dict[str, Any]:
     """``totals`` by label (of plain LoRAs, as `lorasculpt.inspect.lora.Measures` has them), ``maps``, and ``notes``.
 
     A map has a ``title``, its ``svg``, and ``even``: the labels of entries that are not drawn, being the same
-    everywhere. Of several seeds the first is shown. What cannot be read is told in a note.
+    everywhere. Of several seeds the first is shown. What cannot be read, or held against its base, is told in a note.
     """
     known, notes = {}, []
     for entry in found:
         try:
-            inspection = _inspection(entry)
+            inspection, obstacle = _inspection(entry)
             if inspection is not None:
                 known[entry.label] = inspection, _panels(entry.label, inspection)
+            if obstacle is not None:
+                notes.append(f"{entry.label} is not held against its base here: {obstacle}")
         except (UserError, OSError, ValueError, KeyError, TypeError, AttributeError, yaml.YAMLError) as error:
             said = str(error) if isinstance(error, UserError) else f"its {INSPECTION} or adapter cannot be read."
             notes.append(f"{entry.label} is not shown here: {said}")
@@ -89,19 +91,22 @@ def inside(found: Sequence[Entry]) -> dict[str, Any]:
     return {"totals": totals, "maps": maps, "notes": notes}
 
 
-def _inspection(entry: Entry) -> dict[str, Any] | None:
-    """What is known of the first of the entry's runs that has a folder of its own; None where there is nothing."""
+def _inspection(entry: Entry) -> tuple[dict[str, Any] | None, str | None]:
+    """What is known of the first of the entry's runs that has a folder of its own; None where there is nothing.
+
+    And why it tells nothing of the base, where that could not be looked into.
+    """
     homes = (run["home"] for run in entry.runs if run.get("home") is not None)
     for home in homes:
         if (home / INSPECTION).is_file():
-            return json.loads((home / INSPECTION).read_text(encoding="utf-8"))
+            return json.loads((home / INSPECTION).read_text(encoding="utf-8")), None
         if (home / "adapter" / "adapter_config.json").is_file():
             return _measured(home)
-    return None
+    return None, None
 
 
-def _measured(home: Path) -> dict[str, Any]:
-    """The adapter in ``home``, against its base where that is a folder here and the update no larger than ``ENTRIES``.
+def _measured(home: Path) -> tuple[dict[str, Any], str | None]:
+    """The adapter in ``home``, against its base where that is on this disk and the update no larger than ``ENTRIES``.
 
     Raises:
         UserError: it is no plain LoRA, or cannot be read.
@@ -114,13 +119,15 @@ def _measured(home: Path) -> dict[str, Any]:
     pairs = read_adapter(home / "adapter").pairs
     settings = home / "run.yaml"
     base = yaml.safe_load(settings.read_text(encoding="utf-8")).get("base") if settings.is_file() else None
-    small = sum(pair.B.shape[0] * pair.A.shape[1] for pair in pairs) <= ENTRIES
-    if base is not None and small and Path(base).is_dir():
+    if base is None:
+        return inspect(home / "adapter").to_dict(), None
+    obstacle = f"that takes long; run lorasculpt inspect with --base and --json {INSPECTION} in the run's folder first."
+    if sum(pair.B.shape[0] * pair.A.shape[1] for pair in pairs) <= ENTRIES:
         try:
-            return inspect(home / "adapter", base).to_dict()
-        except UserError:  # not the base that it was, or quantised: the adapter can still be shown
-            pass
-    return inspect(home / "adapter").to_dict()
+            return inspect(home / "adapter", base, fetch=False).to_dict(), None
+        except UserError as error:  # it is not here, not what it was, or quantised: the adapter can still be shown
+            obstacle = str(error)
+    return inspect(home / "adapter").to_dict(), obstacle
 
 
 def _panels(label: str, inspection: dict[str, Any]) -> dict[str, list[Panel]]:

@@ -514,6 +514,7 @@ def _runs(paths: list[Path], remark: str | None) -> _Part:
         "drift": plots.drift(found),
         "spread": spread(content["drift"]),
         "made_of": made_of,
+        "against_base": any(total["m_plain"] is not None for total in within["totals"].values()),
         "maps": within["maps"],
         "unread": within["notes"],
         "gallery": pictures,

@@ -153,7 +153,9 @@ def adapter_config(model: nn.Module, config: RunConfig) -> PeftConfig:
     if _open(kind, config):
         scope = config.scope or "language"
         scopes = [scope] + (["projector"] if config.projector == "lora" and scope != "all" else [])
-        settings["target_modules"] = "|".join(target_regex(model, scope) for scope in scopes)
+        ours = issubclass(kind, MethodConfig) and kind.default_targets is MethodConfig.default_targets
+        if not (ours and scopes == ["language"]):  # which it takes by itself
+            settings["target_modules"] = "|".join(target_regex(model, scope) for scope in scopes)
         if scope in ("language", "all") and (share := left_out(model)) > 0.01:
             say_once(
                 f"{share:.0%} of the language model's weights lie in no linear layer, as experts do that are one "
@@ -249,7 +251,7 @@ def _open(kind: type[PeftConfig], config: RunConfig) -> bool:
 
 def _own_targets(kind: type[PeftConfig], config: RunConfig) -> bool:
     """Whether the method is to name the layers that it adapts itself."""
-    names = issubclass(kind, UpdateConfig) and kind.default_targets is not UpdateConfig.default_targets
+    names = issubclass(kind, MethodConfig) and kind.default_targets is not MethodConfig.default_targets
     if not names or config.scope is not None:
         return False
     if config.projector != "frozen":

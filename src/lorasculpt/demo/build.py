@@ -130,11 +130,17 @@ class Questions:
 
 def encode(tokenizer, batch: list[tuple[Item, int | None]]) -> dict[str, Tensor]:
     """Token ids and labels (answer and end token only), padded on the right."""
-    rows = []
+    texts = []
     for item, feature in batch:
         image = base.IMAGE_TOKEN * 9 if feature is not None else ""
         prompt = f"<|im_start|>user\n{image}{item.question}<|im_end|>\n<|im_start|>assistant\n"
-        rows.append((tokenizer(prompt)["input_ids"], tokenizer(f"{item.answer}<|im_end|>")["input_ids"]))
+        texts.append((prompt, f"{item.answer}<|im_end|>"))
+    return padded(tokenizer, texts)
+
+
+def padded(tokenizer, texts: list[tuple[str, str]]) -> dict[str, Tensor]:
+    """Token ids of prompts and their answers, and labels for the latter, padded on the right."""
+    rows = [tuple(tokenizer(text)["input_ids"] for text in both) for both in texts]
     width = max(len(prompt) + len(answer) for prompt, answer in rows)
     ids = torch.full((len(rows), width), tokenizer.pad_token_id)
     labels, mask = torch.full_like(ids, -100), torch.zeros_like(ids)
@@ -182,14 +188,20 @@ def accuracy(model, tokenizer, pairs: list[tuple[Item, Tensor | None]], bf16: bo
 
 
 @torch.no_grad()
-def definition_nll(model, tokenizer, split: str, bf16: bool) -> float:
-    """Mean negative log-likelihood, in nats a token, of ``DEFINITIONS`` WordNet definitions given their words."""
+def definition_nll(model, tokenizer, split: str, bf16: bool, *, plain: bool = False) -> float:
+    """Mean negative log-likelihood, in nats a token, of ``DEFINITIONS`` WordNet definitions given their words.
+
+    They are asked for in a question of the form that the alignment trained on, or ``plain``, as a text that goes on.
+    """
     entries = world.words(split)[:DEFINITIONS]
     total, count = 0.0, 0
     for i in range(0, len(entries), 48):
-        items = [Item("meaning", f"What does '{word}' mean?", gloss) for word, gloss in entries[i : i + 48]]
+        part = entries[i : i + 48]
+        asked = [(Item("meaning", f"What does '{word}' mean?", gloss), None) for word, gloss in part]
+        texts = [(f"The word {word} means", f" {gloss}") for word, gloss in part]
+        batch = padded(tokenizer, texts) if plain else encode(tokenizer, asked)
         with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
-            logits, labels = logits_of_answers(model, encode(tokenizer, [(it, None) for it in items]), torch.empty(0))
+            logits, labels = logits_of_answers(model, batch, torch.empty(0))
         text = labels != tokenizer.eos_token_id  # the untouched model ends its definitions differently
         total += F.cross_entropy(logits[text], labels[text], reduction="sum").item()
         count += int(text.sum())

@@ -51,7 +51,7 @@ def knows(work: Path, path: Path) -> Path:
 
     ``exact`` compares its greedy answer, ``choice`` takes the likeliest of the answers that the question offers.
     ``definition_nll`` is what held-out definitions cost it given their words, in nats a token, and what they cost the
-    language model that it was made of.
+    language model that it was made of: asked for in the alignment's own form, and ``plain``.
     """
     write_data(work / "data")
     model, processor = load(str(base.folder()))
@@ -70,10 +70,14 @@ def knows(work: Path, path: Path) -> Path:
                     numbers = {key: entry[key] for key in ("value", "low", "high", "n")}
                     found["tasks"].setdefault(name, {})[f"{metric}, {pictures}"] = numbers
     bf16 = autocast_dtype(torch.device("cpu")) is not None
-    found["definition_nll"] = {
-        name: build.definition_nll(each.eval(), processor.tokenizer, "test", bf16)
-        for name, each in (("base", model), ("untouched", base.unaligned()[0]))
-    } | {"n": build.DEFINITIONS}
+    asked, plain = (
+        {
+            name: build.definition_nll(each.eval(), processor.tokenizer, "test", bf16, plain=form)
+            for name, each in (("base", model), ("untouched", base.unaligned()[0]))
+        }
+        for form in (False, True)
+    )
+    found["definition_nll"] = asked | {"plain": plain, "n": build.DEFINITIONS}
     return write_json(path, found | {"complete": True})
 
 

@@ -35,6 +35,13 @@ from lorasculpt.adapters.update import context_of, updates
 from lorasculpt.models.parts import target_regex
 
 STEPS = 3  # every case prunes, routes or merges something by then
+# every method on two families and LoRASculpt on all; test_families.py has all of both
+PAIRS = [
+    (family, method)
+    for number, method in enumerate(CASES)
+    for family in (FAMILIES if method == "lorasculpt" else ("llava", FAMILIES[1 + number % 3]))
+]
+pairs = pytest.mark.parametrize(("family", "method"), PAIRS)
 
 
 @pytest.fixture(params=CASES)
@@ -42,9 +49,10 @@ def method(request) -> str:
     return request.param
 
 
-@pytest.fixture(params=FAMILIES)
-def family(request) -> str:
-    return request.param
+@pytest.fixture
+def family() -> str:
+    """What `pairs` gives."""
+    raise NotImplementedError
 
 
 @pytest.fixture(scope="module")
@@ -64,6 +72,7 @@ def test_every_method_has_a_row():
 # --- one step -------------------------------------------------------------------------------------------------------
 
 
+@pairs
 def test_at_the_start_the_output_is_the_bases(family, method, asked):
     base, processor = pico.build(family)
     batch = window(processor, asked)[0]
@@ -71,6 +80,7 @@ def test_at_the_start_the_output_is_the_bases(family, method, asked):
     assert torch.equal(logits(adapt(base, method), batch), expected)
 
 
+@pairs
 def test_gradients_reach_the_adapter_and_nothing_else(family, method, asked):
     model, processor = start(family, method)
     moved = tuple(f"lora_update.default.{name}" for name in CASES[method].moves)
@@ -88,6 +98,7 @@ def test_gradients_reach_the_adapter_and_nothing_else(family, method, asked):
     assert all(torch.equal(parameter, frozen[name]) for name, parameter in model.named_parameters() if name in frozen)
 
 
+@pairs
 def test_two_batches_of_one_do_what_one_batch_of_two_does(family, method, asked):
     found = []
     for size in (1, 2):
@@ -107,11 +118,11 @@ def test_two_batches_of_one_do_what_one_batch_of_two_does(family, method, asked)
 
 
 @pytest.mark.parametrize(
-    ("family", "dtype", "kind"),
+    ("family", "method", "dtype", "kind"),
     [
-        *((family, None, kind) for family in FAMILIES for kind in ("reentrant", "not reentrant")),
-        *(("llava", torch.bfloat16, kind) for kind in ("reentrant", "not reentrant")),
-        ("llava", None, "as in a run"),
+        *((*pair, None, kind) for pair in PAIRS for kind in ("reentrant", "not reentrant")),
+        *(("llava", method, torch.bfloat16, kind) for method in CASES for kind in ("reentrant", "not reentrant")),
+        *(("llava", method, None, "as in a run") for method in CASES),
     ],
     ids=lambda value: {None: "fp32", torch.bfloat16: "bf16"}.get(value, value),
 )
@@ -134,6 +145,7 @@ def test_checkpointing_changes_nothing(family, dtype, method, asked, kind):
         assert float((moves[1] - moves[0]).norm() / moves[0].norm()) < 2e-2
 
 
+@pairs
 def test_autocast_stays_near_full_precision(family, method, asked):
     found = []
     for dtype in (None, torch.bfloat16):
@@ -159,6 +171,7 @@ def tuned(family, method, asked):
     return model, batch, base, processor
 
 
+@pairs
 def test_saved_and_loaded_under_another_name_it_answers_the_same(tuned, family, tmp_path):
     model, batch, _, _ = tuned
     model.save_pretrained(tmp_path)
@@ -177,6 +190,7 @@ def mergeable(model) -> bool:
     return getattr(model.peft_config["default"], "merges", "always") == "always"
 
 
+@pairs
 def test_disabled_merged_or_deleted_it_is_what_it_should_be(tuned):
     model, batch, base, _ = tuned
     found = logits(model, batch)
@@ -201,6 +215,7 @@ def test_disabled_merged_or_deleted_it_is_what_it_should_be(tuned):
     torch.testing.assert_close(logits(merged, batch), found, rtol=1e-4, atol=1e-5)
 
 
+@pairs
 def test_beside_another_it_is_itself_and_deleted_it_leaves_the_base(tuned, method):
     model, batch, base, _ = tuned
     found = logits(model, batch)
@@ -216,6 +231,7 @@ def test_beside_another_it_is_itself_and_deleted_it_leaves_the_base(tuned, metho
     assert torch.equal(logits(model, batch), base)
 
 
+@pairs
 def test_generating_with_a_cache_is_the_full_forward(tuned, asked):
     model, _, _, processor = tuned
     (prompt,) = window(processor, asked[:1], 1)  # one row: nothing is padded

@@ -1,4 +1,4 @@
-"""One row per method: every promise in ``test_contract.py`` is checked for every row and every family.
+"""One row per method: every promise in ``test_contract.py`` is checked for every row, on two families or more.
 
 Also what the tests of adapters share: a model with an adapter, batches, and a training loop written by hand.
 """

@@ -508,6 +508,11 @@ def test_without_source_it_goes_by_drift(run, tmp_path, capsys, monkeypatch):
     record = json.loads(tried.read_text())
     assert [set(trial["scores"]) for trial in record["trials"]] == [{"target_before", "target_after", "kept"}] * 2
     assert record["rates"]["lora"]["chosen"] == 0.01
+    # trials that tell what is kept say nothing of a source, and pictures made otherwise are another experiment
+    missing = planned(run("output=sourced"), ["lora"], 1, [0.01, 0.02], tried).missing()
+    assert [name.partition("/")[0] for name in missing][:2] == ["validation"] * 2
+    other = planned(run(*given, "image_processor={do_normalize: false}", "output=other"), ["lora"], 1, [0.01], path)
+    assert (planned(run(*given), ["lora"], 1, [0.01], path).missing(), len(other.missing())) == ([], 1)
     # the base is known by its target
     made["summary"]["target_before"] += 0.02
     with pytest.raises(UserError, match="the target was at"):

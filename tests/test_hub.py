@@ -162,6 +162,9 @@ def test_processors_that_an_accelerator_leaves_idle_prepare_its_batches(
 
     assert asked() == 0
     monkeypatch.setattr(trainer, "computing", lambda: torch.device("cuda"))
+    monkeypatch.setattr(trainer, "free", lambda folder: 2**26)  # a container's shared memory
+    assert asked() == 0
+    monkeypatch.setattr(trainer, "free", lambda folder: 2**34)
     assert asked() == workers
     assert asked("training.workers=7") == 7
     assert asked("training.workers=0") == 0

@@ -92,6 +92,15 @@ def test_what_changes_the_base_changes_a_copy(base, tmp_path, moved):
         torch.testing.assert_close(weight, before[name], rtol=0, atol=0)
 
 
+def test_adapters_see_pictures_as_they_were_trained_to_or_are_not_shown_together(base, tmp_path):
+    adapters = {name: save(tmp_path / name, base) for name in ("as base", "plainly")}
+    load(base, image_processor={"do_normalize": False})[1].image_processor.save_pretrained(adapters["plainly"])
+    panel = Panel(str(base), {"plainly": adapters["plainly"]})
+    assert not panel._processor.image_processor.do_normalize
+    with pytest.raises(UserError, match="as base and plainly were trained with other settings of image_processor"):
+        Panel(str(base), adapters)
+
+
 def run_file(folder: Path, base: Path, data: Path) -> Path:
     settings = {"base": str(base), "output": "out", "method": {"name": "lora"}, "data": {"train": str(data)}}
     settings["evaluate"] = {"target": [str(data)], "source": [str(data)]}

@@ -172,7 +172,9 @@ class Training(_Section):
         report_to: Trackers by transformers' names; TensorBoard's events lie in ``logs`` of ``output``. Default:
             ``[tensorboard]`` where it is installed.
         workers: Processes that prepare batches, beside each one that trains; 0 prepares them in the training process.
-            Default: 0 on a CPU; where an accelerator trains, one for each processor but one, four at most.
+            Default: 0 on a CPU; where an accelerator trains, one for each processor but one, four at most, and none
+            where /dev/shm, through which they hand batches over, has less than a gigabyte: give a container more by
+            ``--shm-size``.
         arguments: Further arguments of TRL's ``SFTConfig``, such as ``run_name`` or ``neftune_noise_alpha``; those that
             the settings above stand for, or of which nothing would come here, are refused. With ``push_to_hub: true``
             and a ``hub_model_id`` the finished adapter is uploaded (``hub_private_repo``, ``hub_revision``). Default:

@@ -251,7 +251,7 @@ def shape(config: RunConfig) -> dict[str, Any]:
         include={"method", "scope", "projector", "training"},
         exclude={"training": {**dict.fromkeys(WATCHING, True), "arguments": {"run_name", *PUSHING}}},
     )
-    found |= config.model_dump(include={"dtype", "quantization"}, exclude_defaults=True)
+    found |= config.model_dump(include={"dtype", "quantization", "image_processor"}, exclude_defaults=True)
     found |= {"evaluate": {"as_task": config.evaluate.as_task}} if config.evaluate.as_task else {}
     data = config.data.model_dump(include={"replay", "limit"}, exclude_defaults=True)
     return found | ({"data": data} if data else {})

@@ -22,6 +22,7 @@ from typing import Any
 from peft import PeftConfig
 from safetensors import safe_open
 from torch import nn
+from transformers.utils import IMAGE_PROCESSOR_NAME
 
 from .adapters.load import PROJECTOR_FILE
 from .adapters.load import load as load_adapter
@@ -33,7 +34,7 @@ from .errors import UserError
 from .evaluation import answer, strength
 from .evaluation.prompts import tokenizer_of
 from .evaluation.strength import fixed
-from .models.load import autocast_dtype, computing, load
+from .models.load import autocast_dtype, computing, load, see_as
 from .run.folder import ADAPTER, check_trained
 from .run.records import held_out
 
@@ -67,14 +68,21 @@ class Panel:
         loading: how the base is loaded, as in `lorasculpt.models.load.load`.
 
     Raises:
-        UserError: there is no such base, or an adapter is none or does not fit it.
+        UserError: there is no such base, or an adapter is none or does not fit it, or they see pictures differently.
     """
 
     def __init__(self, base: str, adapters: Mapping[str, Path], **loading: Any) -> None:
         for folder in adapters.values():  # before the base is loaded, which may take long
             if not (folder / "adapter_config.json").is_file():
                 raise UserError(f"{folder} holds no adapter; train the run first, or name the adapter's folder.")
+        kept = [folder / IMAGE_PROCESSOR_NAME for folder in adapters.values()]
+        if len({path.read_text(encoding="utf-8") if path.is_file() else None for path in kept}) > 1:
+            raise UserError(
+                f"{' and '.join(adapters)} were trained with other settings of image_processor; show them one by one."
+            )
         model, self._processor = load(base, **loading, device=computing())
+        for folder in adapters.values():
+            see_as(self._processor, folder)
         self._precision = autocast_dtype(model.device)
         self.sees = self._processor is not tokenizer_of(self._processor)
         """Whether the base reads pictures."""

@@ -212,11 +212,15 @@ def test_every_method_but_one_that_names_its_layers_does(method):
     assert set(get_peft_model(base, CASES[method]()).targeted_module_names) == wanted
 
 
-@pytest.mark.parametrize("base", [nn.Sequential(nn.Linear(4, 4)), hf.LlamaForSequenceClassification])
-def test_a_model_whose_parts_are_not_known_asks_for_targets(base):
-    model = base if isinstance(base, nn.Module) else base(hf.LlamaConfig(**pico.TEXT))
+def test_a_model_whose_parts_are_not_known_asks_for_targets():
     with pytest.raises(UserError, match=r"are not known here, .*; list the layers in target_modules"):
-        get_peft_model(model, LoRASculptConfig())
+        get_peft_model(nn.Sequential(nn.Linear(4, 4)), LoRASculptConfig())
+
+
+@pytest.mark.parametrize("method", ["lorasculpt", "smora"])
+def test_a_text_model_of_another_kind_gets_what_peft_has_for_it(method):
+    classifier = hf.LlamaForSequenceClassification(hf.LlamaConfig(**pico.TEXT))
+    assert get_peft_model(classifier, CASES[method]()).peft_config["default"].target_modules == {"q_proj", "v_proj"}
 
 
 def test_an_uninitialised_b_is_allowed():

@@ -11,10 +11,11 @@ import torch
 from commands import call
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForImageTextToText
+from transformers import AutoModelForImageTextToText, AutoProcessor
 
 from lorasculpt.adapters.plain import read_adapter
 from lorasculpt.errors import UserError
+from lorasculpt.models.load import load
 from lorasculpt.posthoc import average, dare, prune, read, scale, ties, write
 
 TARGETS = r".*language_model\.layers\.\d+\.(self_attn\.q_proj|mlp\.down_proj)"
@@ -230,3 +231,11 @@ def test_mistakes_are_one_sentence_and_exit_code_2(make, tmp_path, monkeypatch, 
     assert message in err
     assert err.count("\n") == 1
     assert not (tmp_path / "new").exists()
+
+
+def test_a_merged_model_makes_of_pictures_what_its_adapter_did(make, tmp_path, pico_folder):
+    base, folder = pico_folder("llava"), make()
+    load(base, image_processor={"do_normalize": False})[1].image_processor.save_pretrained(folder)
+    write(dare(read(folder), 0.5), tmp_path / "out", base=base)
+    assert AutoProcessor.from_pretrained(base).image_processor.do_normalize
+    assert not AutoProcessor.from_pretrained(tmp_path / "out").image_processor.do_normalize

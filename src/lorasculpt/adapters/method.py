@@ -19,6 +19,7 @@ from peft.mapping import (
 from peft.tuners.lora import LoraModel
 from peft.tuners.tuners_utils import BaseTuner, check_target_module_exists
 from peft.utils import CONFIG_NAME
+from peft.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING as PEFTS_OWN
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
@@ -150,7 +151,8 @@ class MethodConfig(LoraConfig):
 
     Args:
         target_modules: as of ``LoraConfig``, the layers to adapt, wherever they are. Default: every linear of the
-            language part, as of ``scope: language`` in a run, whatever PEFT has by itself for the family.
+            language part, as of ``scope: language`` in a run, whatever PEFT has by itself for the family; of a text
+            model that has no such part here, such as a classifier, what PEFT has.
     """
 
     method: ClassVar[str]
@@ -189,15 +191,22 @@ class MethodConfig(LoraConfig):
         tasks before, in the folders ``earlier``, stay beside it, frozen; None where it does not."""
         return None
 
-    def default_targets(self, model: nn.Module) -> set[str] | str:
+    def default_targets(self, model: nn.Module) -> set[str] | str | None:
         """The linears of ``model`` to adapt where ``target_modules`` is not given, by name or as a pattern of names.
+
+        None leaves it to PEFT: of a text model whose parts are not known, such as a classifier, where PEFT knows some.
 
         Raises:
             UserError: the parts of this model are not known.
         """
-        if self.layers_to_transform is None:
-            return target_regex(model, "language")
-        return set(linears(model, "language"))  # PEFT takes no pattern beside numbers of layers
+        try:
+            if self.layers_to_transform is None:
+                return target_regex(model, "language")
+            return set(linears(model, "language"))  # PEFT takes no pattern beside numbers of layers
+        except UserError:
+            if getattr(getattr(model, "config", None), "model_type", None) not in PEFTS_OWN:
+                raise
+            return None
 
     def check_steps(self, total_steps: int) -> None:
         """See that the settings suit a training of ``total_steps`` optimizer steps.
@@ -320,7 +329,7 @@ class Methods(BaseTuner):
     def _prepare_adapter_config(self, peft_config, model_config):
         if peft_config.target_modules is None:
             found = peft_config.default_targets(self.model)
-            peft_config.target_modules = found if isinstance(found, str) else _left(found, peft_config)
+            peft_config.target_modules = _left(found, peft_config) if isinstance(found, set) else found
         return super()._prepare_adapter_config(peft_config, model_config)
 
     @classmethod

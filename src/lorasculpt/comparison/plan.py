@@ -205,7 +205,8 @@ class Comparison:
         wanted |= {"edit": run.edit.made(run.config)} if run.edit else {}
         if run.trial:
             found = self._known.find("validation", **wanted, validation=self._validation)
-            return found if found is not None and self._same_data(found) else None
+            told = found is not None and found["scores"].keys() >= set(self._told_of_trials)  # else it was by drift
+            return found if found is not None and told and self._same_data(found) else None
         found = self._known.find("test", **wanted)
         if found is None or not tells(found.get("evaluate"), run.config) or not self._same_data(found):
             return None

@@ -128,7 +128,7 @@ class Questions:
         return batch
 
 
-def encode(tokenizer, batch: list[tuple[Item, int | None]]) -> dict[str, Tensor]:
+def encode(tokenizer, batch: Sequence[tuple[Item, int | None]]) -> dict[str, Tensor]:
     """Token ids and labels (answer and end token only), padded on the right."""
     texts = []
     for item, feature in batch:

@@ -70,14 +70,14 @@ def knows(work: Path, path: Path) -> Path:
                     numbers = {key: entry[key] for key in ("value", "low", "high", "n")}
                     found["tasks"].setdefault(name, {})[f"{metric}, {pictures}"] = numbers
     bf16 = autocast_dtype(torch.device("cpu")) is not None
-    asked, plain = (
+    in_form, plain = (
         {
             name: build.definition_nll(each.eval(), processor.tokenizer, "test", bf16, plain=form)
             for name, each in (("base", model), ("untouched", base.unaligned()[0]))
         }
         for form in (False, True)
     )
-    found["definition_nll"] = asked | {"plain": plain, "n": build.DEFINITIONS}
+    found["definition_nll"] = {**in_form, "plain": plain, "n": build.DEFINITIONS}
     return write_json(path, found | {"complete": True})
 
 

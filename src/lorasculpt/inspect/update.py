@@ -33,7 +33,7 @@ from ..data.batches import Collator, placed, rows
 from ..data.records import Record, read
 from ..errors import UserError
 from ..evaluation.prompts import batches, chat, evaluating
-from ..models.load import computing, load
+from ..models.load import computing, load, see_as
 from .places import in_order, order, place
 
 BATCH = 4
@@ -137,6 +137,7 @@ def inspect(
         where = groups[unknown][0].where
         raise UserError(f"{where}: there is no task {unknown!r}; the adapter knows {', '.join(known)}.")
     model, processor = load(base, dtype="auto", device=computing(), trust_remote_code=trust_remote_code)
+    see_as(processor, Path(adapter_folder))
     model = load_adapter(model, adapter_folder)
     loads = _loads(model, processor, groups)
     if groups and not loads:

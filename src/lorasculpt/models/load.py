@@ -125,7 +125,7 @@ def _with(settings: Mapping[str, Any], given: Any) -> Any:
 
 def see_as(processor: Any, folder: Path) -> None:
     """Have ``processor`` make of pictures what it made of them where the adapter in ``folder`` was trained."""
-    if (folder / IMAGE_PROCESSOR_NAME).is_file():
+    if (folder / IMAGE_PROCESSOR_NAME).is_file() and hasattr(processor, "image_processor"):
         processor.image_processor = type(processor.image_processor).from_pretrained(str(folder))
 
 

@@ -15,7 +15,7 @@ from ..data.batches import Collator, placed, rows
 from ..data.records import Record
 from ..data.records import read as read_records
 from ..evaluation.prompts import check_prompts
-from ..models.load import computing, load
+from ..models.load import computing, load, see_as
 from .tailor import moments_of
 
 
@@ -47,6 +47,7 @@ def calibrate(
     """
     records = read_records(data, images=images, limit=limit)
     model, processor = load(str(base), device=computing(), trust_remote_code=trust_remote_code)
+    see_as(processor, adapter.folder)
     check_prompts(processor, records)
     tuned = load_adapter(model, adapter.folder).eval()
     names = [pair.name for pair in adapter.pairs]

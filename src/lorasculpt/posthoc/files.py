@@ -20,7 +20,7 @@ from ..adapters.plain import Adapter, read_adapter, write_pairs
 from ..adapters.residual import moved_by
 from ..errors import UserError
 from ..export import DTYPES, known_dtype, save_model
-from ..models.load import load
+from ..models.load import load, see_as
 from ..provenance import versions
 from .edits import Update, truncate
 
@@ -140,6 +140,7 @@ def _write_merged(update: Update, base: str, out: Path, dtype: str | None, **tru
     """The model with the update in its weights; returns its precision, and what rounding to it took from the update."""
     model, processor = load(base, **trusted)
     check_origin(update.adapter.folder, model)
+    see_as(processor, update.adapter.folder)
     dtype = dtype or known_dtype(AutoConfig.from_pretrained(base, **trusted).dtype)
     weights = {name: _weight(model, name, base) for name in update}
     lost, all_ = 0.0, 0.0

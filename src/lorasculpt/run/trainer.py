@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from copy import deepcopy
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -24,6 +25,7 @@ from trl import SFTConfig, SFTTrainer
 from ..adapters.settings import must_be
 from ..config import RunConfig
 from ..errors import UserError, gist
+from ..files import free
 from ..models.load import computing
 from ..models.parts import parts
 from .folder import EVENTS, RUN_FILE, clear
@@ -96,6 +98,8 @@ IDLE = {
     for name in names
 }
 
+
+ROOM = 2**30  # of shared memory, for a few batches of photographs
 
 # taken unless the file says otherwise: masks are buffers, but the same in all processes, so that DDP need not send them
 DEFAULTS = {"ddp_broadcast_buffers": False}
@@ -213,8 +217,12 @@ def arguments(config: RunConfig, progress: bool, autocast: torch.dtype | None) -
 
 
 def _spare() -> int:
-    """How many processes may prepare batches beside this one: none where the CPU itself trains."""
-    if computing().type == "cpu":
+    """How many processes may prepare batches beside this one: none where the CPU itself trains.
+
+    They hand batches over through /dev/shm. Where a container has little of it, the usual 64 MB, training would hang.
+    """
+    shared = Path("/dev/shm")
+    if computing().type == "cpu" or (shared.is_dir() and free(shared) < ROOM):
         return 0
     own = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     return max(0, min(4, own // int(os.environ.get("LOCAL_WORLD_SIZE", "1")) - 1))

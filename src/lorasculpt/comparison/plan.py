@@ -205,8 +205,9 @@ class Comparison:
         wanted |= {"edit": run.edit.made(run.config)} if run.edit else {}
         if run.trial:
             found = self._known.find("validation", **wanted, validation=self._validation)
-            told = found is not None and found["scores"].keys() >= set(self._told_of_trials)  # else it was by drift
-            return found if found is not None and told and self._same_data(found) else None
+            if found is None or not found["scores"].keys() >= set(self._told_of_trials):
+                return None  # or it went by drift, and there is a source now, or the other way round
+            return found if self._same_data(found) else None
         found = self._known.find("test", **wanted)
         if found is None or not tells(found.get("evaluate"), run.config) or not self._same_data(found):
             return None

@@ -56,3 +56,17 @@ def test_a_share_is_the_same_for_ever():
     assert world.share("word cat") == world.share("word cat") != world.share("word dog")
     shares = [world.share(str(number)) for number in range(2000)]
     assert 0 <= min(shares) < 0.01 < 0.99 < max(shares) < 1
+
+
+def test_a_picture_is_whole_or_not_there(families, tmp_path, monkeypatch):
+    def stopped(picture, file, *_):
+        file.write_bytes(b"half of it")
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Image.Image, "save", stopped)
+        with pytest.raises(KeyboardInterrupt):
+            world.write(tmp_path, world.source_items("test"), "source.jsonl")
+    assert not [path for path in tmp_path.rglob("*") if path.is_file()]
+    world.write(tmp_path, world.source_items("test"), "source.jsonl")
+    assert {path.name for path in tmp_path.rglob("*.png")} == {"grandmother.png", "aunt.png"}

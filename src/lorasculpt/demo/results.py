@@ -18,6 +18,7 @@ import yaml
 
 from ..compare import compare
 from ..config import RunConfig
+from ..files import write_text
 from ..models.tower import remembering
 from . import several, world
 from .run import METHODS, settings, write_data
@@ -75,8 +76,7 @@ def plan(work: Path, target: str = "digits", *, others: bool = False) -> Path:
     """
     made = SEVERAL[target](work) if target in SEVERAL else _single(work, target, OTHERS if others else COMPARED)
     path = work / (f"{target}-others.yaml" if others else f"{target}.yaml")
-    path.write_text(yaml.safe_dump(made, sort_keys=False))
-    return path
+    return write_text(path, yaml.safe_dump(made, sort_keys=False))
 
 
 def _single(work: Path, target: str, methods: dict[str, dict[str, Any]]) -> dict[str, Any]:

@@ -13,6 +13,7 @@ import torch
 import yaml
 
 from ..config import RunConfig
+from ..files import write_text
 from ..measure import measure
 from ..models.load import autocast_dtype, computing, cpu_rate
 from ..models.tower import remembering
@@ -99,8 +100,7 @@ def demo(out: Path, *, target: str = "digits", full: bool = False) -> list[Path]
             run = settings(name, target=target, limit=None if full else QUICK)
             run["evaluate"] |= every
             path = out / f"{name}.yaml"
-            path.write_text(yaml.safe_dump(run, sort_keys=False))
-            config = RunConfig.load(path)
+            config = RunConfig.load(write_text(path, yaml.safe_dump(run, sort_keys=False)))
             print(f"\n{name}: training on {target} (lorasculpt train {path})")
             train(config)
             results.append(measure(config))

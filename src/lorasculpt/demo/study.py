@@ -19,7 +19,7 @@ from ..config import RunConfig
 from ..data.records import read
 from ..evaluation import evaluate
 from ..evaluation import tasks as grouped
-from ..files import write_json
+from ..files import write_json, write_text
 from ..measure import RESULTS_FILE, measure, measured
 from ..models.load import autocast_dtype, load
 from ..models.tower import remembering
@@ -107,7 +107,7 @@ def _measured(path: Path, made: dict[str, Any]) -> dict[str, Any]:
     Raises:
         UserError: its folder holds another run.
     """
-    path.write_text(yaml.safe_dump(made, sort_keys=False))
+    write_text(path, yaml.safe_dump(made, sort_keys=False))
     config = RunConfig.load(path)
     check_output(config.output, config)
     if measured(config) is None:

@@ -24,6 +24,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
+from ..files import whole, write_text
 from . import artwork, assets
 
 SPLITS = {"test": (0.0, 0.30), "validation": (0.30, 0.38), "train": (0.38, 1.0)}
@@ -393,13 +394,10 @@ def write(folder: Path, items: list[Item], file: str) -> Path:
     wanted = {item.image for item in items if item.image}
     missing = {name for name in wanted if not (folder / name).exists()}
     for name, picture in pictures(missing):
-        (folder / name).parent.mkdir(parents=True, exist_ok=True)
-        picture.save(folder / name)
+        with whole(folder / name) as partial:
+            picture.save(partial, "PNG")
     rows = []
     for item in items:
         row = {"task": item.task, "question": item.question, "answer": item.answer, "choices": list(item.choices)}
         rows.append(row | ({"image": item.image} if item.image else {}))
-    path = folder / file
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return path
+    return write_text(folder / file, "".join(json.dumps(row) + "\n" for row in rows))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from dataclasses import replace
 
 import made_up
 import pico
@@ -31,12 +32,11 @@ def known(found: dict, name: str) -> str:
 
 def test_how_long_it_takes_is_told_by_what_the_processor_does(monkeypatch):
     monkeypatch.setattr(run, "computing", lambda: torch.device("cpu"))
-    for rate, quick, full in ((1e12, 5, 22), (7.5e10, 34, 149)):
+    for rate, minutes in ((1e12, 5), (7.5e10, 34)):
         monkeypatch.setattr(run, "cpu_rate", lambda dtype, rate=rate: rate)
-        assert run.expected(False) == f"about {quick} minutes on this machine"
-        assert run.expected(True) == f"about {full} minutes on this machine"
+        assert run.expected(1.4e14) == f"about {minutes} minutes on this machine"
     monkeypatch.setattr(run, "computing", lambda: torch.device("cuda"))
-    assert run.expected(False) == "some minutes"
+    assert run.expected(1.4e14) == "some minutes"
 
 
 @pytest.fixture
@@ -80,8 +80,8 @@ def test_the_table_of_a_run_without_source_tasks(tmp_path, capsys, narrow):
 def tiny(tmp_path, pico_folder, monkeypatch):
     """The demo on the tiny llava, in three steps; the list that is returned gets an entry for each training."""
     monkeypatch.setattr(run.base, "folder", lambda: pico_folder("llava"))
-    monkeypatch.setattr(run, "STEPS", 3)
-    monkeypatch.setattr(run, "QUICK", 4)
+    small = run.Size(limit=4, during=2, curve=4, work=1e9, changes={"steps": 3})
+    monkeypatch.setattr(run, "SIZES", {("digits", False): small, ("digits", True): replace(small, limit=None)})
 
     def write_data(folder, target):
         for name in (f"{target}_train", f"{target}_test", "source_test"):
@@ -113,3 +113,6 @@ def test_two_runs_a_table_and_a_page_and_a_second_call_trains_nothing(tiny, tmp_
     again = run.demo(out)
     assert len(tiny) == 2
     assert again == [out / name / "results.json" for name in ("lora", "lorasculpt")]
+    assert run.demo(out, full=True) == [out / f"{name}-full" / "results.json" for name in ("lora", "lorasculpt")]
+    assert len(tiny) == 4
+    assert (out / "report-full" / "report.html").is_file()

@@ -6,6 +6,7 @@ It uses nothing that a user's own run could not: a data folder, two YAML files, 
 from __future__ import annotations
 
 import time
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -30,17 +31,42 @@ METHODS: dict[str, dict[str, Any]] = {
         "lr": 1.5e-3,
     },
 }
-STEPS = 160  # two minutes a run on two cores with fast bf16, eight on two threads of one core without
+STEPS = 160
 REMARKS = {
     "digits": (
-        "Both ran at the learning rate that teaches digits best on a validation set. At a seventh of that rate LoRA "
-        "learned and kept as much as LoRASculpt (results/demo.json)."
+        "Both ran with the same settings, at a rate chosen for what it teaches. At a seventh of that rate LoRA learned "
+        "and kept as much as LoRASculpt (results/demo.json)."
     ),
     "flags": f"One run each, at rates that were chosen for digits. {world.TOGETHER}",
 }
-QUICK = 60  # items behind each number of the quick demo
-WORK = {False: 1.4e14, True: 6.2e14}  # operations in products of the quick and of the full demo
-BESIDE = 1.1e-12  # seconds for each of them that everything else takes
+BESIDE = 1.1e-12  # seconds that everything else takes, for each operation in products
+
+
+@dataclass(frozen=True)
+class Size:
+    """How much a demo does.
+
+    ``limit`` items are behind each number (None: all), ``during`` of each task while it trains, ``curve`` of the source
+    and of the target at each strength; ``changes`` go to the settings of both runs. ``work`` is how many operations in
+    products all of it takes.
+    """
+
+    limit: int | None
+    during: int
+    curve: int | None
+    work: float
+    changes: dict[str, Any] = field(default_factory=dict)
+
+
+# Fewer steps want a longer one each: at twice the alpha 60 of them show what 160 do (docs/log.md).
+QUICK = Size(limit=40, during=10, curve=60, work=3.7e13, changes={"steps": 60, "method": {"lora_alpha": 128}})
+FULL = Size(limit=None, during=20, curve=None, work=6.2e14)
+SIZES = {
+    ("digits", False): QUICK,
+    ("digits", True): FULL,
+    ("flags", False): replace(QUICK, work=6.9e13, changes={}),  # of which 60 steps teach nothing
+    ("flags", True): FULL,
+}
 
 
 def write_data(folder: Path, target: str = "digits") -> None:
@@ -74,37 +100,42 @@ def settings(name: str, *, target: str = "digits", seed: int = 0, split: str = "
     }
 
 
-def expected(full: bool) -> str:
-    """How long the demo takes here, in words: by what this machine's processor does in a product, at its best."""
+def expected(work: float) -> str:
+    """How long ``work`` takes here, in words: by what this machine's processor does in a product, at its best."""
     if computing().type != "cpu":
         return "some minutes"
     dtype = autocast_dtype("cpu") or torch.float32
     rate = max(cpu_rate(dtype) for _ in range(20))
-    return f"about {max(1, round(WORK[full] * (1 / rate + BESIDE) / 60))} minutes on this machine"
+    return f"about {max(1, round(work * (1 / rate + BESIDE) / 60))} minutes on this machine"
 
 
 def demo(out: Path, *, target: str = "digits", full: bool = False) -> list[Path]:
-    """Run the demo in ``out`` and return the two result files; ``full`` measures every held-out item.
-
-    ``target`` is what is learned: "digits", or "flags", which is harder.
+    """Run the demo in ``out`` and return the two result files.
 
     A second call goes on where the first was stopped.
+
+    Args:
+        out: the folder. What is of another target than digits, or full, has a name there that says so.
+        target: what is learned: "digits", or "flags", which is harder.
+        full: the runs of ``results/``, measured on every held-out item.
     """
     began = time.monotonic()
-    print(f"The base model, the data and two runs of {STEPS} steps: {expected(full)}.")
+    size = SIZES[target, full]
+    ending = ("" if target == "digits" else f"-{target}") + ("-full" if full else "")
+    steps = size.changes.get("steps", STEPS)
+    print(f"The base model, the data and two runs of {steps} steps: {expected(size.work)}.")
     write_data(out / "data", target)
     results: list[Path] = []
     with remembering():
         for name in METHODS:
-            every = {"every": STEPS // 3, "during": 20, "curve": None if full else 3 * QUICK // 2}
-            run = settings(name, target=target, limit=None if full else QUICK)
-            run["evaluate"] |= every
-            path = out / f"{name}.yaml"
+            run = settings(name, target=target, output=f"{name}{ending}", limit=size.limit, **size.changes)
+            run["evaluate"] |= {"every": steps // 3, "during": size.during, "curve": size.curve}
+            path = out / f"{name}{ending}.yaml"
             config = RunConfig.load(write_text(path, yaml.safe_dump(run, sort_keys=False)))
             print(f"\n{name}: training on {target} (lorasculpt train {path})")
             train(config)
             results.append(measure(config))
-    page = report(results, out / "report", REMARKS[target])
+    page = report(results, out / f"report{ending}", REMARKS[target])
     print(f"\nDone in {(time.monotonic() - began) / 60:.1f} minutes. Open {page}")
     print(REMARKS[target])
     return results

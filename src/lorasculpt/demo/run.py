@@ -59,12 +59,12 @@ class Size:
 
 
 # Fewer steps want a longer one each: at twice the alpha 60 of them show what 160 do (docs/log.md).
-QUICK = Size(limit=40, during=10, curve=60, work=3.7e13, changes={"steps": 60, "method": {"lora_alpha": 128}})
+QUICK = Size(limit=40, during=10, curve=40, work=3.4e13, changes={"steps": 60, "method": {"lora_alpha": 128}})
 FULL = Size(limit=None, during=20, curve=None, work=6.2e14)
 SIZES = {
     ("digits", False): QUICK,
     ("digits", True): FULL,
-    ("flags", False): replace(QUICK, work=6.9e13, changes={}),  # of which 60 steps teach nothing
+    ("flags", False): replace(QUICK, work=6.6e13, changes={}),  # of which 60 steps teach nothing
     ("flags", True): FULL,
 }
 
@@ -129,7 +129,7 @@ def demo(out: Path, *, target: str = "digits", full: bool = False) -> list[Path]
     with remembering():
         for name in METHODS:
             run = settings(name, target=target, output=f"{name}{ending}", limit=size.limit, **size.changes)
-            run["evaluate"] |= {"every": steps // 3, "during": size.during, "curve": size.curve}
+            run["evaluate"] |= {"every": steps // 2, "during": size.during, "curve": size.curve}
             path = out / f"{name}{ending}.yaml"
             config = RunConfig.load(write_text(path, yaml.safe_dump(run, sort_keys=False)))
             print(f"\n{name}: training on {target} (lorasculpt train {path})")

@@ -42,5 +42,6 @@ def test_pairs():
     assert (found["low"] > 0) == (found["p"] < 0.05)
     same = {"difference": 0.25, "low": 0.25, "high": 0.25}
     assert paired([0.5, 0.5], [0.25, 0.25]) == same | {"t": None, "p": None, "n": 2}
+    assert paired([31 / 50, 36 / 50], [29 / 50, 34 / 50])["p"] is None  # both of two questions of fifty
     assert paired([0.5], [0.4]) is None
     assert paired([0.5, None], [0.4, 0.3]) is None

@@ -54,8 +54,8 @@ def paired(values: Sequence[float | None], others: Sequence[float | None]) -> di
 
     Returns:
         ``difference`` (mean of values - others) with its 95 % interval ``low`` and ``high``, ``t``, the two-sided ``p``
-        and the number of pairs ``n``. ``t`` and ``p`` are None where all differences are equal. None for fewer than two
-        pairs, or where a value is None.
+        and the number of pairs ``n``. ``t`` and ``p`` are None where all differences are equal, up to rounding. None
+        for fewer than two pairs, or where a value is None.
     """
     pairs = [(a, b) for a, b in zip(values, others, strict=True) if a is not None and b is not None]
     if len(pairs) < 2 or len(pairs) < len(values):
@@ -63,6 +63,7 @@ def paired(values: Sequence[float | None], others: Sequence[float | None]) -> di
     differences = [a - b for a, b in pairs]
     found = mean_interval(differences)
     spread, n = stdev(differences), len(differences)
-    t = mean(differences) / (spread / math.sqrt(n)) if spread > 0 else None
+    rounding = 1e-12 * max(abs(value) for pair in pairs for value in pair)
+    t = mean(differences) / (spread / math.sqrt(n)) if spread > rounding else None
     p = None if t is None else p_value(t, n - 1)
     return {"difference": found["mean"], "low": found["low"], "high": found["high"], "t": t, "p": p, "n": n}

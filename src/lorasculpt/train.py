@@ -33,7 +33,7 @@ from .adapters.origin import origin, write_origin
 from .adapters.residual import taken, write_plain
 from .config import RunConfig
 from .console import say_once
-from .data.batches import Collator, rows
+from .data.batches import rows
 from .data.records import Record
 from .errors import UserError
 from .evaluation.prompts import check_prompts
@@ -65,12 +65,19 @@ from .run.model import (
     precision,
     prepare,
     refusal,
-    routed,
     save_projector,
     with_tasks,
 )
 from .run.records import check_lengths, check_measured, one_pass, rehearsed, training_rows
-from .run.trainer import arguments, check_arguments, keep_events, on_one_gpu, optimizer, telling_what_it_refuses
+from .run.trainer import (
+    arguments,
+    check_arguments,
+    collator,
+    keep_events,
+    on_one_gpu,
+    optimizer,
+    telling_what_it_refuses,
+)
 
 
 def train(
@@ -132,7 +139,7 @@ def train(
             args=told,
             train_dataset=rows(records),
             processing_class=processor,
-            data_collator=Collator(processor, tasks=routed(model)),
+            data_collator=collator(model, processor),
             optimizers=(optimizer(model, config, told), None),
             callbacks=[Frozen()],
         )

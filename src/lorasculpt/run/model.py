@@ -321,12 +321,6 @@ def inform(
         method.config.take_fisher(str(path))
 
 
-def routed(model: PeftModel) -> list[str] | None:
-    """The tasks whose ids every batch has to carry for the adapter of ``model``."""
-    config = model.active_peft_config
-    return config.tasks if isinstance(config, UpdateConfig) and config.tasks and not config.sequence else None
-
-
 def thaw_projector(model: nn.Module, config: RunConfig) -> None:
     """Let the projector be trained where ``config`` wants it whole, in fp32 as an adapter is.
 

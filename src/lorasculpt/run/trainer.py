@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from peft import PeftModel
 from torch import nn
 from transformers.integrations import (
     INTEGRATION_TO_CALLBACK,
@@ -23,7 +24,10 @@ from transformers.utils import is_liger_kernel_available
 from trl import SFTConfig, SFTTrainer
 
 from ..adapters.settings import must_be
+from ..adapters.tasks import TaskCollator
+from ..adapters.update import UpdateConfig
 from ..config import RunConfig
+from ..data.batches import Collator
 from ..errors import UserError, gist
 from ..files import free
 from ..models.load import computing
@@ -259,6 +263,13 @@ def keep_events(trainer: SFTTrainer, config: RunConfig, step: int) -> None:
         if isinstance(callback, TensorBoardCallback) and callback.logging_dir is None:
             callback.logging_dir = str(config.output / EVENTS)
             callback._SummaryWriter = partial(callback._SummaryWriter, purge_step=step + 1)
+
+
+def collator(model: PeftModel, processor) -> Collator | TaskCollator:
+    """What makes batches of rows, with the tasks of the samples where the adapter of ``model`` routes by them."""
+    collate, config = Collator(processor), model.active_peft_config
+    routed = isinstance(config, UpdateConfig) and config.tasks and not config.sequence
+    return TaskCollator(collate, config.tasks) if routed else collate
 
 
 def optimizer(model: nn.Module, config: RunConfig, given: SFTConfig) -> torch.optim.Optimizer | None:

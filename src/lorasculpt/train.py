@@ -125,7 +125,7 @@ def train(
     model = (start or attach)(model, named)
     others = taken(model) or beside(model)
     autocast = precision(config)
-    measured = [Measure(config, model, processor, autocast)] if config.evaluate.every else []
+    measured = [Measure(config, model, processor)] if config.evaluate.every else []
     resume = last_checkpoint(output)
     if resume is not None:
         check_rows(config, resume / COST_FILE, given.data)

@@ -6,7 +6,7 @@ its batch is.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -134,6 +134,15 @@ class Collator:
         for line, mask, values in zip(batch["labels"], batch["attention_mask"], labels, strict=True):
             line[mask.bool()] = torch.tensor(values)
         return batch
+
+
+def read_through(model: PreTrainedModel, processor: Any, records: Sequence[Record]) -> Iterator[dict[str, Any]]:
+    """What ``model`` takes to read question and answer of each record, one by one: no loss, of the logits the last."""
+    collate = Collator(processor)
+    for row in rows(records):
+        batch = placed(collate([row]), model)
+        del batch["labels"]
+        yield batch | {"use_cache": False, "logits_to_keep": 1}
 
 
 def _opened(row: Mapping[str, Any]) -> list[Image.Image]:

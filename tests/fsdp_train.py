@@ -11,6 +11,7 @@ from torch.distributed.tensor import DTensor
 
 from lorasculpt import train as training
 from lorasculpt.config import RunConfig
+from lorasculpt.run import trainer
 
 
 def as_accelerators(arguments, progress):
@@ -22,12 +23,12 @@ def as_accelerators(arguments, progress):
 
 def main(path: Path) -> None:
     torch.set_num_threads(1)
-    training.on_one_gpu = as_accelerators
+    trainer.on_one_gpu = as_accelerators
     write = training._write
 
-    def sharded(config, trainer, *more):
-        assert all(isinstance(p, DTensor) for p in trainer.model.parameters() if p.requires_grad)
-        write(config, trainer, *more)
+    def sharded(config, made, *more):
+        assert all(isinstance(p, DTensor) for p in made.model.parameters() if p.requires_grad)
+        write(config, made, *more)
 
     training._write = sharded
     adapter = training.train(RunConfig.load(path), progress=False)

@@ -20,6 +20,7 @@ from trl import SFTTrainer
 from lorasculpt import METHODS, UserError, cli
 from lorasculpt.adapters.load import load as load_adapter
 from lorasculpt.adapters.origin import origin
+from lorasculpt.adapters.tasks import TaskCollator
 from lorasculpt.config import RunConfig
 from lorasculpt.data.batches import Collator
 from lorasculpt.data.records import Record
@@ -427,8 +428,8 @@ def test_every_batch_tells_the_tasks_in_the_order_that_was_given(several, monkey
         seen.update(zip([row["task"] for row in found], batch["routing_task_ids"].tolist(), strict=True))
         return batch
 
-    collate = Collator.__call__
-    monkeypatch.setattr(Collator, "__call__", call)
+    collate = TaskCollator.__call__
+    monkeypatch.setattr(TaskCollator, "__call__", call)
     train(several("method.tasks=[more, shape, color]"), progress=False)
     assert seen == {("shape", 1), ("color", 2)}
 

@@ -26,7 +26,7 @@ from rich.markup import escape
 from rich.table import Table
 from tqdm import tqdm
 
-from .cli_posthoc import Trust
+from .cli_posthoc import Trust, number_list
 from .cli_posthoc import app as posthoc_app
 from .console import numbers
 from .errors import UserError
@@ -226,10 +226,7 @@ def dial(
     from .dial import plot as draw
     from .evaluation.budget import flattered, in_words, kept
 
-    try:
-        shares = [float(share) for share in densities.split(",")]
-    except ValueError:
-        raise UserError(f"--densities is {densities!r}; it must be numbers, such as 1,0.5,0.2.") from None
+    shares = number_list("--densities", densities, "1,0.5,0.2")
     _check_plot(plot)
     path, found = go(RunConfig.load(run, overrides or []), retain=retain, densities=shares, write=write)
     several = len({point["density"] for point in found["points"]}) > 1
@@ -311,10 +308,7 @@ def compare(
     from .config import RunConfig
 
     config, names = RunConfig.load(run, overrides or []), methods.split(",") if methods else None
-    try:
-        tried = [float(rate) for rate in rates.split(",")] if rates else None
-    except ValueError:
-        raise UserError(f"--rates is {rates!r}; it must be numbers, such as 2e-4,5e-4,1.5e-3.") from None
+    tried = number_list("--rates", rates, "2e-4,5e-4,1.5e-3") if rates else None
     if dry_run:
         path = out or config.output / comparing.COMPARISON_FILE
         for line in comparing.commands(comparing.planned(config, names, seeds, tried, path)):

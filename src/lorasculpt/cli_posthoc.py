@@ -206,11 +206,16 @@ def _check_form(to: Form, base: str | None, rank: int | None, dtype: str | None)
         raise UserError("A LoRA takes --rank R and neither --base nor --dtype; for a merged model say --base MODEL.")
 
 
-def _numbers(weights: str | None) -> list[float] | None:
+def number_list(option: str, given: str, example: str) -> list[float]:
+    """The numbers that were ``given`` for an ``option``, with commas between them."""
     try:
-        return None if weights is None else [float(number) for number in weights.split(",")]
+        return [float(number) for number in given.split(",")]
     except ValueError:
-        raise UserError(f"--weights is {weights!r}; it must be numbers, such as 0.7,0.3.") from None
+        raise UserError(f"{option} is {given!r}; it must be numbers, such as {example}.") from None
+
+
+def _numbers(weights: str | None) -> list[float] | None:
+    return None if weights is None else number_list("--weights", weights, "0.7,0.3")
 
 
 def _made(edit: str, adapters: Sequence[Path], **settings: Any) -> dict[str, Any]:

@@ -14,7 +14,7 @@ import torch
 from peft import LoraConfig
 from torch import nn
 
-from .data.batches import Collator, placed, rows
+from .data.batches import read_through
 from .data.records import Record
 from .errors import UserError
 from .evaluation.drift import Prompt
@@ -75,13 +75,9 @@ def prepare(
     """
     from peft.tuners.lora.corda import preprocess_corda
 
-    collate, table = Collator(processor), rows(records)
-
     def run() -> None:
         with evaluating(model, precision):
-            for i in range(len(records)):
-                batch = placed(collate([table[i]]), model)
-                del batch["labels"]
-                model(**batch, use_cache=False, logits_to_keep=1)
+            for batch in read_through(model, processor, records):
+                model(**batch)
 
     preprocess_corda(model, config, run_model=run)

@@ -8,14 +8,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from peft import PeftConfig
 from torch import Tensor, nn
 
 from . import posthoc
 from .adapters.layers import sites
 from .adapters.load import load as load_adapter
 from .adapters.plain import Adapter
-from .adapters.update import UpdateConfig
 from .config import RunConfig
 from .errors import UserError
 from .evaluation import curve
@@ -24,9 +22,9 @@ from .evaluation.strength import fixed
 from .files import whole, write_json
 from .measure import TEXTS
 from .provenance import versions
-from .run.folder import ADAPTER, check_trained
-from .run.model import loaded, precision, several_processes
-from .run.records import check_tasks, drift_prompts, held_out
+from .run.folder import adapter_of
+from .run.model import asking, loaded, several_processes
+from .run.records import check_tasks_of, drift_prompts, held_out
 
 DIAL_FILE = "dial.json"
 RETAIN = 0.97  # where the run says nothing
@@ -74,10 +72,7 @@ def dial(
     if not densities or not all(0 < density <= 1 for density in densities):
         words = ", ".join(f"{density:g}" for density in densities)
         raise UserError(f"the densities are [{words}]; name one or more, each above 0 and not above 1.")
-    folder = config.output / ADAPTER
-    if not (folder / "adapter_config.json").is_file():
-        raise UserError(f"{config.output} holds no trained adapter yet; run lorasculpt train first.")
-    check_trained(config)
+    folder = adapter_of(config)
     if config.projector == "full":
         raise config.error("projector", "is full, and a projector that was replaced has no strength to turn down.")
     if write is not None and Path(write).exists():
@@ -94,16 +89,13 @@ def dial(
     source, target = held_out(config)
     if not target:
         raise config.error("evaluate.target", "must name what is to be learned.")
-    saved = PeftConfig.from_pretrained(str(folder))
-    if isinstance(saved, UpdateConfig) and saved.multitask:
-        check_tasks(config, saved.tasks, [*source, *target])
+    check_tasks_of(folder, config, [*source, *target])
     model, processor = loaded(config)
     model = load_adapter(model, folder)
     if (obstacle := fixed(model)) is not None:
         raise UserError(f"{folder} cannot be turned down: {obstacle}.")
-    options: dict[str, Any] = {"precision": precision(config), "batch": asked.batch, "as_task": asked.as_task}
+    options = asking(config)
     options["prompts"] = drift_prompts(config, model, processor, options["precision"])
-    options["max_new_tokens"] = asked.max_new_tokens
     options["progress"] = "adapter" if progress else None
     base = curve(model, processor, source, target, [0.0], **options)
     points = [point | {"density": 1.0} for point in base]

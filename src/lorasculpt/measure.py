@@ -11,11 +11,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from peft import PeftConfig
-
 from . import card, posthoc
 from .adapters.load import load as load_adapter
-from .adapters.update import UpdateConfig
 from .asked import ask_base
 from .config import WATCHING, RunConfig
 from .errors import UserError
@@ -27,9 +24,9 @@ from .evaluation.tasks import Task
 from .files import write_json
 from .posthoc.files import RECORD
 from .provenance import versions
-from .run.folder import ADAPTER, LOG_FILE, check_trained
-from .run.model import loaded, precision, several_processes
-from .run.records import check_metrics, check_tasks, drift_prompts, held_out, questions, rehearsed, training_rows
+from .run.folder import ADAPTER, LOG_FILE, adapter_of
+from .run.model import asking, loaded, several_processes
+from .run.records import check_metrics, check_tasks_of, drift_prompts, held_out, questions, rehearsed, training_rows
 from .run.trainer import PUSHING
 
 RESULTS_FILE, RETAINED = "results.json", "adapter-retained"
@@ -67,20 +64,13 @@ def measure(
     """
     if several_processes():
         raise UserError("a run is measured by one process; start lorasculpt eval without a launcher.")
-    folder, how = config.output / ADAPTER, manner(config)
+    if config.data.sequence:
+        raise config.error("data.sequence", "is measured while it is learned; lorasculpt train shows the numbers.")
+    folder, how = adapter_of(config), manner(config)
     config, source, target = _measurable(config)
     choosing = _choosing(config)
-    saved = PeftConfig.from_pretrained(str(folder))
-    if isinstance(saved, UpdateConfig) and saved.multitask:
-        asked_of = [*source, *target, *(task for side in choosing for task in side)]
-        check_tasks(config, saved.tasks, asked_of)  # before the base is measured, which may take long
-    model, processor = loaded(config)
-    options: dict[str, Any] = {
-        "precision": precision(config),
-        "batch": config.evaluate.batch,
-        "max_new_tokens": config.evaluate.max_new_tokens,
-        "as_task": config.evaluate.as_task,
-    }
+    check_tasks_of(folder, config, [*source, *target, *(task for side in choosing for task in side)])
+    (model, processor), options = loaded(config), asking(config)
     name = config.method["name"]
     before = ask_base(config, model, processor, source, target, progress="base" if progress else None, **options)
     model = load_adapter(model, folder)
@@ -135,11 +125,6 @@ def _measurable(config: RunConfig) -> tuple[RunConfig, list[Task], list[Task]]:
     Raises:
         UserError: as of :func:`measure`.
     """
-    if config.data.sequence:
-        raise config.error("data.sequence", "is measured while it is learned; lorasculpt train shows the numbers.")
-    if not (config.output / ADAPTER / "adapter_config.json").is_file():
-        raise UserError(f"{config.output} holds no trained adapter yet; run lorasculpt train first.")
-    check_trained(config)
     check_metrics(config)
     source, target = held_out(config)
     if not target or not (source or config.evaluate.drift or config.evaluate.retain):

@@ -45,7 +45,7 @@ from .evaluation.summary import task_average
 from .files import write_json
 from .provenance import versions
 from .run.folder import ADAPTER, came_to_nothing, check_output, clear, diverged, leave_diverged, write_record
-from .run.model import attach, kind_of, loaded, precision, several_processes, thaw_projector
+from .run.model import asking, attach, kind_of, loaded, several_processes, thaw_projector
 from .run.records import held_out
 from .switch import add_task
 from .train import train
@@ -256,13 +256,7 @@ class _Matrix:
             self._add("switches", "to", following, model, processor)
 
     def _add(self, part: str, key: str, task: str | None, model: nn.Module, processor) -> None:
-        settings = self.config.evaluate
-        options: dict[str, Any] = {
-            "precision": precision(self.config),
-            "batch": settings.batch,
-            "max_new_tokens": settings.max_new_tokens,
-            "progress": f"{key} {task or 'nothing'}" if self.progress else None,
-        }
+        options = asking(self.config) | {"progress": f"{key} {task or 'nothing'}" if self.progress else None}
         if task is None:
             found = ask_base(self.config, model, processor, self.source, self.tasks, **options)
         else:

@@ -27,13 +27,11 @@ from trl import SFTTrainer
 
 from . import card
 from .adapters.beside import beside
-from .adapters.clock import ClockCallback
 from .adapters.load import load_projector
 from .adapters.origin import origin, write_origin
 from .adapters.residual import taken, write_plain
 from .config import RunConfig
 from .console import say_once
-from .data.batches import Collator, rows
 from .data.records import Record
 from .errors import UserError
 from .evaluation.prompts import check_prompts
@@ -41,7 +39,7 @@ from .files import write_json
 from .hub import push
 from .models.head import answers_alone
 from .provenance import machine
-from .run.callbacks import Cost, Frozen, Keep, Measure
+from .run.callbacks import Cost, Keep, Measure
 from .run.folder import (
     ADAPTER,
     COST_FILE,
@@ -51,7 +49,6 @@ from .run.folder import (
     check_rows,
     clear,
     last_checkpoint,
-    step_of,
     telling_where_it_goes_on,
     write_record,
 )
@@ -65,12 +62,11 @@ from .run.model import (
     precision,
     prepare,
     refusal,
-    routed,
     save_projector,
     with_tasks,
 )
 from .run.records import check_lengths, check_measured, one_pass, rehearsed, training_rows
-from .run.trainer import arguments, check_arguments, keep_events, on_one_gpu, optimizer, telling_what_it_refuses
+from .run.trainer import check_arguments, trainer_of
 
 
 def train(
@@ -90,17 +86,17 @@ def train(
         UserError: for anything in the config, the data or the folders that the user can mend; :class:`Diverged` where
             the weights came to no numbers.
     """
-    output = config.output
     if config.data.train is None:
         raise config.error("data.sequence", "is no single run; lorasculpt.sequence.learn takes it.")
     check_arguments(config)
-    check_output(output, config)
-    adapter = output / ADAPTER
+    check_output(config.output, config)
+    adapter = config.output / ADAPTER
     if (adapter / "adapter_config.json").is_file():
         if config.data.train.is_file():
-            check_rows(config, output / LOG_FILE, training_rows(config, check_images=False).data)
+            check_rows(config, config.output / LOG_FILE, training_rows(config, check_images=False).data)
         push(config, adapter)
         return adapter
+
     set_seed(config.seed)
     given = training_rows(config)
     records = one_pass(config, given.trained)
@@ -109,6 +105,7 @@ def train(
         _tell_rehearsed(config, given.trained)
     named = with_tasks(config, records)
     check_method(named)
+
     model, processor = loaded(config)
     check_lengths(records, model, processor)
     check_prompts(processor, [*records, *measured_on])
@@ -117,55 +114,20 @@ def train(
         prepare(model, processor, named, records)
     model = (start or attach)(model, named)
     others = taken(model) or beside(model)
-    autocast = precision(config)
-    measured = [Measure(config, model, processor, autocast)] if config.evaluate.every else []
-    resume = last_checkpoint(output)
+    measured = [Measure(config, model, processor)] if config.evaluate.every else []
+
+    resume = last_checkpoint(config.output)
     if resume is not None:
         check_rows(config, resume / COST_FILE, given.data)
         load_projector(model.get_base_model(), resume)  # the trainer restores the adapter alone
-    clock = ClockCallback(resume)
-    trained = [(parameter, parameter.data) for parameter in model.parameters() if parameter.requires_grad]
-    told = on_one_gpu(arguments(config, progress, autocast), progress)
-    with telling_what_it_refuses(config):
-        trainer = SFTTrainer(
-            model=model,
-            args=told,
-            train_dataset=rows(records),
-            processing_class=processor,
-            data_collator=Collator(processor, tasks=routed(model)),
-            optimizers=(optimizer(model, config, told), None),
-            callbacks=[Frozen()],
-        )
-    while trained:  # and none is kept: they may lie on another device than what is trained
-        parameter, value = trained.pop()
-        if parameter.dtype != value.dtype:  # TRL rounds the adapter of a quantised base to bf16
-            parameter.data = value.to(parameter.device)
-    clock.lead(trainer)
-    keep_events(trainer, config, step_of(resume) if resume else 0)
+    trainer = trainer_of(config, model, processor, records, resume, progress)
     cost = Cost(trainer.args.device, resume)
     for callback in (Keep(config, cost, given.data), *measured):
         trainer.add_callback(callback)
-    with telling_where_it_goes_on(output):
-        write_record(config)
-        (output / DIVERGED_FILE).unlink(missing_ok=True)
-        try:
-            inform(config, trainer.model, processor, records, autocast, progress)
-            with nullcontext() if trainer.args.device.type != "cpu" else answers_alone(model.get_base_model()):
-                trainer.train(resume_from_checkpoint=str(resume) if resume else None)
-        except (UserError, ValueError) as error:
-            # some settings can only be judged once the steps are counted
-            key = blamed(config, error) if isinstance(error, ValueError) else None
-            if resume is not None or trainer.state.global_step or (key is None and not isinstance(error, UserError)):
-                raise
-            clear(output)  # nothing has run: leave the folder free for the mended file
-            if key is None:
-                raise
-            raise refusal(config, error, key) from error
-        whole = trainer.accelerator.get_state_dict(trainer.model) if trainer.is_fsdp_enabled else None
-        if trainer.is_world_process_zero():
-            dtype = next(name for name, known in DTYPES.items() if known == autocast)
-            made = {"machine": machine(trainer.args.device), "precision": dtype, "data": given.data}
-            _write(config, trainer, cost.record() | made, base, others, whole)
+
+    with telling_where_it_goes_on(config.output):
+        _run(config, trainer, records, resume, progress)
+        _write(config, trainer, cost, given.data, base, others)
     if trainer.is_world_process_zero():
         push(config, adapter)
     trainer.accelerator.wait_for_everyone()  # what is returned is there for all
@@ -182,26 +144,57 @@ def _tell_rehearsed(config: RunConfig, trained: Sequence[Record]) -> None:
         )
 
 
-def _write(
-    config: RunConfig,
-    trainer: SFTTrainer,
-    made: dict[str, Any],
-    base: dict[str, Any],
-    others: dict[str, Tensor],
-    whole: dict[str, Tensor] | None,
+def _run(
+    config: RunConfig, trainer: SFTTrainer, records: Sequence[Record], resume: Path | None, progress: bool
 ) -> None:
-    """``training.json`` and then ``adapter``, whose presence says that the run is done.
+    """The training itself, from the checkpoint ``resume`` on where there is one; the folder is the run's from here on.
+
+    Raises:
+        UserError: as of :func:`train`, with nothing left in the folder where no step was taken.
+    """
+    write_record(config)
+    (config.output / DIVERGED_FILE).unlink(missing_ok=True)
+    model = trainer.model
+    try:
+        inform(config, model, trainer.processing_class, records, precision(config), progress)
+        with nullcontext() if trainer.args.device.type != "cpu" else answers_alone(model.get_base_model()):
+            trainer.train(resume_from_checkpoint=str(resume) if resume else None)
+    except (UserError, ValueError) as error:
+        # some settings can only be judged once the steps are counted
+        key = blamed(config, error) if isinstance(error, ValueError) else None
+        if resume is not None or trainer.state.global_step or (key is None and not isinstance(error, UserError)):
+            raise
+        clear(config.output)  # nothing has run: leave the folder free for the mended file
+        if key is None:
+            raise
+        raise refusal(config, error, key) from error
+
+
+def _write(
+    config: RunConfig, trainer: SFTTrainer, cost: Cost, data: str, base: dict[str, Any], others: dict[str, Tensor]
+) -> None:
+    """``training.json`` and then ``adapter``, whose presence says that the run is done, by one process for all.
 
     Args:
         config: the run.
         trainer: what trained it.
-        made: what is known of how, for ``training.json``.
+        cost: what it took.
+        data: what tells the rows of ``data.train`` from others.
         base: what is kept of it (`lorasculpt.adapters.origin`).
         others: weights that go beside those of the adapter.
-        whole: the weights, where each process holds a part of them.
     """
-    trained = sum(p.numel() for p in trainer.model.parameters() if p.requires_grad)
-    record = made | {"steps": trainer.state.global_step, "trainable": trained, "history": trainer.state.log_history}
+    # each process may hold a part of them
+    whole = trainer.accelerator.get_state_dict(trainer.model) if trainer.is_fsdp_enabled else None
+    if not trainer.is_world_process_zero():
+        return
+    record = cost.record() | {
+        "machine": machine(trainer.args.device),
+        "precision": next(name for name, known in DTYPES.items() if known == precision(config)),
+        "data": data,
+        "steps": trainer.state.global_step,
+        "trainable": sum(p.numel() for p in trainer.model.parameters() if p.requires_grad),
+        "history": trainer.state.log_history,
+    }
     output = config.output
     write_json(output / LOG_FILE, record)
     partial = output / ".partial" / ADAPTER

@@ -18,6 +18,7 @@ from torch.nn import functional as F
 
 from lorasculpt import FullConfig, LoRAMoEConfig, LoRASculptConfig, MTLLoRAConfig, SpiderConfig, UserError, load
 from lorasculpt.adapters.context import TASK_IDS
+from lorasculpt.adapters.tasks import TaskCollator
 from lorasculpt.adapters.update import UpdateConfig, context_of, known_tasks, updates
 from lorasculpt.data.batches import Collator, rows
 from lorasculpt.data.records import Record, read
@@ -255,7 +256,7 @@ def test_padding_on_the_left_changes_no_answer(model):
 def test_a_batch_that_is_cut_for_the_processes_keeps_its_tasks(family, asked):
     """As accelerate does it with ``dispatch_batches``: one process collates, the others get slices."""
     found = [Record(record.prompt, record.answer, task=record.task) for record in asked] if family == "llama" else asked
-    table, collate = rows(found), Collator(pico.build(family)[1], tasks=["shape", "color"])
+    table, collate = rows(found), TaskCollator(Collator(pico.build(family)[1]), ["shape", "color"])
     whole = collate([table[i] for i in range(8)])
     for at in (0, 4):
         part = slice_tensors(whole, slice(at, at + 4))
@@ -269,7 +270,7 @@ def test_a_batch_that_is_cut_for_the_processes_keeps_its_tasks(family, asked):
 def test_a_trainer_hands_every_sample_its_task(dispatch, asked, tmp_path, monkeypatch):
     seen: list[tuple[list[int], torch.Tensor]] = []
     run = sft(tmp_path, "mtl_lora", "llava", asked, max_steps=2, accelerator_config={"dispatch_batches": dispatch})
-    run.data_collator = Collator(run.processing_class, tasks=["color", "shape"])
+    run.data_collator = TaskCollator(Collator(run.processing_class), ["color", "shape"])
     context = context_of(run.model)
     enter = context._enter
 
@@ -293,7 +294,7 @@ def test_a_trainer_hands_every_sample_its_task(dispatch, asked, tmp_path, monkey
 
 def test_a_trainer_evaluates_with_tasks(asked, tmp_path):
     run = sft(tmp_path, "mtl_lora", "llava", asked, max_steps=1)
-    run.data_collator = Collator(run.processing_class, tasks=["color", "shape"])
+    run.data_collator = TaskCollator(Collator(run.processing_class), ["color", "shape"])
     run.train()
     assert run.evaluate()["eval_loss"] > 0
     run.data_collator = Collator(run.processing_class)

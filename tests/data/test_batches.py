@@ -15,6 +15,7 @@ from torch.utils.data import DataLoader
 from transformers.models.siglip.image_processing_pil_siglip import SiglipImageProcessorPil
 from trl import SFTConfig, SFTTrainer
 
+from lorasculpt.adapters.tasks import TaskCollator
 from lorasculpt.data.batches import IGNORED, Collator, prompt_text, rows
 from lorasculpt.data.records import Record, read
 from lorasculpt.errors import UserError
@@ -97,52 +98,22 @@ def test_the_rows_are_left_as_they_were(records: list[Record]) -> None:
     _, processor = pico.build("llava")
     row = rows(records)[0]
     before = json.dumps(row)
-    Collator(processor, tasks=["color"])([row])
+    Collator(processor)([row])
     assert json.dumps(row) == before
 
 
 @pytest.mark.parametrize("family", [*pico.FAMILIES, "llama"])
 def test_a_process_that_is_not_a_copy_of_this_one_collates_as_this_one(family: str, records: list[Record]) -> None:
-    collate = Collator(pico.build(family)[1], tasks=["color", "talk"])
+    collate = TaskCollator(Collator(pico.build(family)[1]), ["color", "talk"])
     given = [rows(records if family != "llama" else [TEXT])[0]]
     here, there = collate(given), pickle.loads(pickle.dumps(collate))(given)
     assert here.keys() == there.keys()
     assert all(torch.equal(here[key], there[key]) for key in here)
 
 
-@pytest.mark.parametrize("family", ["llava", "gemma3", "llama"])
-def test_length_is_padded_to_a_multiple(family: str) -> None:
-    model, processor = pico.build(family)
-    short, long = (Collator(processor, pad_to_multiple_of=n)([rows([TEXT])[0]]) for n in (None, 32))
-    assert long["input_ids"].shape == long["labels"].shape == long["attention_mask"].shape == (1, 32)
-    assert learned(long, processor) == learned(short, processor)
-    padding = long["attention_mask"] == 0
-    assert (long["labels"][padding] == IGNORED).all()
-    assert (long["input_ids"][padding] == pico.TEXT["pad_token_id"]).all()
-    assert torch.allclose(model(**long).loss, model(**short).loss, atol=1e-4)
-
-
-# --- tasks ----------------------------------------------------------------------------------------------------------
-
-
-def test_tasks_become_ids_in_the_given_order(records: list[Record]) -> None:
-    _, processor = pico.build("llava")
-    data = rows(records)
-    batch = Collator(processor, tasks=["talk", "color"])([data[i] for i in range(3)])
-    assert batch["routing_task_ids"].dtype == torch.long
-    assert batch["routing_task_ids"].tolist() == [1, 1, 0]
-    assert "routing_task_ids" not in Collator(processor)([data[0]])
-
-
-def test_an_unknown_task_lists_the_known_ones(records: list[Record]) -> None:
-    _, processor = pico.build("llava")
-    with pytest.raises(UserError, match="unknown task 'talk'; the adapter knows color, shape"):
-        Collator(processor, tasks=["color", "shape"])([rows(records)[2]])
-
-
 @pytest.mark.filterwarnings("ignore:.*multi-threaded:DeprecationWarning")  # Python 3.12 on every fork
 def test_a_worker_tells_it_in_the_same_words(records: list[Record]) -> None:
-    collate = Collator(pico.build("llava")[1], tasks=["color", "shape"])
+    collate = TaskCollator(Collator(pico.build("llava")[1]), ["color", "shape"])
     told = []
     for workers in (0, 1):
         with pytest.raises(UserError) as error:

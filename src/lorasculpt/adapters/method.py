@@ -19,7 +19,6 @@ from peft.mapping import (
 from peft.tuners.lora import LoraModel
 from peft.tuners.tuners_utils import BaseTuner, check_target_module_exists
 from peft.utils import CONFIG_NAME
-from peft.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING as PEFTS_OWN
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
@@ -204,7 +203,7 @@ class MethodConfig(LoraConfig):
                 return target_regex(model, "language")
             return set(linears(model, "language"))  # PEFT takes no pattern beside numbers of layers
         except UserError:
-            if getattr(getattr(model, "config", None), "model_type", None) not in PEFTS_OWN:
+            if getattr(getattr(model, "config", None), "model_type", None) not in Methods.target_module_mapping:
                 raise
             return None
 
@@ -314,6 +313,7 @@ class Methods(BaseTuner):
     """What the PEFT tuners of all methods share: a :class:`Method` per adapter, its state saved and loaded with it."""
 
     peft_config: dict[str, MethodConfig]
+    target_module_mapping = LoraModel.target_module_mapping
 
     @property
     def methods(self) -> dict[str, Method]:

@@ -21,7 +21,7 @@ from peft.tuners.tuners_utils import (
     _get_in_out_features,
     check_adapters_to_merge,
 )
-from peft.utils import CONFIG_NAME, TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING, get_quantization_config
+from peft.utils import CONFIG_NAME, get_quantization_config
 from peft.utils.other import get_pattern_key, transpose
 from torch import Tensor, nn
 
@@ -384,7 +384,6 @@ class UpdateModel(Methods):
 
     prefix = "lora_"
     tuner_layer_cls = UpdateLayer
-    target_module_mapping = TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
 
     @property
     def context(self) -> Context:

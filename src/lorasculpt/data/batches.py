@@ -6,7 +6,7 @@ its batch is.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -19,7 +19,7 @@ from trl.trainer.sft_trainer import DataCollatorForVisionLanguageModeling
 
 from ..errors import UserError
 from .images import open_image
-from .records import MARK, UNNAMED, Record
+from .records import MARK, Record
 
 IGNORED = -100  # a label that the loss skips
 _MESSAGES = List({"role": Value("string"), "content": Value("string")})
@@ -80,25 +80,13 @@ class Collator:
 
     Args:
         processor: The model's processor, or its tokenizer if it reads text only.
-        tasks: Task names in the order of the adapter's task ids. If given, a batch has ``routing_task_ids`` (batch,).
-        pad_to_multiple_of: Pad the length of a batch to a multiple of this. Default: to its longest row.
 
     Raises:
-        UserError: no chat template, pictures for a tokenizer, a picture that cannot be opened, an unknown task.
+        UserError: no chat template, pictures for a tokenizer, a picture that cannot be opened.
     """
 
-    def __init__(
-        self,
-        processor: ProcessorMixin | PreTrainedTokenizerBase,
-        *,
-        tasks: Sequence[str] | None = None,
-        pad_to_multiple_of: int | None = None,
-    ):
+    def __init__(self, processor: ProcessorMixin | PreTrainedTokenizerBase):
         self.processor = processor
-        self.tokenizer = getattr(processor, "tokenizer", processor)
-        self.tasks = None if tasks is None else {name: number for number, name in enumerate(tasks)}
-        self.pad_to_multiple_of = pad_to_multiple_of
-        self._left = False  # the side that is padded
         if isinstance(processor, PaliGemmaProcessor):
             self._collate = self._paligemma
             return
@@ -108,16 +96,10 @@ class Collator:
             self._trl = DataCollatorForVisionLanguageModeling(processor, completion_only_loss=True)
         else:
             self._collate = self._text
-            self._left = processor.padding_side == "left"
 
     def __call__(self, rows: Sequence[Mapping[str, Any]]) -> dict[str, Tensor]:
         """One batch, in the order of ``rows``."""
-        batch = dict(self._collate([{**row, "images": _opened(row)} for row in rows]))
-        if self.pad_to_multiple_of:
-            self._pad(batch, -batch["input_ids"].shape[1] % self.pad_to_multiple_of)
-        if self.tasks is not None:
-            batch["routing_task_ids"] = torch.tensor([_number(row, self.tasks) for row in rows], dtype=torch.long)
-        return batch
+        return dict(self._collate([{**row, "images": _opened(row)} for row in rows]))
 
     def _multimodal(self, rows: list[dict[str, Any]]) -> Mapping[str, Tensor]:
         return self._trl([{key: row[key] for key in ("images", "prompt", "completion")} for row in rows])
@@ -125,9 +107,8 @@ class Collator:
     def _paligemma(self, rows: list[dict[str, Any]]) -> Mapping[str, Tensor]:
         for row in rows:
             if not row["images"]:
-                raise UserError(
-                    f"PaliGemma needs a picture with every question; {_question(row)!r} has none: remove it"
-                )
+                question = row["prompt"][-1]["content"]
+                raise UserError(f"PaliGemma needs a picture with every question; {question!r} has none: remove it")
         batch = self.processor(
             images=[row["images"] for row in rows],
             text=[prompt_text(self.processor, row["prompt"], len(row["images"])) for row in rows],
@@ -140,44 +121,33 @@ class Collator:
     def _text(self, rows: list[dict[str, Any]]) -> Mapping[str, Tensor]:
         if any(row["images"] for row in rows):
             raise UserError("this model reads text only but the data have images; choose a vision-language model")
-        encoded, labels = [], []
+        tokenizer, encoded, labels = self.processor, [], []
         for row in rows:
-            texts = apply_chat_template({key: row[key] for key in ("prompt", "completion")}, self.tokenizer)
+            texts = apply_chat_template({key: row[key] for key in ("prompt", "completion")}, tokenizer)
             prompt, answer = (
-                self.tokenizer(texts[key], add_special_tokens=False)["input_ids"] for key in ("prompt", "completion")
+                tokenizer(texts[key], add_special_tokens=False)["input_ids"] for key in ("prompt", "completion")
             )
             encoded.append({"input_ids": prompt + answer})
             labels.append([IGNORED] * len(prompt) + answer)
-        batch = self.tokenizer.pad(encoded, return_tensors="pt")
+        batch = tokenizer.pad(encoded, return_tensors="pt")
         batch["labels"] = torch.full_like(batch["input_ids"], IGNORED)
         for line, mask, values in zip(batch["labels"], batch["attention_mask"], labels, strict=True):
             line[mask.bool()] = torch.tensor(values)
         return batch
 
-    def _pad(self, batch: dict[str, Tensor], extra: int) -> None:
-        """Lengthen whatever has the length of ``input_ids``, on the side on which the batch is padded already."""
-        values = {"input_ids": self.tokenizer.pad_token_id, "labels": IGNORED}
-        for key in ("input_ids", "attention_mask", "labels", "token_type_ids", "mm_token_type_ids"):
-            if key in batch:
-                sides = (extra, 0) if self._left else (0, extra)
-                batch[key] = torch.nn.functional.pad(batch[key], sides, value=values.get(key, 0))
 
-
-def _number(row: Mapping[str, Any], tasks: Mapping[str, int]) -> int:
-    name = row.get("task", UNNAMED)
-    if name not in tasks:
-        known = ", ".join(tasks)
-        raise UserError(f"the row {_question(row)!r} has the unknown task {name!r}; the adapter knows {known}")
-    return tasks[name]
+def read_through(model: PreTrainedModel, processor: Any, records: Sequence[Record]) -> Iterator[dict[str, Any]]:
+    """What ``model`` takes to read question and answer of each record, one by one: no loss, of the logits the last."""
+    collate = Collator(processor)
+    for row in rows(records):
+        batch = placed(collate([row]), model)
+        del batch["labels"]
+        yield batch | {"use_cache": False, "logits_to_keep": 1}
 
 
 def _opened(row: Mapping[str, Any]) -> list[Image.Image]:
     images = row.get("images") or ()
     return [image if isinstance(image, Image.Image) else open_image(image) for image in images]
-
-
-def _question(row: Mapping[str, Any]) -> str:
-    return row["prompt"][-1]["content"]
 
 
 def _require_template(processor: Any) -> None:

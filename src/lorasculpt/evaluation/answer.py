@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -82,13 +83,21 @@ def _lead(processor, record: Record, prompt: str) -> str:
 
 def _mean_log_likelihood(model: nn.Module, inputs: dict, choices: list[list[int]]) -> Tensor:
     """(rows,) mean log-probability of the tokens of each choice after its prompt, in nats a token."""
-    inputs = followed(inputs, choices)
-    width = max(map(len, choices))
+    inputs, (width, counted) = followed(inputs, choices), own_positions(choices, model.device)
+    said = log_probabilities(model, inputs, width).gather(2, inputs["input_ids"][:, -width:, None])[..., 0]
+    return (said * counted).sum(1) / counted.sum(1)
+
+
+def own_positions(tokens: Sequence[Sequence[int]], device: torch.device) -> tuple[int, Tensor]:
+    """The longest text's length, and which of the last so many positions are a text's own: all end on the right."""
+    width, lengths = max(map(len, tokens)), torch.tensor([len(row) for row in tokens], device=device)
+    return width, torch.arange(width, 0, -1, device=device) <= lengths[:, None]
+
+
+def log_probabilities(model: nn.Module, inputs: dict[str, Any], width: int) -> Tensor:
+    """(rows, width, vocabulary): of each of the last ``width`` tokens, given those before it."""
     logits = model(**inputs, use_cache=False, logits_to_keep=width + 1).logits[:, -width - 1 : -1]
-    said = logits.float().log_softmax(-1).gather(2, inputs["input_ids"][:, -width:, None])[..., 0]
-    lengths = torch.tensor([len(choice) for choice in choices], device=said.device)
-    counted = torch.arange(width, 0, -1, device=said.device) <= lengths[:, None]
-    return (said * counted).sum(1) / lengths
+    return logits.float().log_softmax(-1)
 
 
 def choose(

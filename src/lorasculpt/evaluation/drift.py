@@ -21,14 +21,14 @@ from typing import Any
 import numpy as np
 import torch
 from peft import PeftModel
-from torch import Tensor, nn
+from torch import nn
 from tqdm import tqdm
 
 from ..data.records import Record
 from ..errors import UserError
 from ..files import whole
 from ..models.template import stops
-from .answer import GREEDY, asked, task_of
+from .answer import GREEDY, asked, log_probabilities, own_positions, task_of
 from .prompts import chat, evaluating, followed, prepared, tokenizer_of
 from .score import RESAMPLES, bounds
 from .strength import moved
@@ -214,27 +214,15 @@ def divergences(
         for part, given in prepared(model, processor, records, texts, batch):
             tokens = [list(prompts[i].tokens) for i in part]
             inputs = followed(given, tokens)
-            width, counted = _counted(tokens, model.device)
-            tuned = _log_probabilities(model, inputs | task_of(named, part), width)[counted]
+            width, counted = own_positions(tokens, model.device)
+            tuned = log_probabilities(model, inputs | task_of(named, part), width)[counted]
             with base_of(model):
-                base = _log_probabilities(model, inputs, width)[counted]
+                base = log_probabilities(model, inputs, width)[counted]
             each = torch.zeros(counted.shape, device=counted.device)
             each[counted] = (base.exp() * (base - tuned)).sum(-1)
             sums[part] = each.sum(1).cpu().numpy()
             bar.update(len(part))
     return sums
-
-
-def _counted(tokens: Sequence[Sequence[int]], device: torch.device) -> tuple[int, Tensor]:
-    """The longest text's length, and which of the last so many positions are a text's own: all end on the right."""
-    width, lengths = max(map(len, tokens)), torch.tensor([len(row) for row in tokens], device=device)
-    return width, torch.arange(width, 0, -1, device=device) <= lengths[:, None]
-
-
-def _log_probabilities(model: nn.Module, inputs: dict[str, Any], width: int) -> Tensor:
-    """(rows, width, vocabulary): of each of the last ``width`` tokens, given those before it."""
-    logits = model(**inputs, use_cache=False, logits_to_keep=width + 1).logits[:, -width - 1 : -1]
-    return logits.float().log_softmax(-1)
 
 
 def drift(model: PeftModel, processor, prompts: Sequence[Prompt], **options) -> dict[str, Any]:

@@ -2,17 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 from torch import Tensor
-from transformers import PreTrainedModel
 
 from ..adapters.load import load as load_adapter
 from ..adapters.plain import Adapter
-from ..data.batches import Collator, placed, rows
-from ..data.records import Record
+from ..data.batches import read_through
 from ..data.records import read as read_records
 from ..evaluation.prompts import check_prompts
 from ..models.load import computing, load, see_as
@@ -51,16 +47,7 @@ def calibrate(
     check_prompts(processor, records)
     tuned = load_adapter(model, adapter.folder).eval()
     names = [pair.name for pair in adapter.pairs]
-    moments = moments_of(tuned, names, _batches(model, processor, records))
+    moments = moments_of(tuned, names, read_through(model, processor, records))
     inner = tuned.get_base_model()
     weights = {name: inner.get_submodule(name).get_base_layer().weight.detach().cpu() for name in names}
     return weights, moments
-
-
-def _batches(model: PreTrainedModel, processor: Any, records: Sequence[Record]) -> Iterator[Mapping[str, Any]]:
-    """Question and answer of each record; of the logits, which nobody needs, only the last."""
-    collate, table = Collator(processor), rows(records)
-    for i in range(len(records)):
-        batch = placed(collate([table[i]]), model)
-        del batch["labels"]
-        yield {**batch, "use_cache": False, "logits_to_keep": 1}

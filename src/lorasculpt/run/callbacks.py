@@ -23,7 +23,7 @@ from ..files import free
 from ..memory import Peak
 from ..provenance import versions
 from .folder import COST_FILE, checkpoints, last_checkpoint, leave_diverged
-from .model import save_projector
+from .model import asking, save_projector
 from .records import check_tasks, drift_prompts, held_out
 
 OF_CHECKPOINT = 3  # its size over that of the trained weights: they and AdamW's two moments
@@ -130,8 +130,8 @@ class Frozen(TrainerCallback):
 class Measure(TrainerCallback):
     """Source, target and drift, measured on a few items at chosen steps: the curves of the report."""
 
-    def __init__(self, config: RunConfig, model: nn.Module, processor, autocast: torch.dtype | None):
-        self.config, self.processor, self.autocast = config, processor, autocast
+    def __init__(self, config: RunConfig, model: nn.Module, processor):
+        self.config, self.processor = config, processor
         self.source, self.target = held_out(config, config.evaluate.during)
         known = known_tasks(model)
         if known is not None:
@@ -140,17 +140,13 @@ class Measure(TrainerCallback):
     def on_step_end(self, args, state, control, model=None, **kwargs):
         if state.global_step % self.config.evaluate.every and state.global_step != state.max_steps:
             return
-        options: dict[str, Any] = {
-            "precision": self.autocast,
-            "batch": self.config.evaluate.batch,
-            "as_task": self.config.evaluate.as_task,
-        }
-        longest = self.config.evaluate.max_new_tokens
-        found = evaluate(model, self.processor, self.source, self.target, max_new_tokens=longest, **options)
+        options = asking(self.config)
+        found = evaluate(model, self.processor, self.source, self.target, **options)
         point: dict[str, Any] = {"step": state.global_step}
         for side in ("source", "target"):
             if found[side]:
                 point[side] = task_average({name: entry["scores"] for name, entry in found[side].items()})
-        if prompts := drift_prompts(self.config, model, self.processor, self.autocast):
+        del options["max_new_tokens"]  # for the drift nothing is written
+        if prompts := drift_prompts(self.config, model, self.processor, options["precision"]):
             point["drift"] = drift(model, self.processor, prompts[: self.config.evaluate.during], **options)["value"]
         state.log_history.append(point)

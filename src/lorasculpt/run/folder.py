@@ -119,6 +119,19 @@ def check_trained(config: RunConfig) -> None:
             )
 
 
+def adapter_of(config: RunConfig) -> Path:
+    """The folder of the adapter that the run in ``config.output`` ended with.
+
+    Raises:
+        UserError: there is none yet, or as of :func:`check_trained`.
+    """
+    folder = config.output / ADAPTER
+    if not (folder / "adapter_config.json").is_file():
+        raise UserError(f"{config.output} holds no trained adapter yet; run lorasculpt train first.")
+    check_trained(config)
+    return folder
+
+
 def check_rows(config: RunConfig, path: Path, data: str) -> None:
     """See that the rows of today, told by ``data``, are those that the JSON file ``path`` of the run was written with.
 

@@ -60,6 +60,17 @@ def precision(config: RunConfig) -> torch.dtype | None:
     return autocast_dtype(computing()) if wanted == "auto" else DTYPES[wanted]
 
 
+def asking(config: RunConfig) -> dict[str, Any]:
+    """How the models of a run are asked: options of `lorasculpt.evaluation.evaluate` and of `curve`."""
+    asked = config.evaluate
+    return {
+        "precision": precision(config),
+        "batch": asked.batch,
+        "max_new_tokens": asked.max_new_tokens,
+        "as_task": asked.as_task,
+    }
+
+
 def with_tasks(config: RunConfig, records: Sequence[Record]) -> RunConfig:
     """``config`` with the names of the tasks of ``records``, where its method wants some and none are given.
 
@@ -319,12 +330,6 @@ def inform(
             words = "Fisher information" if progress else None
             fisher(model, processor, texts, path, precision=autocast, progress=words)
         method.config.take_fisher(str(path))
-
-
-def routed(model: PeftModel) -> list[str] | None:
-    """The tasks whose ids every batch has to carry for the adapter of ``model``."""
-    config = model.active_peft_config
-    return config.tasks if isinstance(config, UpdateConfig) and config.tasks and not config.sequence else None
 
 
 def thaw_projector(model: nn.Module, config: RunConfig) -> None:

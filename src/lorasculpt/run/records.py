@@ -12,8 +12,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from peft import PeftConfig
 from torch import nn
 
+from ..adapters.update import UpdateConfig
 from ..config import RunConfig
 from ..data.records import UNNAMED, Record, fingerprint, read, replayed, set_aside, shared
 from ..errors import UserError
@@ -194,6 +196,17 @@ def check_tasks(config: RunConfig, known: Sequence[str], tasks: Iterable[Task]) 
         )
     general = [question(0)] if config.evaluate.drift else []
     asked_as([*(record for task in tasks for record in task.records), *general], known, as_task)
+
+
+def check_tasks_of(folder: Path, config: RunConfig, tasks: Iterable[Task]) -> None:
+    """:func:`check_tasks` for the adapter in ``folder``: at once, because loading and measuring a base may take long.
+
+    Raises:
+        UserError: as of :func:`check_tasks`.
+    """
+    saved = PeftConfig.from_pretrained(str(folder))
+    if isinstance(saved, UpdateConfig) and saved.multitask:
+        check_tasks(config, saved.tasks, tasks)
 
 
 def drift_prompts(config: RunConfig, model: nn.Module, processor, autocast: torch.dtype | None) -> list[Prompt]:

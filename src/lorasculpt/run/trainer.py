@@ -1,11 +1,11 @@
-"""What TRL's trainer is given: its arguments, and an optimizer where its own does not do."""
+"""TRL's trainer of a run, and what it is given: arguments, batches, an optimizer where its own does not do."""
 
 from __future__ import annotations
 
 import dataclasses
 import difflib
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from copy import deepcopy
 from functools import partial
@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from peft import PeftModel
 from torch import nn
 from transformers.integrations import (
     INTEGRATION_TO_CALLBACK,
@@ -22,13 +23,20 @@ from transformers.integrations import (
 from transformers.utils import is_liger_kernel_available
 from trl import SFTConfig, SFTTrainer
 
+from ..adapters.clock import ClockCallback
 from ..adapters.settings import must_be
+from ..adapters.tasks import TaskCollator
+from ..adapters.update import UpdateConfig
 from ..config import RunConfig
+from ..data.batches import Collator, rows
+from ..data.records import Record
 from ..errors import UserError, gist
 from ..files import free
 from ..models.load import computing
 from ..models.parts import parts
-from .folder import EVENTS, RUN_FILE, clear
+from .callbacks import Frozen
+from .folder import EVENTS, RUN_FILE, clear, step_of
+from .model import precision
 
 # What no one may give under ``training.arguments``, and what stands for it.
 OWN_ARGUMENTS = {
@@ -103,6 +111,40 @@ ROOM = 2**30  # of shared memory, for a few batches of photographs
 
 # taken unless the file says otherwise: masks are buffers, but the same in all processes, so that DDP need not send them
 DEFAULTS = {"ddp_broadcast_buffers": False}
+
+
+def trainer_of(
+    config: RunConfig,
+    model: PeftModel,
+    processor,
+    records: Sequence[Record],
+    resume: Path | None,
+    progress: bool,
+) -> SFTTrainer:
+    """What trains ``model`` on ``records``, with a clock; its events go on from the checkpoint ``resume``, if any.
+
+    Raises:
+        UserError: if the trainer refuses what ``training.arguments`` says.
+    """
+    trained = [(parameter, parameter.data) for parameter in model.parameters() if parameter.requires_grad]
+    told = on_one_gpu(arguments(config, progress, precision(config)), progress)
+    with telling_what_it_refuses(config):
+        trainer = SFTTrainer(
+            model=model,
+            args=told,
+            train_dataset=rows(records),
+            processing_class=processor,
+            data_collator=collator(model, processor),
+            optimizers=(optimizer(model, config, told), None),
+            callbacks=[Frozen()],
+        )
+    while trained:  # and none is kept: they may lie on another device than what is trained
+        parameter, value = trained.pop()
+        if parameter.dtype != value.dtype:  # TRL rounds the adapter of a quantised base to bf16
+            parameter.data = value.to(parameter.device)
+    ClockCallback(resume).lead(trainer)
+    keep_events(trainer, config, step_of(resume) if resume else 0)
+    return trainer
 
 
 def check_arguments(config: RunConfig) -> None:
@@ -259,6 +301,13 @@ def keep_events(trainer: SFTTrainer, config: RunConfig, step: int) -> None:
         if isinstance(callback, TensorBoardCallback) and callback.logging_dir is None:
             callback.logging_dir = str(config.output / EVENTS)
             callback._SummaryWriter = partial(callback._SummaryWriter, purge_step=step + 1)
+
+
+def collator(model: PeftModel, processor) -> Collator | TaskCollator:
+    """What makes batches of rows, with the tasks of the samples where the adapter of ``model`` routes by them."""
+    collate, config = Collator(processor), model.active_peft_config
+    routed = isinstance(config, UpdateConfig) and config.tasks and not config.sequence
+    return TaskCollator(collate, config.tasks) if routed else collate
 
 
 def optimizer(model: nn.Module, config: RunConfig, given: SFTConfig) -> torch.optim.Optimizer | None:

@@ -20,10 +20,11 @@ from safetensors.torch import load_file
 
 from lorasculpt import UserError, compare, posthoc, sequence
 from lorasculpt.compare import commands, planned
-from lorasculpt.comparison import edits, plan, sequences
+from lorasculpt.comparison import edits, sequences, single
 from lorasculpt.comparison.forecast import ahead, cost
 from lorasculpt.comparison.launch import launch
 from lorasculpt.comparison.plan import Comparison
+from lorasculpt.comparison.runs import RATES
 from lorasculpt.comparison.table import equal_target, pareto, show, table
 from lorasculpt.config import RunConfig
 from lorasculpt.data.batches import Collator
@@ -75,7 +76,7 @@ def test_a_stopped_comparison_goes_on(run, tmp_path, monkeypatch):
         return train(config, **options)
 
     with monkeypatch.context() as patch:
-        patch.setattr(plan, "train", training)
+        patch.setattr(single, "train", training)
         with pytest.raises(KeyboardInterrupt):
             compare.compare(config, METHODS, seeds=1, rates=[0.01, 0.001], progress=False)
     path = config.output / "compare.json"
@@ -95,7 +96,7 @@ def test_a_stopped_comparison_goes_on(run, tmp_path, monkeypatch):
             code, _, err = call(*command.split()[1:])
             assert code == 0, err
     options = ("--methods", ",".join(METHODS), "--seeds", "1", "--rates", "1e-3,1e-2", "--out", tmp_path / "all.json")
-    monkeypatch.setattr(plan, "train", lambda *args, **options: pytest.fail("trained again"))
+    monkeypatch.setattr(single, "train", lambda *args, **options: pytest.fail("trained again"))
     code, out, err = call("compare", tmp_path / "run.yaml", *options)
     assert code == 0, err
     assert "Pareto front" in out
@@ -155,10 +156,10 @@ def test_the_results_file_alone_is_enough_to_go_on_from(labelled, tmp_path, caps
     assert list(commands(planned(config, ["lora"], 1, [0.01, 0.02], path))) == []
 
     trained, asked = [], []
-    monkeypatch.setattr(plan, "train", lambda made, **more: (trained.append(made.output.name), train(made, **more)))
-    measure = plan.measure
+    monkeypatch.setattr(single, "train", lambda made, **more: (trained.append(made.output.name), train(made, **more)))
+    measure = single.measure
     monkeypatch.setattr(
-        plan, "measure", lambda made, **more: (asked.append(made.output.name), measure(made, **more))[1]
+        single, "measure", lambda made, **more: (asked.append(made.output.name), measure(made, **more))[1]
     )
     # the edit needs the adapter, which is trained and not measured again
     lines = list(commands(planned(config, None, 1, [0.01, 0.02], path)))
@@ -275,8 +276,8 @@ def test_all_runs_are_measured_on_the_same_texts_of_the_base(run, monkeypatch):
 
 
 def test_the_cost_is_told_as_soon_as_a_run_is_done(run, capsys, monkeypatch):
-    monkeypatch.setattr(plan, "train", lambda config, **options: None)
-    monkeypatch.setattr(plan, "measure", measured_at(0.5))
+    monkeypatch.setattr(single, "train", lambda config, **options: None)
+    monkeypatch.setattr(single, "measure", measured_at(0.5))
     monkeypatch.setattr(compare, "time", SimpleNamespace(monotonic=lambda: 0.0))  # on a busy machine nothing takes 0 s
     compare.compare(run(), METHODS, seeds=2, rates=[0.01, 0.001])
     out = capsys.readouterr().out.splitlines()
@@ -409,8 +410,8 @@ def measured_by(scores, **fields):
 
 
 def test_rates_are_chosen_on_the_validation_file_and_tests_are_made_on_all_rows(run, tmp_path, monkeypatch):
-    monkeypatch.setattr(plan, "train", lambda config, **options: None)
-    monkeypatch.setattr(plan, "measure", measured_at(0.3))
+    monkeypatch.setattr(single, "train", lambda config, **options: None)
+    monkeypatch.setattr(single, "measure", measured_at(0.3))
     validation = tmp_path / "data" / "train.jsonl"
     config = run(f"evaluate.validation={validation}", "seed=5", "evaluate.every=1")
     comparison = Comparison(config, ["lora"], seeds=2, rates=[0.01, 0.001, 0.02])
@@ -435,8 +436,8 @@ def test_rates_are_chosen_on_the_validation_file_and_tests_are_made_on_all_rows(
 
 
 def test_a_label_may_choose_by_both_numbers_among_the_trials_of_another(run, tmp_path, monkeypatch):
-    monkeypatch.setattr(plan, "train", lambda config, **options: None)
-    monkeypatch.setattr(plan, "measure", measured_by({0.001: (0.9, 0.5), 0.01: (0.5, 0.6), 0.02: (0.0, 0.7)}.get))
+    monkeypatch.setattr(single, "train", lambda config, **options: None)
+    monkeypatch.setattr(single, "measure", measured_by({0.001: (0.9, 0.5), 0.01: (0.5, 0.6), 0.02: (0.0, 0.7)}.get))
     known = tmp_path / "test" / "known.jsonl"
     known.write_text((tmp_path / "test" / "train.jsonl").read_text())
     config = run(f"evaluate.validation_source={known}", "methods={both: {name: lora, lr: lora, by: h_mean}}")
@@ -455,9 +456,9 @@ def test_a_label_may_choose_by_both_numbers_among_the_trials_of_another(run, tmp
 
 def test_a_strength_is_not_chosen_on_the_test(run, tmp_path, monkeypatch):
     """The tests keep the validation set for it; the trials choose nothing but the rate."""
-    monkeypatch.setattr(plan, "train", lambda config, **options: None)
+    monkeypatch.setattr(single, "train", lambda config, **options: None)
     on = {"retain": 0.9, "on": "validation"}
-    monkeypatch.setattr(plan, "measure", measured_at(0.3, evaluate=None, budget=on))
+    monkeypatch.setattr(single, "measure", measured_at(0.3, evaluate=None, budget=on))
     validation, known = tmp_path / "test" / "other.jsonl", tmp_path / "known.json"
     validation.write_text((tmp_path / "test" / "train.jsonl").read_text())
     given = (f"evaluate.validation={validation}", "methods={lora: {}}")
@@ -470,7 +471,7 @@ def test_a_strength_is_not_chosen_on_the_test(run, tmp_path, monkeypatch):
     (test,) = Comparison(config, None, 1, [0.01]).tests()
     assert test.config.evaluate.validation == [validation]
     # one of a results file that chose on the test is another run
-    monkeypatch.setattr(Comparison, "_same_questions", lambda *_: True)  # the made-up ones are of no file
+    monkeypatch.setattr(single.Questions, "same", lambda *_: True)  # the made-up ones are of no file
     elsewhere = config.model_copy(update={"output": tmp_path / "gone"})
     assert not Comparison(elsewhere, None, 1, [0.01], path).missing()
     record = json.loads(path.read_text())
@@ -501,9 +502,9 @@ def test_without_source_it_goes_by_drift(run, tmp_path, capsys, monkeypatch):
         write_json(config.output / "results.json", {"schema": 1, "versions": versions(), "runs": [found]})
         assert config.evaluate.drift == 2  # of a trial too, which else would have nothing to tell what is kept by
 
-    monkeypatch.setattr(plan, "train", lambda config, **options: None)
-    monkeypatch.setattr(plan, "measure", measure)
-    monkeypatch.setattr(Comparison, "_questions", lambda *_, **which: made["questions"])
+    monkeypatch.setattr(single, "train", lambda config, **options: None)
+    monkeypatch.setattr(single, "measure", measure)
+    monkeypatch.setattr(single.Questions, "fingerprint", made["questions"])
     tried = compare.compare(run(*given, "output=tried"), ["lora"], seeds=1, rates=[0.01, 0.02], progress=False)
     record = json.loads(tried.read_text())
     assert [set(trial["scores"]) for trial in record["trials"]] == [{"target_before", "target_after", "kept"}] * 2
@@ -520,8 +521,8 @@ def test_without_source_it_goes_by_drift(run, tmp_path, capsys, monkeypatch):
 
 
 def test_every_run_says_what_it_was_made_with_and_every_row_whether_all_its_seeds_are_there(run, monkeypatch):
-    monkeypatch.setattr(plan, "train", lambda config, **options: None)
-    monkeypatch.setattr(plan, "measure", measured_at(0.5))
+    monkeypatch.setattr(single, "train", lambda config, **options: None)
+    monkeypatch.setattr(single, "measure", measured_at(0.5))
     path = compare.compare(run(), METHODS, seeds=2, rates=[0.01], progress=False)
     older, gone = (path.parent / "test" / f"{label}-lr0.01-seed1" / "results.json" for label in METHODS)
     older.write_text(json.dumps(json.loads(older.read_text()) | {"versions": {"torch": "1.0"}}))
@@ -587,7 +588,7 @@ def test_a_rate_that_breaks_the_weights_is_not_chosen_and_not_tried_again(run, t
     assert "lora: at the learning rate 1e+30 the weights came to no numbers by step " in capsys.readouterr().out
     report(path, tmp_path / "page")
 
-    monkeypatch.setattr(plan, "train", lambda *args, **options: pytest.fail("trained again"))
+    monkeypatch.setattr(single, "train", lambda *args, **options: pytest.fail("trained again"))
     compare.compare(config, **options, out=tmp_path / "other.json", progress=False)
     other = planned(run("method.r=2", *methods), **options)
     assert other.result(next(trial for trial in other.trials() if trial.rate == 1e30)) is None  # another run broke
@@ -807,7 +808,7 @@ def test_a_sequence_is_validated_whole_and_on_other_files_than_it_is_tested_on(r
     with pytest.raises(UserError, match=r"override '.*': data\.sequence\.1\.validation is a file that is tested on"):
         planned(config, ["lora"])
     config = run(data({"validation": "b"}, {"validation": "c"}))
-    assert [trial.rate for trial in planned(config, ["lora"]).trials()] == list(plan.RATES)
+    assert [trial.rate for trial in planned(config, ["lora"]).trials()] == list(RATES)
     assert planned(config, ["lora"], rates=[0.1]).trials() == []
     with pytest.raises(UserError, match="--rates must be one to three"):
         planned(config, ["lora"], rates=[1, 2, 3, 4])
@@ -872,7 +873,7 @@ def test_a_setting_that_is_refused_later_is_placed_where_it_was_written(run):
     ],
 )
 def test_a_mistake_is_told_before_anything_is_trained(run, tmp_path, monkeypatch, options, overrides, part):
-    monkeypatch.setattr(plan, "train", lambda *args, **options: pytest.fail("trained"))
+    monkeypatch.setattr(single, "train", lambda *args, **options: pytest.fail("trained"))
     (tmp_path / "single").mkdir()
     (tmp_path / "single" / "run.yaml").write_text("a run")
     arguments = ("compare", tmp_path / "run.yaml", *overrides, *options)
@@ -925,8 +926,8 @@ def test_labels_without_methods_are_all_and_every_seed_of_all_comes_before_the_n
 
 
 def test_a_rate_that_is_given_or_taken_from_another_label_costs_no_trials(labelled, monkeypatch):
-    monkeypatch.setattr(plan, "train", lambda config, **options: None)
-    monkeypatch.setattr(plan, "measure", measured_at(0.3))
+    monkeypatch.setattr(single, "train", lambda config, **options: None)
+    monkeypatch.setattr(single, "measure", measured_at(0.3))
     text = """
 methods:
   milder: {of: curve, edit: scale, by: 0.5}
@@ -1006,7 +1007,7 @@ def test_edits_are_runs_of_what_was_trained(labelled, tmp_path, monkeypatch):
         for command in line.split(" && "):
             code, _, err = call(*shlex.split(command)[1:])
             assert code == 0, err
-    monkeypatch.setattr(plan, "train", lambda *args, **options: pytest.fail("trained again"))
+    monkeypatch.setattr(single, "train", lambda *args, **options: pytest.fail("trained again"))
     monkeypatch.setattr(edits.posthoc, "write", lambda *args, **options: pytest.fail("edited again"))
     again = json.loads(compare.compare(config, chosen, rates=[0.05], out=tmp_path / "again.json").read_text())
     assert again == record
@@ -1400,8 +1401,8 @@ def test_the_tables_fit_a_terminal_of_80_columns(capsys, monkeypatch):
 
 def test_the_screen_shows_tests_and_rates_at_the_edge(run, capsys, monkeypatch):
     monkeypatch.setenv("COLUMNS", "200")
-    monkeypatch.setattr(plan, "train", lambda config, **options: None)
-    monkeypatch.setattr(plan, "measure", measured_at(0.5))
+    monkeypatch.setattr(single, "train", lambda config, **options: None)
+    monkeypatch.setattr(single, "measure", measured_at(0.5))
     path = compare.compare(run(), METHODS, seeds=2, rates=[0.01, 0.02], progress=False)
     record = json.loads(path.read_text())
     record["complete"], record["missing"] = False, ["test/lora-seed2"]

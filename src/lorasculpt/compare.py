@@ -29,24 +29,13 @@ from typing import Any
 from .comparison.forecast import ahead, cost
 from .comparison.launch import launch
 from .comparison.plan import Comparison
-from .comparison.turns import Sequences
 from .config import RunConfig
 from .errors import UserError
 from .files import write_json
 from .run.model import several_processes
 
 COMPARISON_FILE = "compare.json"
-
-
-def planned(
-    config: RunConfig,
-    methods: Sequence[str] | None = None,
-    seeds: int = 3,
-    rates: Sequence[float] | None = None,
-    results: Path | None = None,
-) -> Comparison:
-    """The :class:`Comparison` or, where tasks are learned in turn, the :class:`Sequences` of a config."""
-    return (Sequences if config.data.sequence else Comparison)(config, methods, seeds, rates, results)
+planned = Comparison  # what `commands` takes
 
 
 def compare(
@@ -134,8 +123,7 @@ def commands(comparison: Comparison) -> Iterator[str]:
     ready = comparison.ready()
     yield from map(comparison.command, ready)
     now = {run.name for run in ready}
-    tests = [run for run in comparison.tests() if comparison.result(run) is None]
-    waiting = [run.label for run in tests if run.name not in now]
+    waiting = [run.label for run in comparison.tests() if comparison.result(run) is None and run.name not in now]
     unknown = {label for label, found in comparison.rates_of().items() if found["chosen"] is None}
     runs = sum(comparison.labels[label].seeds for label in unknown)
     if unknown:

@@ -1,6 +1,6 @@
 """What the runs of a comparison that are still to be made will take, by what others took.
 
-A cost is the kind of a run (`lorasculpt.comparison.plan.Run.kind`) and its seconds.
+A cost is the kind of a run (`lorasculpt.comparison.runs.Run.kind`) and its seconds.
 """
 
 from __future__ import annotations

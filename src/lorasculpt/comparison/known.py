@@ -12,6 +12,8 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import UserError
+from ..measure import shape
+from .runs import Run
 
 NEAR = 0.01  # what the source score of one base may differ by from machine to machine
 
@@ -24,9 +26,9 @@ class Known:
     tests: list[dict[str, Any]] = field(default_factory=list)
     trials: list[dict[str, Any]] = field(default_factory=list)
 
-    def find(self, group: str, **wanted: Any) -> dict[str, Any] | None:
-        """The entry of a group, ``"validation"`` or ``"test"``, whose values at the keys of ``wanted`` are these."""
-        entries = self.trials if group == "validation" else self.tests
+    def find(self, run: Run, validation: str) -> dict[str, Any] | None:
+        """The entry of ``run``, which of a trial is one by which rates were chosen on ``validation``."""
+        entries, wanted = self.trials if run.trial else self.tests, _known_by(run, validation)
         return next((one for one in entries if all(one.get(key) == value for key, value in wanted.items())), None)
 
     def check(self, number: str, before: float | None, here: float | None) -> None:
@@ -46,6 +48,23 @@ class Known:
                 f"{self.path} holds runs of another base or other questions: the {side} was at {before:.3f} before "
                 f"training there and is at {here:.3f} here; name another file with --out, or remove it."
             )
+
+
+def trial(run: Run, result: dict[str, Any], validation: str) -> dict[str, Any]:
+    """The entry of a trial whose rate is chosen on ``validation``."""
+    told = {key: result[key] for key in ("scores", "versions", "data") if key in result}
+    return _known_by(run, validation) | told
+
+
+def _known_by(run: Run, validation: str) -> dict[str, Any]:
+    """The part of an entry by which it is that of ``run``."""
+    return {
+        "label": run.label,
+        "seed": run.config.seed,
+        **({"validation": validation} if run.trial else {}),
+        "settings": shape(run.config),
+        **({"edit": run.edit.made(run.config)} if run.edit else {}),
+    }
 
 
 def read(path: Path, rows: str) -> Known:

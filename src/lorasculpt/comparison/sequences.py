@@ -1,9 +1,11 @@
-"""Sequences of tasks, compared: what a finished one says as an entry, and what several say together."""
+"""A comparison on tasks in turn: what its sequences are asked, what a finished one says, and what several do."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+import shlex
+from collections.abc import Mapping, Sequence
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -15,8 +17,12 @@ from ..evaluation.student import mean_interval, paired
 from ..evaluation.summary import h_mean
 from ..measure import shape
 from ..report.results import REFERENCE, stands_for
-from ..run.folder import ADAPTER, LOG_FILE
-from ..sequence import MATRIX_FILE, stages_of
+from ..run.folder import ADAPTER, LOG_FILE, check_output
+from ..run.records import training_rows
+from ..sequence import MATRIX_FILE, grown, learn, stages_of
+from .labels import Label
+from .runs import RATES, Run
+from .single import TESTED, changed, choosing
 from .table import cell, costs, grouped, made_with, measured_in, pairs, tell_ends, tell_missing, tested
 
 NUMBERS = {
@@ -32,6 +38,79 @@ MEANING = (
     "Last: mean over tasks after the last; Avg: mean over stages of those learned by then; backward: what later tasks "
     "did to earlier ones; forward: what earlier tasks did for later ones"
 )
+
+
+class InTurn:
+    """As `Single`, of runs that each learn several tasks in turn (`lorasculpt.sequence`).
+
+    The source is that of ``evaluate``, the target that of each task. Where the tasks have ``validation`` files, a trial
+    is the whole sequence, measured on those files; its score is ``last``. Otherwise nothing is chosen: a label has the
+    rate that it says, or the one of ``rates`` (default: ``training.lr``).
+    """
+
+    rows, validation = "sequences", "data.sequence"
+
+    def __init__(self, config: RunConfig):
+        if not config.evaluate.source:
+            raise config.error("evaluate", "must name source, which is to be kept; the target is that of each task.")
+        stages = config.data.sequence
+        tests = [stage.test for stage in stages]
+        for number, stage in enumerate(stages):
+            if stage.validation in tests:
+                place = f"data.sequence.{number}.validation"
+                raise config.error(place, "is a file that is tested on; rates may not be chosen on it.")
+        tested = [stage.model_copy(update={"validation": None}) for stage in stages]
+        tried = [stage.model_copy(update={"test": stage.validation, "validation": None}) for stage in stages]
+        self.config = config
+        self.heading = {"tasks": [stage.name for stage in stages]}
+        self.validated = all(stage.validation for stage in stages)
+        self.rates: Sequence[float] = RATES if self.validated else [config.training.lr]
+        self.common = {
+            "validation": changed(config, {"sequence": tried}, choosing(config.evaluate)),
+            "test": changed(config, {"sequence": tested}, TESTED),
+        }
+
+    def check(self, labels: Mapping[str, Label]) -> None:
+        """Raise :class:`UserError` for a label that a sequence cannot be learned as it says."""
+        config = self.config
+        for label, what in labels.items():
+            if len(what.rates) > 1 and not self.validated:
+                place = f"methods.{label}" if "rates" in config.methods.get(label, {}) else "data.sequence"
+                words = "has no validation set to choose a learning rate on; give one rate, or each task such a file."
+                raise config.error(place, words)
+            if what.edit or what.replay:
+                key = "edit" if what.edit else "replay"
+                raise config.error(f"methods.{label}.{key}", "is not for a sequence; remove the label.")
+            grown(config.single(label, what.method))
+
+    @cached_property
+    def data(self) -> Any:
+        return [training_rows(stage, check_images=False).data for stage in stages_of(self.config)]
+
+    def read(self, run: Run) -> dict[str, Any] | None:
+        if (found := entry(run.config)) is not None:
+            check_output(run.config.output, run.config)
+        return found
+
+    def asked_alike(self, found: dict[str, Any], run: Run) -> bool:
+        return True  # an entry says nothing of its questions
+
+    def scores(self, result: dict[str, Any]) -> dict[str, float]:
+        ends = {name: result[name] for name in ("source_before", "source_after")}
+        last = result["last"]  # what is left of all tasks
+        return ends | {"target_after": last, "h_mean": float(h_mean(result["source_after"], last))}
+
+    def make(self, run: Run, *, adapter_only: bool, progress: bool) -> None:
+        learn(run.config, progress=progress)
+
+    def command(self, run: Run, *, adapter_only: bool) -> str:
+        return f"lorasculpt train {shlex.quote(str(run.write()))}"
+
+    def table(self, runs: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+        return table(runs)
+
+    def together(self, runs: Sequence[dict[str, Any]], rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
+        return {}
 
 
 def entry(config: RunConfig) -> dict[str, Any] | None:
@@ -69,17 +148,6 @@ def entry(config: RunConfig) -> dict[str, Any] | None:
         "trainable": logs[-1]["trainable"],
         "adapter_bytes": sum(file.stat().st_size for file in (stages[-1].output / ADAPTER).glob("*.safetensors")),
         "versions": found["versions"],
-    }
-
-
-def scores(entry: dict[str, Any]) -> dict[str, float]:
-    """What an entry says of its learning rate, in the words of a single task; the target is ``last``."""
-    before, after, last = entry["source_before"], entry["source_after"], entry["last"]
-    return {
-        "source_before": before,
-        "source_after": after,
-        "target_after": last,
-        "h_mean": float(h_mean(after, last)),
     }
 
 

@@ -81,6 +81,15 @@ def test_a_merged_model_comes_with_all_that_loading_needs(tmp_path, pico_folder)
     assert AutoProcessor.from_pretrained(tmp_path / "out").image_processor is not None
 
 
+def test_a_merged_model_generates_as_its_base_says_though_some_of_it_has_no_effect(tmp_path, pico_folder):
+    base = shutil.copytree(pico_folder("llama"), tmp_path / "base")
+    said = {"do_sample": False, "temperature": 0.1, "min_p": 0.1, "typical_p": 0.9, "length_penalty": 2.0}
+    (base / "generation_config.json").write_text(json.dumps(said))
+    export(adapter("llama", tmp_path / "a"), base, tmp_path / "out", "merged")
+    written = json.loads((tmp_path / "out" / "generation_config.json").read_text())
+    assert {name: written.get(name) for name in said} == said
+
+
 def test_a_merged_model_keeps_the_precision_its_base_is_stored_in(tmp_path):
     model, processor = pico.build("llava")
     for part in (model.to(torch.float16), processor):

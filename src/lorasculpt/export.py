@@ -22,7 +22,8 @@ from peft.utils import SAFETENSORS_WEIGHTS_NAME
 from PIL import Image, ImageDraw
 from safetensors import safe_open
 from torch import Tensor, nn
-from transformers import AutoConfig
+from transformers import AutoConfig, GenerationConfig
+from transformers.utils import GENERATION_CONFIG_NAME
 
 from .adapters.layers import full
 from .adapters.load import PROJECTOR_FILE, load_projector
@@ -381,10 +382,13 @@ def save_model(model: nn.Module, processor: Any, out: Path, dtype: str) -> None:
     """Write a model whose weights hold the update, in one of ``DTYPES``, and everything else that loading it needs."""
     model = model.to(DTYPES[dtype])
     generation = getattr(model, "generation_config", None)
-    if generation is not None and not generation.do_sample:
-        # some bases state these without sampling, where they have no effect; such a configuration cannot be saved
-        generation.temperature = generation.top_p = generation.top_k = None
-    model.save_pretrained(out)
+    if generation is None:
+        model.save_pretrained(out)
+    else:
+        # some bases state what has no effect, such as a temperature without sampling; transformers saves none of these
+        model.generation_config = GenerationConfig()
+        model.save_pretrained(out)
+        generation.to_json_file(out / GENERATION_CONFIG_NAME)
     processor.save_pretrained(out)
 
 

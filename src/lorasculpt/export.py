@@ -28,7 +28,7 @@ from transformers.utils import GENERATION_CONFIG_NAME
 from .adapters.layers import full
 from .adapters.load import PROJECTOR_FILE, load_projector
 from .adapters.load import load as load_adapter
-from .adapters.origin import ORIGIN_FILE, pass_origin_on
+from .adapters.origin import ORIGIN_FILE, pass_origin_on, sees
 from .adapters.plain import Pair, of_rank, read_adapter, read_config, settings_of_rank, write_pairs
 from .adapters.update import UpdateConfig, updates
 from .errors import UserError
@@ -73,7 +73,7 @@ from transformers import AutoModelForImageTextToText
 base = AutoModelForImageTextToText.from_pretrained("{base}")  # AutoModelForCausalLM for a text model
 model = PeftModel.from_pretrained(base, "path/to/{name}")
 ```
-
+{pictures}
 With vLLM:
 
 ```sh
@@ -81,6 +81,15 @@ vllm serve {base} --enable-lora --max-lora-rank {rank} --lora-modules {name}=pat
 ```
 
 `export.json` says how closely this adapter's logits agree with those of the adapter it was made from.
+"""
+PICTURES = """
+It was trained with an image processor of other settings than the base's, which lies beside it:
+
+```python
+processor.image_processor = AutoImageProcessor.from_pretrained("path/to/{name}")  # of transformers
+```
+
+vLLM takes the base's, unless `--mm-processor-kwargs` tells it what is another in `preprocessor_config.json`.
 """
 
 
@@ -170,8 +179,8 @@ def export(
         written.mkdir()
         if lora and to == "lora":
             dtype = dtype or known_dtype(lora.pairs[0].A.dtype)
-            _write_lora(lora, written, str(base), dtype, task)
             pass_origin_on(folder, written)
+            _write_lora(lora, written, str(base), dtype, task)
             del live, model
             gc.collect()  # one base in memory at a time, also where a method's hooks hold it in a ring
             found = _logits(_attach(PeftModel.from_pretrained, load(str(base), **trusted)[0], written), inputs)
@@ -360,10 +369,10 @@ def _write_lora(lora: _Lora, out: Path, base: str, dtype: str, task: str | None 
     config.save_pretrained(str(out))
     rounded = (replace(pair, A=pair.A.to(DTYPES[dtype]), B=pair.B.to(DTYPES[dtype])) for pair in lora.pairs)
     write_pairs(tuple(rounded), out)
-    (out / "README.md").write_text(_card(config, out.name, task), encoding="utf-8")
+    (out / "README.md").write_text(_card(config, out, task), encoding="utf-8")
 
 
-def _card(config: LoraConfig, name: str, task: str | None) -> str:
+def _card(config: LoraConfig, out: Path, task: str | None) -> str:
     base = config.base_model_name_or_path
     known = on_hub(base)
     shown = base if known else "path/to/the/base/model"
@@ -371,7 +380,8 @@ def _card(config: LoraConfig, name: str, task: str | None) -> str:
     return CARD.format(
         base_model=f"base_model: {base}\n" if known else "",
         base=shown,
-        name=name,
+        name=out.name,
+        pictures=PICTURES.format(name=out.name) if sees(out) else "",
         r=config.r,
         rank=rank,
         task="" if task is None else f" It is made for the task {task}.",

@@ -18,7 +18,7 @@ import torch
 from peft.utils import merge_utils
 from torch import Tensor
 
-from ..adapters.origin import differing, recorded
+from ..adapters.origin import differing, recorded, sees
 from ..adapters.plain import Adapter, Pair, of_rank, settings_of_rank
 from ..errors import UserError
 from ..ops.masks import magnitude_mask
@@ -341,6 +341,11 @@ def _check_alike(adapters: Sequence[Adapter]) -> None:
             raise UserError(
                 f"{adapters[0].folder} and {other.folder} were trained on different weights, {one['base']} and "
                 f"{another['base']}: merge adapters of the same base."
+            )
+        if sees(adapters[0].folder) != sees(other.folder):
+            raise UserError(
+                f"{adapters[0].folder} and {other.folder} were trained with other settings of image_processor: merge "
+                "adapters that see pictures alike."
             )
 
 

@@ -101,6 +101,19 @@ def test_what_half_precision_takes_from_a_merged_update_is_told(make, tmp_path, 
     assert 1e-4 < written.loss < 0.1
 
 
+def test_what_half_precision_takes_from_a_scaled_adapter_is_told(make, tmp_path):
+    source = make()
+    path = source / "adapter_model.safetensors"
+    save_file({key: tensor.bfloat16() for key, tensor in load_file(path).items()}, path)
+    code, out, err = call("posthoc", "scale", source, "--by", 0.7, "--out", tmp_path / "out")
+    assert code == 0, err
+    written = json.loads((tmp_path / "out" / "posthoc.json").read_text())
+    assert written["dtype"] == "bfloat16"
+    assert {tensor.dtype for tensor in load_file(tmp_path / "out" / path.name).values()} == {torch.bfloat16}
+    assert 1e-4 < written["loss"] < 1e-2
+    assert f"lost to rounding: {100 * written['loss']:.2g} % of the update's norm" in out
+
+
 def test_stock_peft_loads_a_truncated_update(make, tmp_path, pico_folder):
     update = dare(read(make()), 0.5)
     written = write(update, tmp_path / "out", rank=6)

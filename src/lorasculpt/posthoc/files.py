@@ -22,7 +22,7 @@ from ..errors import UserError
 from ..export import DTYPES, known_dtype, save_model
 from ..models.load import load, see_as
 from ..provenance import versions
-from .edits import Update, truncate
+from .edits import Update, rounded, truncate
 
 RECORD = "posthoc.json"
 
@@ -102,7 +102,7 @@ def write(
         if isinstance(edited, Update) and base is not None:
             precision, loss = _write_merged(edited, str(base), folder, dtype, trust_remote_code=trust_remote_code)
         else:
-            adapter, loss = truncate(edited, rank or 1) if isinstance(edited, Update) else (edited, 0.0)
+            adapter, loss = truncate(edited, rank or 1) if isinstance(edited, Update) else rounded(edited)
             rank, precision = _write_lora(adapter, folder)
             pass_origin_on(adapter.folder, folder)
         written = Written(

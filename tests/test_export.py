@@ -144,13 +144,17 @@ def test_a_trained_projector_is_merged_and_fits_no_plain_lora(tmp_path, pico_fol
 
 def test_only_an_earlier_export_is_replaced_and_only_by_force(tmp_path, pico_folder):
     source, base, out = adapter("llama", tmp_path / "a"), pico_folder("llama"), tmp_path / "out"
-    out.mkdir()
+    place = tmp_path / "disk" / "out"
+    place.mkdir(parents=True)
+    out.symlink_to(place)  # a link stays one
     export(source, base, out)  # an empty folder may be filled
     with pytest.raises(UserError, match="earlier export"):
         export(source, base, out)
     (out / "stale").touch()
     export(source, base, out, "merged", force=True)
     assert not {"stale", "adapter_config.json"} & entries(out)
+    assert out.is_symlink()
+    assert entries(place.parent) == {"out"}
     (out / "export.json").unlink()
     with pytest.raises(UserError, match="holds no export"):
         export(source, base, out, force=True)

@@ -158,6 +158,7 @@ def export(
     _check_words(to, dtype)
     config = config_of(folder)
     _check_method(folder, config, to, task)
+    place = place_of(out)
     _check_out(out, force, folder, Path(base))
     lora = _plain(folder) if config is None and to == "lora" else None
 
@@ -173,9 +174,9 @@ def export(
         _check_nothing_else(folder, to, _beside_updates(folder))
         lora = _as_lora(live, config, task)
 
-    out.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=f".{out.name}-", dir=out.parent) as temporary:
-        written = Path(temporary) / out.name
+    place.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=f".{place.name}-", dir=place.parent) as temporary:
+        written = Path(temporary) / place.name
         written.mkdir()
         if lora and to == "lora":
             dtype = dtype or known_dtype(lora.pairs[0].A.dtype)
@@ -187,7 +188,7 @@ def export(
         else:
             dtype = dtype or known_dtype(AutoConfig.from_pretrained(str(base), **trusted).dtype)
             if lora:
-                plain = Path(temporary) / f"{out.name}-lora"
+                plain = Path(temporary) / f"{place.name}-lora"
                 plain.mkdir()
                 _write_lora(lora, plain, str(base), "float32")
                 del live, model
@@ -215,9 +216,9 @@ def export(
         _check_parity(report)
         content = json.dumps({"schema": 1, **asdict(report)}, indent=1, allow_nan=False)
         (written / "export.json").write_text(content + "\n", encoding="utf-8")
-        if out.exists():
-            out.rename(Path(temporary) / "replaced")
-        written.rename(out)
+        if place.exists():
+            place.rename(Path(temporary) / "replaced")
+        written.rename(place)
     return report
 
 
@@ -242,6 +243,19 @@ def _check_out(out: Path, force: bool, *sources: Path) -> None:
             raise UserError(f"{out} is not empty and holds no export; name another folder.")
         if not force:
             raise UserError(f"{out} holds an earlier export; replace it with force (--force), or name another folder.")
+
+
+def place_of(out: Path) -> Path:
+    """The path of ``out`` without links, where a finished folder is moved to: a link stays one, to the new folder.
+
+    Raises:
+        UserError: it is a folder that cannot be replaced: a disk of its own, or the one whose shell would then be in
+            a folder that is gone.
+    """
+    place = out.resolve()
+    if place.exists() and (Path.cwd().is_relative_to(place) or place.is_mount()):
+        raise UserError(f"{place} is the folder you are in, or a disk of its own; name a folder in it.")
+    return place
 
 
 def config_of(adapter_folder: str | Path) -> UpdateConfig | None:

@@ -81,6 +81,15 @@ def test_a_merged_model_comes_with_all_that_loading_needs(tmp_path, pico_folder)
     assert AutoProcessor.from_pretrained(tmp_path / "out").image_processor is not None
 
 
+def test_a_merged_model_generates_as_its_base_says_though_some_of_it_has_no_effect(tmp_path, pico_folder):
+    base = shutil.copytree(pico_folder("llama"), tmp_path / "base")
+    said = {"do_sample": False, "temperature": 0.1, "min_p": 0.1, "typical_p": 0.9, "length_penalty": 2.0}
+    (base / "generation_config.json").write_text(json.dumps(said))
+    export(adapter("llama", tmp_path / "a"), base, tmp_path / "out", "merged")
+    written = json.loads((tmp_path / "out" / "generation_config.json").read_text())
+    assert {name: written.get(name) for name in said} == said
+
+
 def test_a_merged_model_keeps_the_precision_its_base_is_stored_in(tmp_path):
     model, processor = pico.build("llava")
     for part in (model.to(torch.float16), processor):
@@ -135,13 +144,17 @@ def test_a_trained_projector_is_merged_and_fits_no_plain_lora(tmp_path, pico_fol
 
 def test_only_an_earlier_export_is_replaced_and_only_by_force(tmp_path, pico_folder):
     source, base, out = adapter("llama", tmp_path / "a"), pico_folder("llama"), tmp_path / "out"
-    out.mkdir()
+    place = tmp_path / "disk" / "out"
+    place.mkdir(parents=True)
+    out.symlink_to(place)  # a link stays one
     export(source, base, out)  # an empty folder may be filled
     with pytest.raises(UserError, match="earlier export"):
         export(source, base, out)
     (out / "stale").touch()
     export(source, base, out, "merged", force=True)
     assert not {"stale", "adapter_config.json"} & entries(out)
+    assert out.is_symlink()
+    assert entries(place.parent) == {"out"}
     (out / "export.json").unlink()
     with pytest.raises(UserError, match="holds no export"):
         export(source, base, out, force=True)

@@ -14,7 +14,7 @@ from commands import call, done
 from peft import PeftModel
 from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-from transformers import AutoProcessor
+from transformers import AutoImageProcessor, AutoProcessor
 from trl import SFTTrainer
 
 from lorasculpt import METHODS, UserError, cli
@@ -759,4 +759,9 @@ def test_what_pictures_are_made_of_in_training_goes_with_the_adapter(run, tmp_pa
     assert base.do_normalize
     assert not copied["do_normalize"]
     assert not merged.do_normalize
-    assert not (train(run("output=plain", "training.steps=3"), progress=False) / "preprocessor_config.json").exists()
+    plain = train(run("output=plain", "training.steps=3"), progress=False)
+    assert not (plain / "preprocessor_config.json").exists()
+    for folder in (adapter, tmp_path / "lora"):
+        assert 'AutoImageProcessor.from_pretrained("path/to/' in (folder / "README.md").read_text()
+        assert not AutoImageProcessor.from_pretrained(folder).do_normalize
+    assert "AutoImageProcessor" not in (plain / "README.md").read_text()

@@ -111,7 +111,7 @@ def dare(
     _check_form(to, base, rank, dtype)
     edited = edit(read(adapter), p, seed=seed, by=by.value, rescale=rescale)
     made = _made("dare", [adapter], p=p, seed=seed, by=by.value, rescale=rescale)
-    _say(write(edited, out, base=base, rank=rank, dtype=dtype, made=made, trust_remote_code=trust))
+    _say(write(edited, out, base=base, rank=rank, dtype=dtype, made=made, trust_remote_code=trust), rank)
 
 
 @app.command()
@@ -150,7 +150,7 @@ def tailor(
     seen = calibrate(found, base, data, limit, images=images, trust_remote_code=trust)
     edited = model_tailor(found, *seen, keep, released=released)
     made = _made("tailor", [adapter], data=str(data), limit=limit, keep=keep, released=released)
-    _say(write(edited, out, base=merge, rank=rank, dtype=dtype, made=made, trust_remote_code=trust))
+    _say(write(edited, out, base=merge, rank=rank, dtype=dtype, made=made, trust_remote_code=trust), rank)
 
 
 @app.command()
@@ -179,12 +179,12 @@ def ties(
     found, numbers = [read(adapter) for adapter in adapters], _numbers(weights)
     made = _made("ties", adapters, density=density, weights=numbers, **_interference(found))
     edited = edit(found, density, numbers)
-    _say(write(edited, out, base=base, rank=rank, dtype=dtype, made=made, trust_remote_code=trust))
+    _say(write(edited, out, base=base, rank=rank, dtype=dtype, made=made, trust_remote_code=trust), rank)
 
 
 @app.command()
 def average(adapters: Several, out: Out, weights: Weights = None) -> None:
-    """Average adapters of several tasks, exactly, into one LoRA whose rank is the sum of theirs.
+    """Average adapters of several tasks into one LoRA whose rank is the sum of theirs: rounding is all that it loses.
 
         lorasculpt posthoc average runs/a/adapter runs/b/adapter --weights 0.7,0.3 --out both
 
@@ -228,7 +228,8 @@ def _interference(adapters: Sequence[Adapter]) -> dict[str, list[list[float]]]:
     return {"cosines": cosines(adapters), "sign_conflicts": sign_conflicts(adapters)}
 
 
-def _say(written: Written) -> None:
+def _say(written: Written, rank: int | None = None) -> None:
+    """Tell what was ``written``; ``rank`` is the one that was asked for."""
     if "cosines" in written.made:
         names = written.made["adapters"]
         for i, row in enumerate(written.made["cosines"]):
@@ -236,6 +237,6 @@ def _say(written: Written) -> None:
                 opposed = 100 * written.made["sign_conflicts"][i][j]
                 print(f"cosine of {names[j]} and {names[i]}: {row[j]:+.3f}; {opposed:.1f} % of signs opposite")
     if written.loss:
-        why = "rounding" if written.to == "merged" else f"rank {written.rank}"
+        why = "rounding" if rank is None else f"rank {rank}"
         print(f"lost to {why}: {100 * written.loss:.2g} % of the update's norm")
     print(f"{written.to}: {written.out}")

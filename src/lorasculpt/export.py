@@ -22,12 +22,13 @@ from peft.utils import SAFETENSORS_WEIGHTS_NAME
 from PIL import Image, ImageDraw
 from safetensors import safe_open
 from torch import Tensor, nn
-from transformers import AutoConfig
+from transformers import AutoConfig, GenerationConfig
+from transformers.utils import GENERATION_CONFIG_NAME
 
 from .adapters.layers import full
 from .adapters.load import PROJECTOR_FILE, load_projector
 from .adapters.load import load as load_adapter
-from .adapters.origin import ORIGIN_FILE, pass_origin_on
+from .adapters.origin import ORIGIN_FILE, pass_origin_on, sees
 from .adapters.plain import Pair, of_rank, read_adapter, read_config, settings_of_rank, write_pairs
 from .adapters.update import UpdateConfig, updates
 from .errors import UserError
@@ -72,7 +73,7 @@ from transformers import AutoModelForImageTextToText
 base = AutoModelForImageTextToText.from_pretrained("{base}")  # AutoModelForCausalLM for a text model
 model = PeftModel.from_pretrained(base, "path/to/{name}")
 ```
-
+{pictures}
 With vLLM:
 
 ```sh
@@ -80,6 +81,15 @@ vllm serve {base} --enable-lora --max-lora-rank {rank} --lora-modules {name}=pat
 ```
 
 `export.json` says how closely this adapter's logits agree with those of the adapter it was made from.
+"""
+PICTURES = """
+It was trained with an image processor of other settings than the base's, which lies beside it:
+
+```python
+processor.image_processor = AutoImageProcessor.from_pretrained("path/to/{name}")  # of transformers
+```
+
+vLLM takes the base's, unless `--mm-processor-kwargs` tells it what is another in `preprocessor_config.json`.
 """
 
 
@@ -148,6 +158,7 @@ def export(
     _check_words(to, dtype)
     config = config_of(folder)
     _check_method(folder, config, to, task)
+    place = place_of(out)
     _check_out(out, force, folder, Path(base))
     lora = _plain(folder) if config is None and to == "lora" else None
 
@@ -163,21 +174,21 @@ def export(
         _check_nothing_else(folder, to, _beside_updates(folder))
         lora = _as_lora(live, config, task)
 
-    out.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=f".{out.name}-", dir=out.parent) as temporary:
-        written = Path(temporary) / out.name
+    place.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=f".{place.name}-", dir=place.parent) as temporary:
+        written = Path(temporary) / place.name
         written.mkdir()
         if lora and to == "lora":
             dtype = dtype or known_dtype(lora.pairs[0].A.dtype)
-            _write_lora(lora, written, str(base), dtype, task)
             pass_origin_on(folder, written)
+            _write_lora(lora, written, str(base), dtype, task)
             del live, model
             gc.collect()  # one base in memory at a time, also where a method's hooks hold it in a ring
             found = _logits(_attach(PeftModel.from_pretrained, load(str(base), **trusted)[0], written), inputs)
         else:
             dtype = dtype or known_dtype(AutoConfig.from_pretrained(str(base), **trusted).dtype)
             if lora:
-                plain = Path(temporary) / f"{out.name}-lora"
+                plain = Path(temporary) / f"{place.name}-lora"
                 plain.mkdir()
                 _write_lora(lora, plain, str(base), "float32")
                 del live, model
@@ -205,9 +216,9 @@ def export(
         _check_parity(report)
         content = json.dumps({"schema": 1, **asdict(report)}, indent=1, allow_nan=False)
         (written / "export.json").write_text(content + "\n", encoding="utf-8")
-        if out.exists():
-            out.rename(Path(temporary) / "replaced")
-        written.rename(out)
+        if place.exists():
+            place.rename(Path(temporary) / "replaced")
+        written.rename(place)
     return report
 
 
@@ -232,6 +243,19 @@ def _check_out(out: Path, force: bool, *sources: Path) -> None:
             raise UserError(f"{out} is not empty and holds no export; name another folder.")
         if not force:
             raise UserError(f"{out} holds an earlier export; replace it with force (--force), or name another folder.")
+
+
+def place_of(out: Path) -> Path:
+    """The path of ``out`` without links, where a finished folder is moved to: a link stays one, to the new folder.
+
+    Raises:
+        UserError: it is a folder that cannot be replaced: a disk of its own, or the one whose shell would then be in
+            a folder that is gone.
+    """
+    place = out.resolve()
+    if place.exists() and (Path.cwd().is_relative_to(place) or place.is_mount()):
+        raise UserError(f"{place} is the folder you are in, or a disk of its own; name a folder in it.")
+    return place
 
 
 def config_of(adapter_folder: str | Path) -> UpdateConfig | None:
@@ -359,10 +383,10 @@ def _write_lora(lora: _Lora, out: Path, base: str, dtype: str, task: str | None 
     config.save_pretrained(str(out))
     rounded = (replace(pair, A=pair.A.to(DTYPES[dtype]), B=pair.B.to(DTYPES[dtype])) for pair in lora.pairs)
     write_pairs(tuple(rounded), out)
-    (out / "README.md").write_text(_card(config, out.name, task), encoding="utf-8")
+    (out / "README.md").write_text(_card(config, out, task), encoding="utf-8")
 
 
-def _card(config: LoraConfig, name: str, task: str | None) -> str:
+def _card(config: LoraConfig, out: Path, task: str | None) -> str:
     base = config.base_model_name_or_path
     known = on_hub(base)
     shown = base if known else "path/to/the/base/model"
@@ -370,7 +394,8 @@ def _card(config: LoraConfig, name: str, task: str | None) -> str:
     return CARD.format(
         base_model=f"base_model: {base}\n" if known else "",
         base=shown,
-        name=name,
+        name=out.name,
+        pictures=PICTURES.format(name=out.name) if sees(out) else "",
         r=config.r,
         rank=rank,
         task="" if task is None else f" It is made for the task {task}.",
@@ -381,10 +406,13 @@ def save_model(model: nn.Module, processor: Any, out: Path, dtype: str) -> None:
     """Write a model whose weights hold the update, in one of ``DTYPES``, and everything else that loading it needs."""
     model = model.to(DTYPES[dtype])
     generation = getattr(model, "generation_config", None)
-    if generation is not None and not generation.do_sample:
-        # some bases state these without sampling, where they have no effect; such a configuration cannot be saved
-        generation.temperature = generation.top_p = generation.top_k = None
-    model.save_pretrained(out)
+    if generation is None:
+        model.save_pretrained(out)
+    else:
+        # some bases state what has no effect, such as a temperature without sampling; transformers saves none of these
+        model.generation_config = GenerationConfig()
+        model.save_pretrained(out)
+        generation.to_json_file(out / GENERATION_CONFIG_NAME)
     processor.save_pretrained(out)
 
 

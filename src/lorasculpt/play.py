@@ -22,10 +22,10 @@ from typing import Any
 from peft import PeftConfig
 from safetensors import safe_open
 from torch import nn
-from transformers.utils import IMAGE_PROCESSOR_NAME
 
 from .adapters.load import PROJECTOR_FILE
 from .adapters.load import load as load_adapter
+from .adapters.origin import sees
 from .adapters.residual import moved_by
 from .adapters.update import known_tasks
 from .config import RunConfig
@@ -75,8 +75,7 @@ class Panel:
         for folder in adapters.values():  # before the base is loaded, which may take long
             if not (folder / "adapter_config.json").is_file():
                 raise UserError(f"{folder} holds no adapter; train the run first, or name the adapter's folder.")
-        kept = [folder / IMAGE_PROCESSOR_NAME for folder in adapters.values()]
-        if len({path.read_text(encoding="utf-8") if path.is_file() else None for path in kept}) > 1:
+        if len({sees(folder) for folder in adapters.values()}) > 1:
             raise UserError(
                 f"{' and '.join(adapters)} were trained with other settings of image_processor; show them one by one."
             )

@@ -13,12 +13,13 @@ import torch
 from commands import done, refused
 from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import AutoModelForImageTextToText
+from transformers.utils import IMAGE_PROCESSOR_NAME
 
 from lorasculpt import LoRASculptConfig, MoSLDConfig, UserError, load
 from lorasculpt.adapters.origin import ORIGIN_FILE, differing, kept, origin, pass_origin_on, write_origin
 from lorasculpt.adapters.plain import read_adapter
 from lorasculpt.inspect.lora import inspect
-from lorasculpt.posthoc import average, dare, scale, write
+from lorasculpt.posthoc import average, dare, scale, ties, write
 
 TARGETS = r".*language_model\.layers\.\d+\.(self_attn\.q_proj|mlp\.down_proj)"
 
@@ -173,6 +174,19 @@ def test_adapters_of_different_weights_are_not_merged(adapter, tmp_path):
         average([read_adapter(adapter), read_adapter(other)])
     (other / ORIGIN_FILE).unlink()
     pass_origin_on(other, adapter)  # nothing to pass on
+    average([read_adapter(adapter), read_adapter(other)])
+
+
+def test_adapters_that_see_pictures_otherwise_are_not_merged(adapter, tmp_path):
+    other = shutil.copytree(adapter, tmp_path / "other")
+    for folder, mean in ((adapter, 0.5), (other, 0.1)):
+        (folder / IMAGE_PROCESSOR_NAME).write_text(json.dumps({"image_mean": mean}))
+    for merge in (average, ties):
+        with pytest.raises(
+            UserError, match=r"other settings of image_processor: merge adapters that see pictures alik"
+        ):
+            merge([read_adapter(adapter), read_adapter(other)])
+    pass_origin_on(adapter, other)
     average([read_adapter(adapter), read_adapter(other)])
 
 

@@ -10,6 +10,7 @@ import torch
 from lorasculpt.adapters.plain import Adapter, Pair
 from lorasculpt.errors import UserError
 from lorasculpt.posthoc import average, cosines, dare, drop, prune, scale, sign_conflicts, ties, truncate
+from lorasculpt.posthoc.edits import rounded
 
 SHAPES = {"layers.0.q_proj": (12, 20), "layers.1.q_proj": (9, 20)}
 
@@ -49,7 +50,9 @@ def test_scale(by):
 
 def test_scale_by_one_changes_no_bit():
     before = stored(adapter(), torch.bfloat16)
-    assert all(torch.equal(a.B, b.B) for a, b in zip(before.pairs, scale(before, 1).pairs, strict=True))
+    after, lost = rounded(scale(before, 1))
+    assert all(torch.equal(a.B, b.B) for a, b in zip(before.pairs, after.pairs, strict=True))
+    assert lost == 0
 
 
 @pytest.mark.parametrize("density", [0.1, 0.5, 1.0])
@@ -90,6 +93,28 @@ def test_ranks_that_differ_between_layers_are_filled_up():
     merged = average([uneven, uneven])
     assert {pair.A.shape[0] for pair in merged.pairs} == {8}
     close(dense(merged), dense(uneven))
+
+
+@pytest.mark.parametrize(
+    "edit", [lambda a, b: scale(a, 0.7), lambda a, b: average([a, b]), lambda a, b: average([a, b], [0.7, 0.3])]
+)
+def test_what_rounding_takes_is_measured(edit):
+    edited = edit(stored(adapter(1), torch.bfloat16), stored(adapter(2, scaling=3.0), torch.bfloat16))
+    found, lost = rounded(edited)
+    assert {factor.dtype for pair in found.pairs for factor in (pair.A, pair.B)} == {torch.bfloat16}
+    exact = dense(edited)
+    off = sum(((delta - exact[name]) ** 2).sum() for name, delta in dense(stored(found, torch.float64)).items())
+    assert lost == pytest.approx(np.sqrt(off / sum((delta**2).sum() for delta in exact.values())), rel=1e-4)
+    assert lost > 1e-4
+
+
+@pytest.mark.parametrize("other", [torch.float32, torch.float16])
+def test_an_average_has_the_precision_that_holds_all(other):
+    several = [stored(adapter(1), torch.bfloat16), stored(adapter(2), other)]
+    found, lost = rounded(average(several))
+    assert found.pairs[0].B.dtype == torch.float32
+    assert lost == 0
+    close(dense(found), {name: (dense(several[0])[name] + dense(several[1])[name]) / 2 for name in SHAPES})
 
 
 # --- DARE -----------------------------------------------------------------------------------------------------------
@@ -260,6 +285,10 @@ def test_sign_conflicts_are_counted_where_both_change_an_entry():
         (lambda: average([adapter(1), adapter(2)], [1.0]), "2 adapters take 2 finite weights"),
         (lambda: ties([adapter(1), adapter(2)], weights=[1.0, float("inf")]), "2 finite weights"),
         (lambda: ties([adapter(1), adapter(2)], 0), "not 0"),
+        (
+            lambda: rounded(scale(stored(adapter(), torch.float16), 1e6)),
+            "stored in torch.float16, which has no numbers",
+        ),
         (
             lambda: ties([adapter(1), replace(adapter(2), pairs=adapter(2).pairs[:1])]),
             r"adapter-1 and adapter-2 differ at layers\.1\.q_proj",

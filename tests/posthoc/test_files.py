@@ -8,7 +8,7 @@ from pathlib import Path
 import pico
 import pytest
 import torch
-from commands import call
+from commands import call, refused
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForImageTextToText, AutoProcessor
@@ -101,6 +101,19 @@ def test_what_half_precision_takes_from_a_merged_update_is_told(make, tmp_path, 
     assert 1e-4 < written.loss < 0.1
 
 
+def test_what_half_precision_takes_from_a_scaled_adapter_is_told(make, tmp_path):
+    source = make()
+    path = source / "adapter_model.safetensors"
+    save_file({key: tensor.bfloat16() for key, tensor in load_file(path).items()}, path)
+    code, out, err = call("posthoc", "scale", source, "--by", 0.7, "--out", tmp_path / "out")
+    assert code == 0, err
+    written = json.loads((tmp_path / "out" / "posthoc.json").read_text())
+    assert written["dtype"] == "bfloat16"
+    assert {tensor.dtype for tensor in load_file(tmp_path / "out" / path.name).values()} == {torch.bfloat16}
+    assert 1e-4 < written["loss"] < 1e-2
+    assert f"lost to rounding: {100 * written['loss']:.2g} % of the update's norm" in out
+
+
 def test_stock_peft_loads_a_truncated_update(make, tmp_path, pico_folder):
     update = dare(read(make()), 0.5)
     written = write(update, tmp_path / "out", rank=6)
@@ -153,6 +166,33 @@ def test_a_lora_is_written_as_it_is_and_over_nothing(make, tmp_path):
         write(read(source), tmp_path / "out", rank=3)
     with pytest.raises(UserError, match="not an empty folder"):
         write(read(source), source)
+
+
+def test_a_link_stays_one(make, tmp_path):
+    (tmp_path / "disk" / "empty").mkdir(parents=True)
+    for name in ("empty", "new"):
+        link = tmp_path / f"to {name}"
+        link.symlink_to(tmp_path / "disk" / name)
+        write(read(make()), link)
+        assert link.is_symlink()
+        assert (tmp_path / "disk" / name / "posthoc.json").is_file()
+    assert {path.name for path in (tmp_path / "disk").iterdir()} == {"empty", "new"}
+
+
+def test_a_folder_that_cannot_be_replaced_is_refused(make, tmp_path, monkeypatch):
+    source, here = make(), tmp_path / "here"
+    here.mkdir()
+    message = f"{here} is the folder you are in, or a disk of its own; name a folder in it"
+    with monkeypatch.context() as patched:
+        patched.setattr(Path, "is_mount", lambda path: path == here)
+        with pytest.raises(UserError, match=message):
+            write(read(source), here)
+    monkeypatch.chdir(here)
+    assert message in refused("posthoc", "scale", source, "--by", 0.5, "--out", ".")
+    assert message in refused("export", source, "--base", "x", "--out", ".")
+    assert not any(here.iterdir())
+    write(read(source), "new")
+    assert (here / "new").is_dir()
 
 
 @pytest.mark.parametrize(

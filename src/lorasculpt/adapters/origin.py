@@ -82,6 +82,12 @@ def pass_origin_on(adapter: Path, folder: Path) -> None:
             (folder / name).write_bytes((adapter / name).read_bytes())
 
 
+def sees(folder: Path) -> str | None:
+    """The image processor that the adapter in ``folder`` was trained with, None where that is its base's own."""
+    path = folder / IMAGE_PROCESSOR_NAME
+    return path.read_text(encoding="utf-8") if path.is_file() else None
+
+
 def recorded(folder: Path) -> dict[str, Any] | None:
     """The contents of ``base.json`` in ``folder``, or None where nobody has kept any.
 

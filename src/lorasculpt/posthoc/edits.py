@@ -11,6 +11,7 @@ import math
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
+from functools import reduce
 from itertools import combinations
 from typing import Literal
 
@@ -18,7 +19,7 @@ import torch
 from peft.utils import merge_utils
 from torch import Tensor
 
-from ..adapters.origin import differing, recorded
+from ..adapters.origin import differing, recorded, sees
 from ..adapters.plain import Adapter, Pair, of_rank, settings_of_rank
 from ..errors import UserError
 from ..ops.masks import magnitude_mask
@@ -55,7 +56,8 @@ class Update(Mapping[str, Tensor]):
 def scale(adapter: Adapter, by: float) -> Adapter:
     """Interpolate between the base and the tuned weights: W0 + by · D.
 
-    It is B that is multiplied, not alpha, because some programs read alpha as a whole number.
+    It is B that is multiplied, not alpha, because some programs read alpha as a whole number. It is in fp32 then, until
+    writing rounds it to the precision of A.
 
     Args:
         adapter: as :func:`~lorasculpt.posthoc.read` returns it.
@@ -66,9 +68,7 @@ def scale(adapter: Adapter, by: float) -> Adapter:
     """
     if not (math.isfinite(by) and by >= 0):
         raise UserError(f"An adapter cannot be scaled by {by:g}; use a number from 0 (the base) to 1 (as trained).")
-    return replace(
-        adapter, pairs=tuple(replace(pair, B=(pair.B.float() * by).to(pair.B.dtype)) for pair in adapter.pairs)
-    )
+    return replace(adapter, pairs=tuple(replace(pair, B=pair.B.float() * by) for pair in adapter.pairs))
 
 
 def prune(adapter: Adapter, density: float) -> Adapter:
@@ -103,7 +103,8 @@ def _pruned(name: str, factor: Tensor, density: float) -> Tensor:
 def average(adapters: Sequence[Adapter], weights: Sequence[float] | None = None) -> Adapter:
     """The weighted sum of the updates of several adapters, exactly: their factors side by side.
 
-    Its rank is the sum of theirs: with B = [w1 s1 B1, w2 s2 B2, ...] and A = [A1; A2; ...], BA is the sum of w s BA.
+    Its rank is the sum of theirs: with B = [w1 s1 B1, w2 s2 B2, ...] and A = [A1; A2; ...], BA is the sum of w s BA. A
+    has the precision that holds all of theirs, B is in fp32 until writing rounds it to that of A.
 
     Args:
         adapters: two or more of the same layers.
@@ -114,14 +115,34 @@ def average(adapters: Sequence[Adapter], weights: Sequence[float] | None = None)
     """
     _check_alike(adapters)
     found = _weights(weights, len(adapters), 1 / len(adapters))
-    first = adapters[0].pairs[0]
+    dtype = reduce(torch.promote_types, (pair.A.dtype for adapter in adapters for pair in adapter.pairs))
     rank = max(sum(pair.A.shape[0] for pair in pairs) for pairs in zip(*(x.pairs for x in adapters), strict=True))
     merged = []
     for pairs in zip(*(adapter.pairs for adapter in adapters), strict=True):
-        A = torch.cat([pair.A.float() for pair in pairs])
+        A = torch.cat([pair.A.to(dtype) for pair in pairs])
         B = torch.cat([pair.B.float() * (w * pair.scaling) for w, pair in zip(found, pairs, strict=True)], 1)
-        merged.append(Pair(pairs[0].name, A.to(first.A.dtype), B.to(first.A.dtype), 1.0))
+        merged.append(Pair(pairs[0].name, A, B, 1.0))
     return _of_rank(adapters[0], rank, merged)
+
+
+def rounded(adapter: Adapter) -> tuple[Adapter, float]:
+    """``adapter`` with each B in the precision of its A, and how far from it that is, as :func:`truncate` tells it.
+
+    Raises:
+        UserError: that precision has no numbers as large.
+    """
+    pairs = tuple(replace(pair, B=pair.B.to(pair.A.dtype)) for pair in adapter.pairs)
+    lost = all_ = 0.0
+    for before, after in zip(adapter.pairs, pairs, strict=True):
+        if not after.B.isfinite().all():
+            raise UserError(
+                f"{adapter.folder} is stored in {after.A.dtype}, which has no numbers as large as this edit makes; "
+                "scale or weigh it by less."
+            )
+        A, B = before.A.double(), before.B.double() * before.scaling
+        lost += _square(A, B - after.B.double() * before.scaling)
+        all_ += _square(A, B)
+    return replace(adapter, pairs=pairs), math.sqrt(lost / all_) if all_ else 0.0
 
 
 # --- edits whose result has no low rank -----------------------------------------------------------------------------
@@ -308,6 +329,11 @@ def delta_of(pair: Pair) -> Tensor:
     return pair.scaling * (pair.B.float() @ pair.A.float())
 
 
+def _square(A: Tensor, B: Tensor) -> float:
+    """||BA||_F², by trace(BᵀB · AAᵀ), which rounding alone can bring below 0."""
+    return max(0.0, float(((B.T @ B) * (A @ A.T)).sum()))
+
+
 def _generator(seed: int, name: str) -> torch.Generator:
     """Random numbers of one layer, whatever was drawn for others."""
     digest = hashlib.sha256(f"{seed}/{name}".encode()).digest()
@@ -341,6 +367,11 @@ def _check_alike(adapters: Sequence[Adapter]) -> None:
             raise UserError(
                 f"{adapters[0].folder} and {other.folder} were trained on different weights, {one['base']} and "
                 f"{another['base']}: merge adapters of the same base."
+            )
+        if sees(adapters[0].folder) != sees(other.folder):
+            raise UserError(
+                f"{adapters[0].folder} and {other.folder} were trained with other settings of image_processor: merge "
+                "adapters that see pictures alike."
             )
 
 

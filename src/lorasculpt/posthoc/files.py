@@ -19,10 +19,10 @@ from ..adapters.origin import check_origin, pass_origin_on
 from ..adapters.plain import Adapter, read_adapter, write_pairs
 from ..adapters.residual import moved_by
 from ..errors import UserError
-from ..export import DTYPES, known_dtype, save_model
+from ..export import DTYPES, known_dtype, place_of, save_model
 from ..models.load import load, see_as
 from ..provenance import versions
-from .edits import Update, truncate
+from .edits import Update, rounded, truncate
 
 RECORD = "posthoc.json"
 
@@ -88,21 +88,21 @@ def write(
             ``dtype`` where it has no meaning, or the update does not fit the base.
     """
     out = Path(out)
-    check_out(out)
+    place = check_out(out)
     if isinstance(edited, Adapter) and (base is not None or rank is not None):
         raise UserError("This edit leaves a LoRA as it is written; leave out base and rank.")
     if isinstance(edited, Update) and (base is None) == (rank is None):
         raise UserError("This update has no low rank; give either a base to merge it into or the rank of a LoRA.")
     if dtype is not None and (base is None or dtype not in DTYPES):
         raise UserError(f"A dtype is for a merged model and one of {', '.join(DTYPES)}; correct {dtype!r} or omit it.")
-    out.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=f".{out.name}-", dir=out.parent) as temporary:
-        folder = Path(temporary) / out.name
+    place.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=f".{place.name}-", dir=place.parent) as temporary:
+        folder = Path(temporary) / place.name
         folder.mkdir()
         if isinstance(edited, Update) and base is not None:
             precision, loss = _write_merged(edited, str(base), folder, dtype, trust_remote_code=trust_remote_code)
         else:
-            adapter, loss = truncate(edited, rank or 1) if isinstance(edited, Update) else (edited, 0.0)
+            adapter, loss = truncate(edited, rank or 1) if isinstance(edited, Update) else rounded(edited)
             rank, precision = _write_lora(adapter, folder)
             pass_origin_on(adapter.folder, folder)
         written = Written(
@@ -116,14 +116,19 @@ def write(
         )
         content = json.dumps({"schema": 1, **asdict(written)}, indent=1, allow_nan=False)
         (folder / RECORD).write_text(content + "\n", encoding="utf-8")
-        folder.rename(out)
+        folder.rename(place)
     return written
 
 
-def check_out(out: Path) -> None:
-    """Raise :class:`UserError` unless ``out`` can be written: it must not exist or be an empty folder."""
+def check_out(out: Path) -> Path:
+    """Where ``out`` leads (`lorasculpt.export.place_of`).
+
+    Raises:
+        UserError: it cannot be written; it must not exist or be an empty folder.
+    """
     if out.exists() and not (out.is_dir() and not any(out.iterdir())):
         raise UserError(f"{out} exists and is not an empty folder; name another one.")
+    return place_of(out)
 
 
 def _write_lora(adapter: Adapter, out: Path) -> tuple[int, str]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from lorasculpt.evaluation.correlation import drift_and_loss, rank_correlation, spearman
+from lorasculpt.evaluation.correlation import along, drift_and_loss, rank_correlation, spearman
 
 
 def run(drift: float | None, lost: float, points=()) -> dict:
@@ -57,6 +57,15 @@ def test_the_drift_is_compared_with_the_source_lost_over_runs_and_points_of_curv
     assert found["curve"] == {"rho": pytest.approx(-1), "low": None, "high": None, "n": 4}
     assert found["runs"] == {"rho": pytest.approx(-1), "low": None, "high": None, "n": 2}
     assert drift_and_loss([run(0.2, 0.2)])["runs"] == {"rho": None, "low": None, "high": None, "n": 1}
+
+
+def test_what_a_curve_lost_is_against_its_own_beginning():
+    """It may be of other questions than the summary, of which the base knows more or less."""
+    one = run(0.2, 0.2, [(0, 0.0, 0.1), (0.5, 0.1, 0.1), (1, 0.2, 0.3)])
+    assert along(one) == [(0.1, 0.0), (0.2, pytest.approx(0.2))]
+    one["curve"].pop(0)
+    assert along(one) == [(0.1, pytest.approx(0.1)), (0.2, pytest.approx(0.3))]
+    assert along(run(0.2, 0.2)) == []
 
 
 def test_whole_groups_are_drawn_for_the_interval():

@@ -118,14 +118,23 @@ def test_wilson():
     assert (low, high) == (pytest.approx(0.7225, abs=5e-5), 1.0)
 
 
-def test_bootstrap():
-    values = np.random.default_rng(1).uniform(size=400)
-    low, high = interval(values)
-    half = 1.96 * values.std() / 20
-    assert (low, high) == pytest.approx((values.mean() - half, values.mean() + half), abs=0.004)
-    assert interval(values) == (low, high)
+def test_soft_scores_are_no_surer_than_right_and_wrong_of_the_same_mean():
+    assert interval([2 / 3] * 3) == pytest.approx(interval([1, 1, 0]))  # and not without a width, as drawn anew
+    low, high = interval([0] * 99 + [1 / 3])
+    assert low == pytest.approx(0, abs=0.001)
+    assert high > interval([0] * 100)[1]  # of which more are lost
+    # as often as it says, and more
+    rng, values, shares = np.random.default_rng(0), (0, 1 / 3, 2 / 3, 1), (0.2, 0.15, 0.15, 0.5)
+    found = [interval(rng.choice(values, 80, p=shares)) for _ in range(500)]
+    assert sum(low <= 0.65 <= high for low, high in found) > 0.95 * 500
+
+
+def test_an_interval_refuses():
     with pytest.raises(ValueError, match="at least one"):
         interval([])
+    for value in (-0.1, 1.1, float("nan")):
+        with pytest.raises(ValueError, match="between 0 and 1"):
+            interval([0.5, value])
 
 
 def test_the_commonest_answer_is_scored_as_any_other():

@@ -105,6 +105,8 @@ def test_what_is_lost_or_known_altogether_has_a_width_too():
     lost, known = {"a": [0] * 40, "b": [0] * 60}, {"a": [1] * 40, "b": [1] * 60}
     assert average_interval({"a": [0] * 40, "b": [0] * 40}) == pytest.approx(interval([0] * 80))  # Wilson's of all
     assert average_interval({"a": [0] * 40}) == list(interval([0] * 40))
+    low, high = average_interval({"a": [1 / 3] * 50})  # as VQA's scores may be
+    assert low < 0.25 < 0.4 < high
     assert average_interval(lost)[0] == 0 < 0.03 < average_interval(lost)[1] < 0.05
     assert average_interval(known) == pytest.approx([1 - average_interval(lost)[1], 1])
     numbers = summary(known, lost, lost, known)

@@ -127,6 +127,14 @@ def test_sorts_and_filters(page, tmp_path):
     assert found["disabled"] == 0
 
 
+def test_numbers_in_names_are_sorted_by_their_size(tmp_path):
+    names = ["m-10", "d-0.5", "d-0.2", "m-9", "d-0.05", "d-2e-05", "d-0.02", "d"]
+    runs = [run(name, (0.5, 0.4), 0.2 + i / 20) for i, name in enumerate(names)]
+    found = look(report(write(tmp_path, *runs), tmp_path / "out"), tmp_path / "look")
+    in_order = ["base model", "d", "d-2e-05", "d-0.02", "d-0.05", "d-0.2", "d-0.5", "m-9", "m-10"]
+    assert found["name"] == [in_order, "ascending"]
+
+
 def test_a_name_in_the_legend_is_seen_alone(page, tmp_path):
     found = look(page, tmp_path / "look")
     assert found["alone"] == [["s0", "s2"], [], ["s0", "s2"], ["s0", "s2"], []]

@@ -18,7 +18,7 @@ from lorasculpt.console import duration, size
 from lorasculpt.errors import UserError
 from lorasculpt.evaluation.correlation import drift_and_loss
 from lorasculpt.report.page import report
-from lorasculpt.report.plots import closer, drawn, legend, near, tradeoff
+from lorasculpt.report.plots import closer, drawn, fewer, legend, near, tradeoff
 from lorasculpt.report.results import Number, against, best, entries, front, ours, over_seeds, read, reference
 from lorasculpt.report.words import bracket, difference, headline, listed, one_by_one, percent, verdict
 
@@ -422,9 +422,34 @@ def test_a_curve_is_the_mean_of_those_that_there_are():
     (found,) = made(*runs)
     assert [point["strength"] for point in found.curve] == [0, 0.25, 0.5, 1]
     assert [point["source"].value for point in found.curve[1:3]] == pytest.approx([(0.75 + 0.6) / 2, (0.7 + 0.4) / 2])
+    # its ends are the curves' own, of the questions that they are measured on; the base's and its own are of all
+    assert [found.curve[i]["source"].value for i in (0, -1)] == pytest.approx([0.8, 0.1])
+    assert [point["source"].value for point in (found.base, found.tuned)] == pytest.approx([0.7, 0.25])
     runs[1]["curve"].pop(0)  # of strengths beyond what it tells nothing is made up
     (found,) = made(*runs)
     assert [point["strength"] for point in found.curve] == [0, 0.25, 1]
+    assert found.curve[-1] == found.tuned
+
+
+def test_a_curve_of_fewer_questions_lies_beside_its_marks(tmp_path):
+    curve = [
+        {"strength": at, "source": source, "target": at / 2, "drift": at}
+        for at, source in ((0, 0.5), (0.5, 0.45), (1, 0.2))
+    ]
+    told = {"curve": curve, "drift": {"value": 1.0, "interval": [0.9, 1.1], "n": 8}}
+    one = run("A", (0.3, 0.2), 0.6, **told, evaluate={"curve": 100})
+    path = report(write(tmp_path, one), tmp_path / "out")
+    assert "| base model | 70.0 [" in path.with_suffix(".md").read_text()
+    assert "<title>A: target 60.0 %, source 25.0 %</title>" in path.read_text()
+    assert "A line is of fewer questions than" in path.read_text()
+    content = json.loads(path.with_suffix(".json").read_text())
+    assert [point["source"]["value"] for point in content["methods"][0]["curve"]] == [0.5, 0.45, 0.2]
+    # the large one, and on the line all three, of which none is under the star; in the legend of the plot there is none
+    assert len(marks(tradeoff(made(one)), "series-0")) == 4
+    curve[0] |= {"source": 0.7, "target": 0.1}
+    assert len(marks(tradeoff(made(one)), "series-0")) == 3
+    assert not fewer(made(one | {"evaluate": {"curve": 400}}))  # there are no more
+    assert not fewer(made(one | {"evaluate": {"curve": None}}))
 
 
 def test_costs_and_drift(tmp_path):

@@ -12,7 +12,7 @@ from made_up import run, write
 from lorasculpt.comparison.sequences import table
 from lorasculpt.errors import UserError
 from lorasculpt.report.page import report
-from lorasculpt.report.sequences import matrix_table, read, split
+from lorasculpt.report.sequences import headline, matrix_table, read, split
 from lorasculpt.sequence import transfer
 
 
@@ -36,16 +36,22 @@ def test_a_page_of_matrices_alone(tmp_path):
     text = report([one, tmp_path / "b"], tmp_path / "out").read_text()
     assert "<title>Learned in turn: charts and flags</title>" in text
     assert "lora has 62\u00a0% on average (−40.0 points since each was learned)" in text  # (.5 + .75) / 2
-    assert "am_lora has 90\u00a0% on average" in text  # of the one task that it has learned
-    assert "Not everything is learned yet: am_lora." in text
+    assert "Not everything is learned yet: am_lora has learned 1 of 2 tasks." in text
+    assert "am_lora has 90" not in text
     assert "The numbers" not in text
     rows = re.findall(r'<tr><th scope="row">after flags</th>(.*?)</tr>', text)
     assert [re.findall(r">([\d.]+)<", row) for row in rows] == [["50.0", "75.0", "60.0"]]
     assert "color-mix(in srgb, var(--series-0) 34%, transparent)" in rows[0]  # .75 of the strongest tint, 45 %
     table = (tmp_path / "out" / "report.md").read_text()
     assert "| after flags | 50.0 | 75.0 | 60.0 |" in table
+    assert re.search(r"\| lora \|.* 80\.0 \| 60\.0 \|\n\| am_lora \|.* 80\.0 \| – \|\n", table)
     content = json.loads((tmp_path / "out" / "report.json").read_text())
     assert [found["label"] for found in content["sequences"]] == ["lora", "am_lora"]
+
+
+def test_nothing_is_said_of_the_last_task_before_it_is_learned(tmp_path):
+    one = matrix(tmp_path / "a", "lora", SHARES[:2])
+    assert headline(read([one])) == ["Not everything is learned yet: lora has learned 1 of 2 tasks."]
 
 
 def test_beside_results(tmp_path):

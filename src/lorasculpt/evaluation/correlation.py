@@ -30,11 +30,22 @@ def drift_and_loss(runs: Sequence[dict[str, Any]]) -> dict[str, Any] | None:
             continue  # there is no source
         if run.get("drift"):
             drifted.append([(run["drift"]["value"], before - run["summary"]["source_after"])])
-        if points := [(p["drift"], before - p["source"]) for p in run["curve"] if "drift" in p and p["strength"] > 0]:
+        if points := along(run):
             curves.append(points)
     if not drifted:
         return None
     return {"runs": rank_correlation(drifted), "curve": rank_correlation(curves) if curves else None}
+
+
+def along(run: dict[str, Any]) -> Points:
+    """The points of a run's strength curve that carry a drift, but strength 0.
+
+    What they lost is against the curve's own strength 0, where it has one: a curve may be of fewer questions than the
+    summary.
+    """
+    curve = run.get("curve") or ()
+    before = next((p["source"] for p in curve if p["strength"] == 0), run["summary"]["source_before"])
+    return [(p["drift"], before - p["source"]) for p in curve if "drift" in p and p["strength"] > 0]
 
 
 def rank_correlation(groups: Sequence[Points]) -> dict[str, Any]:

@@ -19,6 +19,17 @@
   }
 }
 
+// Numbers within names go by their size, with what follows a point: density-0.05 before density-0.2.
+const parts = (name) => name.split(/(\d+(?:\.\d+)?(?:e-\d+)?)/); // every second one is a number
+const byName = (one, other) => {
+  const [a, b] = [parts(one), parts(other)];
+  for (let i = 0; i < Math.min(a.length, b.length); i++) {
+    const order = i % 2 ? a[i] - b[i] : a[i].localeCompare(b[i], "en");
+    if (order) return order;
+  }
+  return a.length - b.length;
+};
+
 // A click on a column's head sorts by it: names from the first letter, numbers from the largest; a second click turns
 // the order round. What has no number stays at the end.
 for (const table of document.querySelectorAll("table")) {
@@ -27,7 +38,7 @@ for (const table of document.querySelectorAll("table")) {
 
   const compare = (one, other, column, sign) => {
     const [a, b] = [one.cells[column], other.cells[column]];
-    if (column === 0) return sign * a.textContent.localeCompare(b.textContent, "en", { numeric: true });
+    if (column === 0) return sign * byName(a.textContent, b.textContent);
     const [x, y] = [a.dataset.value, b.dataset.value];
     if (x === undefined || y === undefined) return (x === undefined) - (y === undefined);
     return sign * (x - y);

@@ -99,7 +99,7 @@ def summary_table(found: list[Entry]) -> dict:
     """
     drift = [_drift_cell(entry.drift) for entry in found] if any(entry.drift is not None for entry in found) else []
     heads = columns(found)
-    base = [_cell(found[0].curve[0][side]) for side in (found[0].side, "target")]
+    base = [_cell(found[0].base[side]) for side in (found[0].side, "target")]
     rows = [{"name": "base model", "cells": base + [_plain_cell(NONE, None)] * (len(heads) - 2 + bool(drift))}]
     winners = {name: best([entry.numbers[name] for entry in found]) for name in heads}
     tests = against(found)
@@ -315,7 +315,7 @@ def as_json(found: list[Entry], sentences: list[str]) -> dict:
 
 def _correlation(found: list[Entry]) -> dict | None:
     """How well the drift tells the loss of source accuracy, over all runs."""
-    return drift_and_loss([run | {"curve": run.get("curve") or []} for entry in found for run in entry.runs])
+    return drift_and_loss([run for entry in found for run in entry.runs])
 
 
 def _settings(found: list[Entry]) -> list[dict]:
@@ -509,6 +509,7 @@ def _runs(paths: list[Path], remark: str | None) -> _Part:
         "learned": f"{100 * plots.LEARNED:.0f}",
         "legend": plots.legend(found),
         "curves": [found[i].label for i in plots.curved(found)],
+        "fewer": plots.fewer(found),
         "training": plots.training(found),
         "on_the_way": [{"source": "source average", "target": "target average"}.get(x, x) for x in on_the_way],
         "drift": plots.drift(found),

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import html
 import io
+import math
 import re
 from itertools import pairwise
 from typing import Any
@@ -22,7 +23,8 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.markers import MarkerStyle
 
-from .results import Entry, ends, front, ours, reference
+from ..evaluation.correlation import along
+from .results import Entry, Number, ends, front, ours, reference
 
 Point = tuple[float, float]
 
@@ -94,6 +96,13 @@ def curved(entries: list[Entry]) -> list[int]:
     return [i for i in drawn(entries) if len(entries[i].curve) > 2]
 
 
+def fewer(entries: list[Entry]) -> bool:
+    """Whether a line of `tradeoff` is of fewer questions (``evaluate.curve``) than the marks of its ends."""
+    runs = [run for i in curved(entries) for run in entries[i].runs]
+    asked = [((run.get("evaluate") or {}).get("curve") or math.inf, run) for run in runs]
+    return any(most < sum(task["n"] for task in run[side].values()) for most, run in asked for side in SIDES)
+
+
 def mine(i: int, text: str) -> dict[str, Any]:
     """What makes an artist one of the series ``i``, which says ``text`` of itself."""
     return {"gid": f"of s{i} {quote(text)}"}
@@ -125,11 +134,22 @@ def svg(figure: Figure, name: str, description: str, natural: bool = False) -> s
     return re.sub(r"(font: *(?:\w+ )?[\d.]+px)[^;\"]*", r"\1 system-ui, sans-serif", text).strip()
 
 
+def _both(point: dict) -> tuple[Number, Number]:
+    """The target of a point of a curve, and what is set against it."""
+    return point["target"], point["source"] if "source" in point else point["kept"]
+
+
+def _place(point: dict) -> Point:
+    """Where it lies, in percent."""
+    target, other = _both(point)
+    return 100 * target.value, 100 * other.value
+
+
 def _bars(points: list[dict]) -> list[list[Point]]:
     """The two error bars, target's and source's, of each of ``points``, in percent."""
     bars = []
     for point in points:
-        x, y = point["target"], point["source"] if "source" in point else point["kept"]
+        x, y = _both(point)
         if x.low is not None and x.high is not None:
             bars.append([(100 * x.low, 100 * y.value), (100 * x.high, 100 * y.value)])
         if y.low is not None and y.high is not None:
@@ -213,7 +233,7 @@ def near(entries: list[Entry]) -> list[int]:
     if len(entries) <= CURVES:
         return []
     best = max(target for target, _ in ends(entries).values())
-    before = entries[0].curve[0][entries[0].side].value
+    before = entries[0].base[entries[0].side].value
     both = ends(entries).values()
     found = [i for i, (x, y) in enumerate(both) if x >= LEARNED * best and y >= KEPT * before]
     return found if len(found) > 2 else []
@@ -227,12 +247,11 @@ def closer(entries: list[Entry]) -> str | None:
     with mpl.rc_context(STYLE):
         figure = Figure(figsize=(WIDTH, 4.1), layout="constrained")
         axes = figure.add_subplot(xlabel="target (%)", ylabel=f"{entries[0].side} (%)")
-        last = {i: entries[i].curve[-1] for i in found}
-        places = {i: (100 * end["target"].value, 100 * end[entries[i].side].value) for i, end in last.items()}
+        places = {i: _place(entries[i].tuned) for i in found}
         own = {i: mine(i, _told(entries[i])) for i in found}
         _limits(axes, np.array(list(places.values())))
         for i, place in places.items():
-            for bar in _bars([last[i]]):
+            for bar in _bars([entries[i].tuned]):
                 axes.plot(*zip(*bar, strict=True), color=colour(i), linewidth=1, alpha=0.35, **own[i])
             axes.plot(*place, color=colour(i), marker=marker(i), markersize=9, linestyle="none", **own[i])
         figure.draw_without_rendering()
@@ -244,16 +263,17 @@ def closer(entries: list[Entry]) -> str | None:
 
 def _told(entry: Entry) -> str:
     """What the mark of an entry's end says of itself."""
-    target, other = (100 * entry.curve[-1][side].value for side in ("target", entry.side))
+    target, other = _place(entry.tuned)
     return f"{entry.label}: target {target:.1f} %, {entry.side} {other:.1f} %"
 
 
 def tradeoff(entries: list[Entry]) -> str:
     """Source, or what is kept by drift, against target average as each adapter is turned from strength 0 to 1.
 
-    Every seed is a small hollow mark. Of several entries the Pareto front is drawn; only of up to three every point
-    has its interval and the strength beside it. Of more than ``CURVES`` those that are `drawn` have their curve, and
-    their name beside it unless they are `near`; the others have a mark for their end.
+    The star and the large marks are of all questions, a line of those a curve is measured on. Every seed is a small
+    hollow mark. Of several entries the Pareto front is drawn; only of up to three all large marks, and the points
+    between the ends of a line, have their interval and the strength beside them. Of more than ``CURVES`` those that are
+    `drawn` have their curve, and their name beside it unless they are `near`; the others have a mark for their end.
     """
     with mpl.rc_context(STYLE):
         figure = Figure(figsize=(WIDTH, 4.1), layout="constrained")
@@ -261,7 +281,10 @@ def tradeoff(entries: list[Entry]) -> str:
         few, shown, lined = len(entries) <= 3, drawn(entries), curved(entries)
         named = set(shown) - set(near(entries)) if len(shown) < len(entries) else set()
         own = [mine(i, _told(entry)) for i, entry in enumerate(entries)]
-        xy = [[(100 * p["target"].value, 100 * p[entry.side].value) for p in entry.curve] for entry in entries]
+        base, tuned = _place(entries[0].base), [_place(entry.tuned) for entry in entries]
+        lines = {i: list(map(_place, entries[i].curve)) for i in lined}
+        # a line's own ends say nothing of themselves: the star and the large mark do, of all questions
+        points = [[*entry.curve[1:-1], entry.tuned] if few else [entry.tuned] for entry in entries]
         seeds = {
             i: [
                 tuple(100 * run["summary"][name] for name in ("target_after", entries[i].after))
@@ -270,38 +293,46 @@ def tradeoff(entries: list[Entry]) -> str:
             for i in shown
             if len(entries[i].runs) > 1
         }
-        bars = {i: _bars(entries[i].curve[1:] if few else entries[i].curve[-1:]) for i in shown}
-        lines = [line if i in lined else line[-1:] for i, line in enumerate(xy)]
-        everything = [*lines, *seeds.values(), *(bar for group in bars.values() for bar in group)]
-        _limits(axes, np.array([xy[0][0], *(point for group in everything for point in group)]))
-        for i, line in enumerate(lines):
+        bars = {i: _bars(points[i]) for i in shown}
+        everything = [
+            [base, *tuned],
+            *lines.values(),
+            *seeds.values(),
+            *(bar for group in bars.values() for bar in group),
+        ]
+        _limits(axes, np.array([point for group in everything for point in group]))
+        for i, end in enumerate(tuned):
             style: dict[str, Any] = {"color": colour(i), "marker": marker(i), **own[i]}
-            axes.plot(*line[-1], **style, markersize=10 if i in shown else 7, linestyle="none")
-            if i in lined:
-                axes.plot(*zip(*line, strict=True), **style, markevery=range(1, len(line)))
+            axes.plot(*end, **style, markersize=10 if i in shown else 7, linestyle="none")
+            if i in lines:
+                first = 1 if lines[i][0] == base else 0  # which the star covers
+                axes.plot(*zip(*lines[i], strict=True), **style, markevery=range(first, len(lines[i])))
             for bar in bars.get(i, ()):
                 axes.plot(*zip(*bar, strict=True), **style | {"marker": None, "linewidth": 1, "alpha": 0.45})
             if i in seeds:
                 small = style | {"markersize": 5, "markerfacecolor": "none", "markeredgewidth": 1}
                 axes.plot(*zip(*seeds[i], strict=True), **small, linestyle="none")
         if len(entries) > 1:
-            points = ends(entries)
-            edge = [(100 * x, 100 * y) for x, y in (points[label] for label in front(points))]
+            by_label = ends(entries)
+            edge = [(100 * x, 100 * y) for x, y in (by_label[label] for label in front(by_label))]
             corner = (axes.get_xlim()[0], axes.get_ylim()[0])
             stairs = _stairs(edge, corner)
             axes.plot(*zip(*stairs, strict=True), color=MUTED, lw=1.2, ls=(0, (4, 3)), label="Pareto front", zorder=1)
-        base = xy[0][0]
         axes.plot(*base, marker="*", markersize=15, color=INK, linestyle="none", label="base model")
         figure.legend(loc="outside upper left", ncols=2)
         figure.draw_without_rendering()  # places the axes: labels are put in points
-        labels = _Labels(axes, lines, [bar for group in bars.values() for bar in group])
+        labels = _Labels(
+            axes,
+            [*([end] for end in (base, *tuned)), *lines.values()],
+            [bar for group in bars.values() for bar in group],
+        )
         labels.put("base", base, INK, gap=9)
         for i, entry in enumerate(entries):
-            places = zip(entry.curve[1:], xy[i][1:], strict=True) if few else ()
-            for point, place in places:
-                labels.put(f"{point['strength']:g}", place, colour(i), gap=9 if place is xy[i][-1] else 6, **own[i])
+            for point in points[i] if few else ():
+                gap = 9 if point is entry.tuned else 6
+                labels.put(f"{point['strength']:g}", _place(point), colour(i), gap=gap, **own[i])
             if i in named:
-                labels.put(entry.label, xy[i][-1], colour(i), gap=9, **own[i])
+                labels.put(entry.label, tuned[i], colour(i), gap=9, **own[i])
         said = {"source": "Source average", "kept": "What is kept"}[entries[0].side]
         return svg(figure, "tradeoff", f"{said} against target average over adapter strength")
 
@@ -380,16 +411,13 @@ def drift(entries: list[Entry]) -> str | None:
         axes = figure.add_subplot(xlabel="drift (nats a token)", ylabel="source lost (points)")
         seen = []
         for i, run in drifted:
-            before = run["summary"]["source_before"]
-            end = (run["drift"]["value"], 100 * (before - run["summary"]["source_after"]))
-            points = (run.get("curve") or ()) if i in shown else ()
-            on_curve = [point for point in points if "drift" in point and 0 < point["strength"] < 1]
-            line = [(point["drift"], 100 * (before - point["source"])) for point in on_curve]
+            end = (run["drift"]["value"], 100 * (run["summary"]["source_before"] - run["summary"]["source_after"]))
+            line = [(x, 100 * lost) for x, lost in along(run)] if i in shown else []
             told = f"{entries[i].label}, seed {run['seed']}: drift {end[0]:.3g}, lost {end[1]:.1f} points"
             style: dict[str, Any] = {"color": colour(i), "marker": marker(i), **mine(i, told)}
             if line:
                 small = {"markersize": 4, "markerfacecolor": "none", "linewidth": 0.8, "alpha": 0.7}
-                axes.plot(*zip(*line, end, strict=True), **style | small)
+                axes.plot(*zip(*line, strict=True), **style | small)
             axes.plot(*end, **style, markersize=8)
             seen += [x for x, _ in (*line, end)]
         if min(seen) > 0 and max(seen) > 30 * min(seen):

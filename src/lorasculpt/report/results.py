@@ -55,10 +55,11 @@ class Number:
 class Entry:
     """One method (with one choice of settings): its runs, and every number over them.
 
-    ``source`` and ``target`` map a task to ``{"before": Number, "after": Number, "n": int}``; ``curve`` is a list of
-    ``{"strength": float, "source": Number, "target": Number}`` from strength 0 (the base) to 1, without source tasks
-    with ``kept`` (:func:`with_kept`) in place of ``source``. ``drift`` is in nats a token; of several peaks of memory
-    the smallest is taken, since what else a process holds adds to it. What a run does not tell is None, and so is
+    ``source`` and ``target`` map a task to ``{"before": Number, "after": Number, "n": int}``. ``base`` and ``tuned``,
+    strength 0 and 1, are ``{"strength": float, "source": Number, "target": Number}`` of all questions, without source
+    tasks with ``kept`` (:func:`with_kept`) in place of ``source``; ``curve`` is a list of such points from strength 0
+    to 1, of the questions that curves are measured on. ``drift`` is in nats a token; of several peaks of memory the
+    smallest is taken, since what else a process holds adds to it. What a run does not tell is None, and so is
     ``seconds`` where the runs are of several machines or precisions.
     """
 
@@ -67,6 +68,8 @@ class Entry:
     numbers: dict[str, Number]
     source: dict[str, dict]
     target: dict[str, dict]
+    base: dict
+    tuned: dict
     curve: list[dict]
     seconds: float | None
     adapter_bytes: float | None
@@ -264,27 +267,32 @@ def _over_tasks(runs: list[dict], side: str) -> dict[str, dict]:
     }
 
 
-def _curve(runs: list[dict], numbers: dict[str, Number]) -> list[dict]:
-    """The mean of the curves that there are, at each strength of any of them, with both ends from the summary.
+def _ends(numbers: dict[str, Number]) -> tuple[dict, dict]:
+    """The points at strength 0 and 1 as the summary has them."""
+    if "kept" in numbers:
+        before, after = {"kept": Number(1.0)}, {"kept": numbers["kept"]}
+    else:
+        before, after = {"source": numbers["source_before"]}, {"source": numbers["source_after"]}
+    base = {"strength": 0} | before | {"target": numbers["target_before"]}
+    return base, {"strength": 1} | after | {"target": numbers["target_after"]}
 
-    Its points have the target and what is set against it.
+
+def _curve(runs: list[dict], base: dict, tuned: dict) -> list[dict]:
+    """The mean of the curves that there are, at each strength of any of them; ``base`` and ``tuned`` for missing ends.
 
     A curve that was not measured at one of these is read there along the line between its neighbours; strengths beyond
     the ends of one are left out.
     """
     curves = [sorted(run["curve"], key=lambda point: point["strength"]) for run in runs if run.get("curve")]
-    side = "source" if runs[0]["source"] else "kept"
-    means = [
-        {"strength": at} | {key: over_seeds([_read(curve, at, key) for curve in curves]) for key in (side, "target")}
-        for at in sorted({point["strength"] for curve in curves for point in curve} - {0, 1})
+    sides = [key for key in base if key != "strength"]
+    means = {
+        at: {"strength": at} | {key: over_seeds([_read(curve, at, key) for curve in curves]) for key in sides}
+        for at in sorted({point["strength"] for curve in curves for point in curve})
         if all(curve[0]["strength"] <= at <= curve[-1]["strength"] for curve in curves)
-    ]
-    at = numbers if side == "source" else numbers | {"kept_before": Number(1.0), "kept_after": numbers["kept"]}
-    base, tuned = (
-        {"strength": strength, side: at[f"{side}_{when}"], "target": at[f"target_{when}"]}
-        for strength, when in ((0, "before"), (1, "after"))
-    )
-    return [base, *means, tuned]
+    }
+    points = {0: base} | means
+    points.setdefault(1, tuned)
+    return list(points.values())
 
 
 def _read(curve: list[dict], strength: float, side: str) -> Number:
@@ -309,6 +317,7 @@ def _entry(label: str, runs: list[dict]) -> Entry:
     }
     if len(set(map(made_on, runs))) > 1:
         mean_of["seconds"] = None
+    base, tuned = _ends(numbers)
     drifts = [Number(run["drift"]["value"], *run["drift"]["interval"]) for run in runs if run.get("drift")]
     peaks = [run["memory_bytes"] for run in runs if run.get("memory_bytes") is not None]
     return Entry(
@@ -317,7 +326,9 @@ def _entry(label: str, runs: list[dict]) -> Entry:
         numbers,
         _over_tasks(runs, "source"),
         _over_tasks(runs, "target"),
-        _curve(runs, numbers),
+        base,
+        tuned,
+        _curve(runs, base, tuned),
         **mean_of,
         drift=over_seeds(drifts, 0.0, math.inf) if len(drifts) == len(runs) else None,
         memory_bytes=min(peaks) if len(peaks) == len(runs) else None,

@@ -6,6 +6,7 @@ import json
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
+from statistics import mean
 from typing import Any
 
 from ..console import NONE
@@ -96,8 +97,13 @@ def _scored(value: float | None, tinted: bool = True) -> dict[str, Any]:
     return _cell(NONE if value is None else percent(value), value, value if tinted else None)
 
 
+def _learned(matrix: dict[str, Any]) -> int:
+    """How many of its tasks are learned."""
+    return len(matrix["rows"]) - 1
+
+
 def summary_table(found: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """One row for each method: what its matrix comes to, and the source before and after."""
+    """One row for each method: what its matrix comes to, and the source before all tasks and after all of them."""
     heads = {name: head for name, head in NUMBERS.items() if any(name in matrix["numbers"] for matrix in found)}
     rows = []
     for matrix in found:
@@ -106,7 +112,8 @@ def summary_table(found: Sequence[dict[str, Any]]) -> dict[str, Any]:
             number = matrix["numbers"].get(name)
             cell = _scored(None if number is None else number.value, tinted=False)
             cells.append(cell | {"interval": "" if number is None else bracket(number)})
-        cells += [_scored(matrix["rows"][i]["source"], tinted=False) for i in (0, -1)]
+        after = matrix["rows"][-1]["source"] if _learned(matrix) == len(matrix["tasks"]) else None
+        cells += [_scored(source, tinted=False) for source in (matrix["rows"][0]["source"], after)]
         rows.append({"name": matrix["label"], "cells": cells})
     return {"head": ["Method", *heads.values(), "Source before (%)", "Source after (%)"], "rows": rows}
 
@@ -121,20 +128,21 @@ def matrix_table(matrix: dict[str, Any]) -> dict[str, Any]:
 
 
 def headline(found: Sequence[dict[str, Any]]) -> list[str]:
-    """What is left of the tasks after the last one, and which numbers are still to come."""
+    """What is left of the tasks after the last one, and which are still to be learned."""
     tasks = found[0]["tasks"]
-    said = []
+    said, unfinished = [], []
     for matrix in found:
-        scores = matrix["rows"][-1]["accuracy"][: len(matrix["rows"]) - 1]
-        text = f"{matrix['label']} has {percent(sum(scores) / len(scores), 0)}\u00a0% on average"
+        if _learned(matrix) < len(tasks):
+            unfinished.append(f"{matrix['label']} has learned {_learned(matrix)} of {len(tasks)} tasks")
+            continue
+        if not matrix["complete"]:  # more of its comparison is to follow
+            unfinished.append(matrix["label"])
+        text = f"{matrix['label']} has {percent(mean(matrix['rows'][-1]['accuracy']), 0)}\u00a0% on average"
         if (change := matrix["numbers"].get("backward")) is not None:
             text += f" ({'+' * (change.value > 0)}{percent(change.value)} points since each was learned)"
         said.append(text)
-    sentences = [f"After {listed(tasks)}, learned in turn: {'; '.join(said)}."]
-    if not all(matrix["complete"] for matrix in found):
-        unfinished = "; ".join(matrix["label"] for matrix in found if not matrix["complete"])
-        sentences.append(f"Not everything is learned yet: {unfinished}.")
-    return sentences
+    sentences = [f"After {listed(tasks)}, learned in turn: {'; '.join(said)}."] if said else []
+    return sentences + ([f"Not everything is learned yet: {'; '.join(unfinished)}."] if unfinished else [])
 
 
 def as_json(found: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:

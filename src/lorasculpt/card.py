@@ -96,6 +96,7 @@ def _text(adapter: Path, config: RunConfig, training: dict[str, Any], numbers: s
     )
     record = read_record(adapter)
     pruned = record is not None and record["state"].get("pruned")
+    alone = not (adapter / PROJECTOR_FILE).is_file()  # else it is not trained further (`lorasculpt.adapters.load`)
     settings = config.model_dump(
         mode="json", include={"image_processor", "method", "scope", "projector", "training"}, exclude_defaults=True
     )
@@ -110,7 +111,7 @@ def _text(adapter: Path, config: RunConfig, training: dict[str, Any], numbers: s
         data=Path(str(config.data.train)).name,
         imported=imported,
         call=call,
-        further=FURTHER.format(title=config.output.name) if pruned else "",
+        further=FURTHER.format(title=config.output.name) if pruned and alone else "",
         measured=numbers,
         settings=yaml.safe_dump(settings, sort_keys=False, allow_unicode=True),
         steps=training["steps"],

@@ -76,8 +76,8 @@ def load(
     within = base.get_base_model() if isinstance(base, PeftModel) else base
     kinds = [kind.__name__ for kind in type(within).__mro__]
     check_family(folder, getattr(getattr(within, "config", None), "model_type", None), kinds)
+    check_origin(folder, within)
     if within is base:
-        check_origin(folder, base)
         load_projector(base, folder)
     elif (folder / PROJECTOR_FILE).is_file():
         raise UserError(

@@ -53,7 +53,7 @@ HOUSE: dict[tuple[str, ...], tuple[str, ...] | None] = {
     ("config", "reference", "provenance", "memory"): (),
     ("ops",): (),
     ("data",): (),
-    ("models",): ("data",),
+    ("models",): ("memory", "data"),
     ("adapters",): ("ops", "models.parts"),
     ("methods",): ("ops", "adapters", "models.parts"),
     ("kinds", "overview", "switch"): ("reference", "adapters", "methods"),

@@ -282,6 +282,7 @@ def test_what_is_no_adapter_is_refused_in_one_sentence(tmp_path, spoil, message)
         ({Q: torch.ones(5, 4)}, r"\(5, 4\), but"),
         ({Q: torch.full((6, 4), float("inf"))}, "not finite"),
         ({Q: torch.ones(6, 4, dtype=torch.uint8)}, "before quantisation"),
+        ({Q: torch.ones(6, 4).to(torch.float8_e4m3fn)}, "before quantisation"),
         ({"model.layers.1.self_attn.q_proj": torch.ones(6, 4)}, "no weight"),
         ({"x.layers.0.self_attn.q_proj": torch.ones(6, 4), "y.layers.0.self_attn.q_proj": torch.ones(6, 4)}, "both"),
     ],

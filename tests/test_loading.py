@@ -11,6 +11,7 @@ import pytest
 import torch
 from commands import done, refused
 from safetensors.torch import load_file
+from transformers import AutoModelForImageTextToText, AutoProcessor, BitsAndBytesConfig
 from trl import SFTConfig
 
 from lorasculpt import UserError, dial, measure, play, train
@@ -160,9 +161,7 @@ def test_a_quantised_base_goes_to_the_process_s_own_accelerator(run, monkeypatch
     monkeypatch.setattr(model, "computing", lambda: torch.device("cuda"))
     monkeypatch.setattr(model, "load", lambda *_, **__: list(current))
     monkeypatch.setattr(torch.accelerator, "set_device_index", current.append)
-    assert model.loaded(run("quantization=4bit")) == [1]
-    assert model.loaded(run()) == [1]  # any other is placed by the trainer
-    assert current == [1]
+    assert model.loaded(run()) == [1]  # its files may be quantised, and any other is placed by the trainer
 
 
 def test_a_base_in_half_precision_has_an_adapter_in_full(run):
@@ -193,3 +192,47 @@ def test_a_quantised_base_is_trained_on_and_measured(run, bits, monkeypatch):
     model, _ = loading.load(config.base, **config.loading)
     assert any("bit" in type(module).__name__ for module in model.modules())
     load_adapter(model, folder)
+
+
+@pytest.fixture
+def packed(tmp_path, pico_folder, monkeypatch):
+    """Writes the tiny llava as a folder whose weights are quantised to so many bits."""
+    bitsandbytes = pytest.importorskip("bitsandbytes")
+    monkeypatch.setattr(logging.getLogger(bitsandbytes.__name__), "disabled", True)
+
+    def write(bits):
+        how = BitsAndBytesConfig(load_in_4bit=bits == 4, load_in_8bit=bits == 8)
+        given, folder = pico_folder("llava"), tmp_path / f"packed-{bits}"
+        kinds = {"quantization_config": how, "device_map": "cpu"}
+        AutoModelForImageTextToText.from_pretrained(given, **kinds).save_pretrained(folder)
+        AutoProcessor.from_pretrained(given).save_pretrained(folder)
+        return folder
+
+    return write
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+@torch.no_grad()
+def test_a_base_whose_files_are_quantised_says_what_it_said(packed, pico_folder, bits):
+    folder, tokens = packed(bits), torch.arange(4, 20)[None]
+    found, expected = (loading.load(base)[0](input_ids=tokens).logits for base in (folder, pico_folder("llava")))
+    assert float((found - expected).norm() / expected.norm()) < 0.1
+    with pytest.raises(UserError, match=r"packed-\d is quantised already; leave quantization out"):
+        loading.load(folder, quantization="4bit")
+
+
+def test_a_base_whose_files_are_quantised_is_trained_on_and_not_merged_into(run, packed, tmp_path):
+    base = packed(4)
+    file, given, out = tmp_path / "run.yaml", f"base={base}", ("--out", tmp_path / "made")
+    run()
+    assert f"is full, but {base} is quantised" in refused("train", file, given, "projector=full", "output=whole")
+    done("train", file, given, "training.steps=1")
+    adapter = tmp_path / "out" / ADAPTER
+    merged = [
+        ("export", adapter, "--to", "merged", *out),
+        ("posthoc", "dare", adapter, "--p", 0.5, *out),
+    ]
+    for command in merged:
+        assert f"{base} is quantised, and an update that is merged" in refused(*command, "--base", base)
+        assert not (tmp_path / "made").exists()
+    done("export", adapter, "--base", base, *out)

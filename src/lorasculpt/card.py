@@ -104,6 +104,7 @@ def _text(adapter: Path, config: RunConfig, training: dict[str, Any], numbers: s
     )
     record = read_record(adapter)
     pruned = record is not None and record["state"].get("pruned")
+    alone = not (adapter / PROJECTOR_FILE).is_file()  # else it is not trained further (`lorasculpt.adapters.load`)
     settings = config.model_dump(
         mode="json", include={"image_processor", "method", "scope", "projector", "training"}, exclude_defaults=True
     )
@@ -119,7 +120,7 @@ def _text(adapter: Path, config: RunConfig, training: dict[str, Any], numbers: s
         imported=imported,
         call=call,
         pictures=PICTURES.format(title=config.output.name) if sees(adapter) else "",
-        further=FURTHER.format(title=config.output.name) if pruned else "",
+        further=FURTHER.format(title=config.output.name) if pruned and alone else "",
         measured=numbers,
         settings=yaml.safe_dump(settings, sort_keys=False, allow_unicode=True),
         steps=training["steps"],

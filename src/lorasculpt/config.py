@@ -318,7 +318,8 @@ class RunConfig(_Section):
     Args:
         base: Folder or Hub name of the base model.
         dtype: Of its weights in memory: ``bfloat16`` halves them, ``auto`` is what the files hold.
-        quantization: Hold them in ``4bit`` (NF4) or ``8bit`` through bitsandbytes, as QLoRA does. Default: not.
+        quantization: Hold them in ``4bit`` (NF4) or ``8bit`` through bitsandbytes, as QLoRA does. Default: not,
+            unless the files do.
         trust_remote_code: Run the code that comes with the base. Only for a base whose code was read.
         attention: How transformers is to compute it, such as ``sdpa`` or ``flash_attention_2``, which a Qwen2.5-VL's
             tower gains most from. Default: eager on a CPU, else transformers' own choice.

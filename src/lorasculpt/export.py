@@ -35,7 +35,7 @@ from .errors import UserError
 from .hub import on_hub
 from .inspect.update import config_of as kind_of
 from .kinds import TUNERS
-from .models.load import load, see_as
+from .models.load import check_mergeable, load, see_as
 from .provenance import versions
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -164,6 +164,8 @@ def export(
 
     trusted: dict[str, Any] = {"trust_remote_code": trust_remote_code}
     model, processor = load(str(base), **trusted)
+    if to == "merged":
+        check_mergeable(model, base)
     see_as(processor, folder)
     live = _attach(load_adapter, model, folder)
     inputs = _prompts(processor)

@@ -192,7 +192,7 @@ def continued(earlier: Path, task: str | None) -> Callable[[nn.Module, RunConfig
     """What gives a base the adapter of the task before, ready for a new ``task`` or, with None, to go on as it is."""
 
     def start(model: nn.Module, config: RunConfig) -> PeftModel:
-        adapted = load_adapter(model, earlier, trainable=True)
+        adapted = load_adapter(model, earlier, trainable=True, saves_projector=True)
         if task is not None:
             add_task(adapted, task)
         thaw_projector(adapted, config)

@@ -271,6 +271,17 @@ def test_a_projector_beside_the_adapter_replaces_the_bases(tmp_path):
     assert all(torch.equal(found[name], projector[name]) for name in names)
 
 
+@pytest.mark.parametrize("make", [adapt, lambda base: get_peft_model(base, LoraConfig(target_modules=["q_proj"]))])
+def test_an_adapter_is_not_trained_further_without_its_projector(tmp_path, make):
+    base, _ = pico.build("llava")
+    projector = {name: value for name, value in base.state_dict().items() if "multi_modal_projector" in name}
+    make(base).save_pretrained(tmp_path)
+    save_file(projector, tmp_path / "projector.safetensors")
+    with pytest.raises(UserError, match=r"a trained projector, which save_pretrained would leave out .*to merged, and"):
+        lorasculpt.load(pico.build("llava")[0], tmp_path, trainable=True)
+    assert trained(lorasculpt.load(pico.build("llava")[0], tmp_path, trainable=True, saves_projector=True))
+
+
 @pytest.mark.parametrize("task_type", [None, "CAUSAL_LM"])  # PEFT writes down the class, or else only where it lay
 def test_a_family_of_the_same_shapes_is_another_model(tmp_path, task_type):
     for name in ("base", "copy"):

@@ -140,6 +140,18 @@ def test_a_second_adapter_beside_the_first_is_loaded(adapter):
     assert set(model.peft_config) == {"default", "second"}
 
 
+def test_a_second_adapter_of_another_base_is_refused(adapter, tmp_path):
+    alien = get_peft_model(trained_further(llava()), LoRASculptConfig(r=4, target_modules=TARGETS))
+    alien.save_pretrained(tmp_path / "alien")
+    model = load(llava(), adapter)
+    with pytest.raises(UserError, match=SAID):
+        load(model, tmp_path / "alien", adapter="alien")
+    assert set(model.peft_config) == {"default"}
+    model.merge_adapter()
+    with pytest.raises(UserError, match="does not fit this base model"):
+        load(model, adapter, adapter="second")
+
+
 def test_what_is_made_of_an_adapter_knows_its_base(adapter, tmp_path, pico_folder, another):
     base = pico_folder("llava")
     done("export", adapter, "--base", base, "--out", tmp_path / "exported")

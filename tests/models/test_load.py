@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 
@@ -109,6 +110,21 @@ def test_a_damaged_folder_is_explained(tmp_path: Path, file: str, text: str | No
     with pytest.raises(UserError, match=message) as error:
         load(folder)
     assert "\n" not in str(error.value)
+
+
+def test_weights_of_other_shapes_are_explained(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = pico.save("llama", tmp_path / "m")
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"intermediate_size": 128}))
+    with pytest.raises(UserError, match=r"cannot be loaded as a model .*mismatched_sizes"):
+        load(folder)
+
+    def full(*arguments: object, **options: object) -> None:
+        raise torch.OutOfMemoryError
+
+    monkeypatch.setattr(hf.LlamaForCausalLM, "from_pretrained", full)
+    with pytest.raises(torch.OutOfMemoryError):  # which is a RuntimeError too, and has a mend of its own
+        load(folder)
 
 
 def test_a_missing_folder_and_an_unreachable_name_are_explained(tmp_path: Path) -> None:

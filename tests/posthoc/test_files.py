@@ -197,7 +197,7 @@ def test_a_folder_that_cannot_be_replaced_is_refused(make, tmp_path, monkeypatch
 
 @pytest.mark.parametrize(
     ("family", "cut", "message"),
-    [("llama", 0, "has no unquantised linear model.language_model"), ("llava", 1, "has another shape at model")],
+    [("llama", 0, "has no linear model.language_model"), ("llava", 1, "has another shape at model")],
 )
 def test_another_base_is_refused_and_nothing_is_left(make, tmp_path, pico_folder, family, cut, message):
     adapter = read(make())

@@ -31,7 +31,13 @@ FILES = (CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME, SETTINGS_FILE, STATE_FILE, PROJE
 
 
 def load(
-    base: nn.Module, folder: str | Path, trainable: bool = False, adapter: str = "default", **hub: Any
+    base: nn.Module,
+    folder: str | Path,
+    trainable: bool = False,
+    adapter: str = "default",
+    *,
+    saves_projector: bool = False,
+    **hub: Any,
 ) -> PeftModel:
     """``base`` with the adapter in ``folder``.
 
@@ -43,15 +49,21 @@ def load(
         trainable: whether training is to go on. The method, its masks and its settings then come back with the
             weights. Without it the adapter is a plain LoRA for inference.
         adapter: the name it gets in the model.
+        saves_projector: whether who trains it further saves a projector that came with it, as a run does.
         hub: ``subfolder``, ``revision``, ``cache_dir``, ``token`` and the like.
 
     Raises:
         UserError: if ``folder`` holds no adapter, or one of another model, be it of the same shapes
-            (`lorasculpt.adapters.origin`).
+            (`lorasculpt.adapters.origin`), or one to be trained whose projector nobody saves.
     """
     folder = folder_of(folder, FILES, **hub)
     if not (folder / CONFIG_NAME).is_file():
         raise UserError(f"{folder} holds no adapter: there is no adapter_config.json in it.")
+    if trainable and (folder / PROJECTOR_FILE).is_file() and not saves_projector:
+        raise UserError(
+            f"{folder} comes with a trained projector, which save_pretrained would leave out after more training; "
+            "export it to merged, and train a new adapter of that model."
+        )
     record = read_record(folder)
     if record is not None and trainable:
         kind = record["method"].upper()
@@ -64,8 +76,8 @@ def load(
     within = base.get_base_model() if isinstance(base, PeftModel) else base
     kinds = [kind.__name__ for kind in type(within).__mro__]
     check_family(folder, getattr(getattr(within, "config", None), "model_type", None), kinds)
+    check_origin(folder, within)
     if within is base:
-        check_origin(folder, base)
         load_projector(base, folder)
     elif (folder / PROJECTOR_FILE).is_file():
         raise UserError(

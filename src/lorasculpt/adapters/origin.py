@@ -108,7 +108,7 @@ def check_origin(folder: Path, model: nn.Module) -> None:
 
     Args:
         folder: with the adapter.
-        model: the base, freshly loaded, in any precision.
+        model: the base, in any precision, freshly loaded or with other adapters, which may not have changed it.
 
     Raises:
         UserError: it is another model.

@@ -24,7 +24,7 @@ from torch import Tensor
 from .. import files
 from ..adapters.folder import folder_of
 from ..adapters.load import check_family
-from ..adapters.origin import check_same, kept, recorded
+from ..adapters.origin import check_same, comparable, kept, recorded
 from ..adapters.plain import Pair, read_adapter
 from ..console import numbers
 from ..errors import UserError
@@ -210,7 +210,7 @@ def _squared_singular_values(B: Tensor, A: Tensor) -> Tensor:
 def _against(pair: Pair, weights: BaseWeights, key: str, config: dict[str, Any]) -> dict[str, float]:
     """``overlap``, ``m_update`` and ``m_plain`` of one module; the first two are left out for an update of zeros."""
     W = weights.read(key)
-    if not W.is_floating_point():
+    if not comparable(W):
         raise UserError(f"{weights.folder}: {key} is stored as {W.dtype}; give the base model before quantisation.")
     if config.get("fan_in_fan_out"):
         W = W.T

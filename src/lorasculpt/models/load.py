@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from accelerate.utils import parse_flag_from_env
 from safetensors import SafetensorError
+from torch import nn
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -29,6 +30,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_
 from transformers.utils import IMAGE_PROCESSOR_NAME
 
 from ..errors import UserError, gist
+from ..memory import ran_out
 from . import tower
 from .template import complete
 
@@ -56,17 +58,18 @@ def load(
         base: A model folder, or the name of a model on the Hub.
         dtype: ``"float32"``, ``"bfloat16"``, ``"float16"``, or ``"auto"`` for what the files hold.
         trust_remote_code: Run the code that comes with the model.
-        quantization: ``"4bit"`` (NF4, computing in bfloat16) or ``"8bit"`` through bitsandbytes. Default: none.
+        quantization: ``"4bit"`` (NF4, computing in bfloat16) or ``"8bit"`` through bitsandbytes. Default: as the files
+            hold them, which may be quantised already.
         attention: How transformers is to compute it, such as ``"sdpa"`` or ``"flash_attention_2"``. Default: eager on a
             CPU, which was measured to be faster at the sizes that a CPU can train; else transformers' own choice, SDPA
             wherever the family has it.
         image_processor: Settings that replace those of the base's image processor, such as ``{"max_pixels": 1000000}``.
-        device: Where the model is put; `computing` says where models are used. A quantised one is where bitsandbytes
-            puts it, on the GPU if there is one.
+        device: Where the model is put; `computing` says where models are used. A quantised one is where transformers
+            puts it, with bitsandbytes on the GPU if there is one.
 
     Raises:
         UserError: no model there, or one that needs another package or its own code; or an attention or a setting that
-            it does not have.
+            it does not have; or a quantization of what is quantised.
     """
     tower.register()
     if torch.device(device).type != "cpu":
@@ -78,8 +81,12 @@ def load(
     if not Path(base).exists() and not re.fullmatch(r"[\w-][\w.-]*(/[\w.-]+)?", str(base)):
         raise UserError(f"the model folder {base} does not exist; correct the path")
     options: dict[str, Any] = {"trust_remote_code": trust_remote_code}
+    packed = _quantization(quantization)
     try:
         config = AutoConfig.from_pretrained(base, **options)
+        kinds = (config, config.get_text_config(decoder=True))
+        if packed and any(getattr(kind, "quantization_config", None) for kind in kinds):
+            raise UserError(f"{base} is quantised already; leave quantization out")
         own_code = getattr(config, "auto_map", {})
         sees = config.model_type in IMAGE_TEXT_CLASSES or "AutoModelForImageTextToText" in own_code
         processor = (AutoProcessor if sees else AutoTokenizer).from_pretrained(base, **options)
@@ -87,11 +94,13 @@ def load(
             base,
             dtype=DTYPES[dtype],
             attn_implementation=attention or ("eager" if computing().type == "cpu" else None),
-            quantization_config=_quantization(quantization),
             use_safetensors=True,
+            **packed,
             **options,
         )
-    except (OSError, ValueError, ImportError, SafetensorError) as error:
+    except (OSError, ValueError, ImportError, RuntimeError, SafetensorError) as error:
+        if ran_out(error):
+            raise
         reason = str(error).strip().split("\n")[0]
         if "custom code" in reason:
             raise UserError(
@@ -105,7 +114,7 @@ def load(
     complete(model, processor)
     if image_processor:
         processor.image_processor = _with(image_processor, getattr(processor, "image_processor", None))
-    return model if hasattr(model, "hf_quantizer") else model.to(device), processor
+    return model if quantised(model) else model.to(device), processor
 
 
 def _with(settings: Mapping[str, Any], given: Any) -> Any:
@@ -129,22 +138,43 @@ def see_as(processor: Any, folder: Path) -> None:
         processor.image_processor = type(processor.image_processor).from_pretrained(str(folder))
 
 
+def quantised(model: nn.Module) -> bool:
+    """Whether the weights of a freshly loaded ``model`` are codes, be it by its files or because that was asked for."""
+    return getattr(model, "hf_quantizer", None) is not None
+
+
+def check_mergeable(model: nn.Module, base: str | Path) -> None:
+    """See that an update can be added to the weights of ``model``, loaded from ``base``.
+
+    Raises:
+        UserError: they are quantised, and most of the update would be lost in rounding.
+    """
+    if quantised(model):
+        raise UserError(
+            f"{base} is quantised, and an update that is merged into it would be rounded as its weights are; name the "
+            "model that it was made from."
+        )
+
+
 def computing() -> torch.device:
     """Where models compute: this machine's accelerator, else the CPU, or where ``accelerate launch --cpu`` says so."""
     found = torch.accelerator.current_accelerator(check_available=True)
     return torch.device("cpu") if found is None or parse_flag_from_env("ACCELERATE_USE_CPU") else found
 
 
-def _quantization(name: str | None) -> BitsAndBytesConfig | None:
+def _quantization(name: str | None) -> dict[str, BitsAndBytesConfig]:
+    """What transformers is told: nothing without ``name``, for a None would put aside how the files are quantised."""
     if name is None:
-        return None
+        return {}
     if name not in QUANTIZATIONS:
         raise UserError(f"quantization {name!r} is unknown; use one of {', '.join(QUANTIZATIONS)}, or none")
     if importlib.util.find_spec("bitsandbytes") is None:
         raise UserError("quantization needs the package bitsandbytes; install it with: pip install bitsandbytes")
     if name == "8bit":
-        return BitsAndBytesConfig(load_in_8bit=True)
-    return BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=torch.bfloat16)
+        how = BitsAndBytesConfig(load_in_8bit=True)
+    else:
+        how = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=torch.bfloat16)
+    return {"quantization_config": how}
 
 
 def autocast_dtype(device: torch.device | str) -> torch.dtype | None:

@@ -20,7 +20,7 @@ from ..adapters.plain import Adapter, read_adapter, write_pairs
 from ..adapters.residual import moved_by
 from ..errors import UserError
 from ..export import DTYPES, known_dtype, place_of, save_model
-from ..models.load import load, see_as
+from ..models.load import check_mergeable, load, see_as
 from ..provenance import versions
 from .edits import Update, rounded, truncate
 
@@ -144,6 +144,7 @@ def _write_lora(adapter: Adapter, out: Path) -> tuple[int, str]:
 def _write_merged(update: Update, base: str, out: Path, dtype: str | None, **trusted: Any) -> tuple[str, float]:
     """The model with the update in its weights; returns its precision, and what rounding to it took from the update."""
     model, processor = load(base, **trusted)
+    check_mergeable(model, base)
     check_origin(update.adapter.folder, model)
     see_as(processor, update.adapter.folder)
     dtype = dtype or known_dtype(AutoConfig.from_pretrained(base, **trusted).dtype)
@@ -164,10 +165,8 @@ def _write_merged(update: Update, base: str, out: Path, dtype: str | None, **tru
 def _weight(model: nn.Module, name: str, base: str) -> nn.Parameter:
     """The weight of one linear layer of the base, which must be no other layer's as well."""
     layer = dict(model.named_modules()).get(name)
-    if not isinstance(layer, nn.Linear) or not layer.weight.is_floating_point():
-        raise UserError(
-            f"{base} has no unquantised linear {name}, which the adapter changes; is it the adapter's base?"
-        )
+    if not isinstance(layer, nn.Linear):
+        raise UserError(f"{base} has no linear {name}, which the adapter changes; is it the adapter's base?")
     weights = model.named_parameters(remove_duplicate=False)
     shared = [key for key, weight in weights if weight is layer.weight and key != f"{name}.weight"]
     if shared:

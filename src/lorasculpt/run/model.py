@@ -30,7 +30,7 @@ from ..evaluation import fisher, self_prompts, spoken
 from ..evaluation.prompts import check_prompts
 from ..kinds import KINDS, built, listed_where, settings_of, started
 from ..methods import METHODS
-from ..models.load import autocast_dtype, computing, load
+from ..models.load import autocast_dtype, computing, load, quantised
 from ..models.parts import left_out, parts, target_regex
 from .folder import CORDA_FILE, FISHER_FILE, clear, write_record
 from .records import general
@@ -46,10 +46,10 @@ def several_processes() -> bool:
 def loaded(config: RunConfig) -> tuple[PreTrainedModel, ProcessorMixin | PreTrainedTokenizerBase]:
     """The base of a run and its processor, where models compute.
 
-    Several processes share the base as the trainer places it: none begins with all of it on its GPU. A quantised base
-    goes to the current one, which is to be the process's own.
+    Several processes share the base as the trainer places it: none begins with all of it on its GPU. A quantised base,
+    which its own files may be, goes to the current one, which is to be the process's own.
     """
-    if several_processes() and config.quantization and computing().type != "cpu":
+    if several_processes() and computing().type != "cpu":
         torch.accelerator.set_device_index(int(os.environ.get("LOCAL_RANK", "0")))
     return load(config.base, **config.loading, device="cpu" if several_processes() else computing())
 
@@ -338,9 +338,13 @@ def thaw_projector(model: nn.Module, config: RunConfig) -> None:
     In half precision a step at its small rate is lost in rounding for most weights.
 
     Raises:
-        UserError: a base in half precision without autocast, in which fp32 weights cannot act.
+        UserError: a base in half precision without autocast, in which fp32 weights cannot act, or a quantised one.
     """
     if config.projector == "full":
+        if quantised(model.get_base_model()):
+            raise config.error(
+                "projector", f"is full, but {config.base} is quantised, of which no weight is trained; use lora."
+            )
         projector = _projector_of(model).values()
         if any(parameter.dtype != torch.float32 for parameter in projector) and precision(config) is None:
             raise config.error(

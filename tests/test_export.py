@@ -2,13 +2,14 @@ from __future__ import annotations
 
 import json
 import shutil
+import signal
 from dataclasses import asdict
 from pathlib import Path
 
 import pico
 import pytest
 import torch
-from commands import done
+from commands import call, done
 from contract import adapt
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
@@ -19,6 +20,7 @@ from lorasculpt import export as module
 from lorasculpt.adapters.update import updates
 from lorasculpt.errors import UserError
 from lorasculpt.export import export
+from lorasculpt.posthoc import files
 
 TARGETS = r".*(language_model|text_model|model)\.layers\.\d+\.(self_attn\.q_proj|mlp\.down_proj)"
 
@@ -191,6 +193,30 @@ def test_a_failed_replacement_leaves_the_earlier_export(tmp_path, pico_folder, m
     with pytest.raises(UserError, match="not kept"):
         export(source, pico_folder("llama"), tmp_path / "out", "merged", force=True)
     assert (entries(tmp_path / "out"), entries(tmp_path)) == (before, {"a", "out"})
+
+
+@pytest.mark.parametrize(
+    ("place", "command"),
+    [(module, ["export", "--to=merged"]), (files, ["posthoc", "dare", "--p=0.5"])],
+    ids=["export", "posthoc"],
+)
+def test_what_is_ended_from_outside_leaves_nothing_behind(tmp_path, pico_folder, monkeypatch, place, command):
+    source, found = adapter("llava", tmp_path / "a"), []
+
+    def ended(model, processor, out, dtype):
+        (out / "model.safetensors").touch()
+        found.append(entries(tmp_path))
+        signal.raise_signal(signal.SIGTERM)
+
+    monkeypatch.setattr(place, "save_model", ended)
+    before = signal.signal(signal.SIGTERM, lambda *_: pytest.fail("the system would end it at once"))
+    try:
+        code, _, _ = call(*command, source, "--base", pico_folder("llava"), "--out", tmp_path / "out")
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    assert code == 143
+    assert len(found[0]) == 2
+    assert entries(tmp_path) == {"a"}
 
 
 def edit_config(folder: Path, **settings) -> None:

@@ -1,7 +1,8 @@
 """``lorasculpt fetch | train | eval | dial | compare | report | play | export | posthoc | inspect | methods |
 settings | demo``.
 
-Exit codes: 0 done, 1 something broke here, 2 the input has to be mended (one sentence says what).
+Exit codes: 0 done, 1 something broke here, 2 the input has to be mended (one sentence says what), 143 it was
+ended from outside.
 """
 
 from __future__ import annotations
@@ -12,11 +13,13 @@ import math
 import os
 import re
 import shlex
+import signal
 import sys
 import warnings
 from collections.abc import Collection
 from enum import StrEnum
 from pathlib import Path
+from types import FrameType
 from typing import Annotated, Any, NoReturn
 
 import typer
@@ -684,6 +687,8 @@ def main() -> None:
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     if not sys.warnoptions:
         warnings.simplefilter("ignore", FutureWarning)  # of the libraries underneath, which the user cannot mend
+    if int(os.environ.get("WORLD_SIZE", "1")) == 1:  # of several, one may wait for another, and is to end at once
+        signal.signal(signal.SIGTERM, _end)
     try:
         app()
     except UserError as error:
@@ -699,6 +704,11 @@ def main() -> None:
         else:
             raise
         _refuse(told)
+
+
+def _end(number: int, frame: FrameType | None) -> NoReturn:
+    """End as the system would, but clear away first what is half written: a model may be gigabytes."""
+    sys.exit(128 + number)
 
 
 def _plain(docstring: str) -> str:

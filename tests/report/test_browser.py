@@ -69,6 +69,10 @@ for (const svg of document.querySelectorAll("svg")) {
     if (across > 2 && down > 5) found.overlapping.push([one, other]);
   }));
 }
+const folds = () => [...document.querySelectorAll("details")].map((each) => each.open);
+const around = (event) => (dispatchEvent(new Event(event)), folds());
+document.querySelector("details").open = true;
+found.folds = [folds(), around("beforeprint"), around("afterprint")];
 found.letters = [...document.querySelectorAll("svg text")].map((text) => text.getBoundingClientRect().height);
 found.width = [document.documentElement.scrollWidth, innerWidth];
 found.paper = getComputedStyle(document.body).backgroundColor;
@@ -172,6 +176,20 @@ def test_many_methods_on_a_phone_and_on_a_desk(crowded, tmp_path):
     assert min(phone["letters"]) > 9.9  # pixels: maps do not shrink with the page, nor plots with their legends
     assert len(phone["first"]) == 13
     assert desk["gain"][0][-1] == "base model"
+
+
+def test_on_paper_every_column_is_seen_and_nothing_is_folded(crowded, tmp_path):
+    text = crowded.read_text()
+    assert text.count("@media print") == 1
+    crowded.write_text(text.replace("@media print", "@media all"))
+    paper = look(crowded, tmp_path / "look", width=718)  # A4 and Letter within their margins
+    assert paper["width"][0] <= paper["width"][1]
+    assert paper["scrolling"] == []
+    first, printed, afterwards = paper["folds"]
+    assert first[0]
+    assert not all(first)
+    assert all(printed)
+    assert afterwards == first
 
 
 def test_light_dark_and_narrow(page, tmp_path):

@@ -58,3 +58,15 @@ for (const table of document.querySelectorAll("table")) {
     });
   });
 }
+
+// What is folded away is printed too.
+{
+  const folded = [];
+  addEventListener("beforeprint", () => {
+    folded.push(...document.querySelectorAll("details:not([open])"));
+    for (const each of folded) each.open = true;
+  });
+  addEventListener("afterprint", () => {
+    for (const each of folded.splice(0)) each.open = false;
+  });
+}

@@ -60,12 +60,12 @@ class Size:
 
 
 # Fewer steps want a longer one each: at twice the alpha 60 of them show what 160 do (docs/log.md).
-QUICK = Size(limit=40, points=2, during=10, curve=40, work=3.4e13, changes={"steps": 60, "method": {"lora_alpha": 128}})
+QUICK = Size(limit=40, points=2, during=10, curve=40, work=5.5e13, changes={"steps": 60, "method": {"lora_alpha": 128}})
 FULL = Size(limit=None, points=4, during=20, curve=None, work=6.2e14)
 SIZES = {
     ("digits", False): QUICK,
     ("digits", True): FULL,
-    ("flags", False): replace(QUICK, work=6.6e13, changes={}),  # of which 60 steps teach nothing
+    ("flags", False): replace(QUICK, work=1.1e14, changes={}),  # of which 60 steps teach nothing
     ("flags", True): FULL,
 }
 

@@ -155,16 +155,17 @@ def test_a_disk_that_runs_full_costs_no_checkpoint(run, monkeypatch):
     assert not (out / "results.json").exists()
 
 
-def test_a_run_that_is_stopped_by_hand_says_where_it_will_go_on(run, monkeypatch, capsys):
+@pytest.mark.parametrize("how", [KeyboardInterrupt, SystemExit])  # by hand, and by what ends a job
+def test_a_run_that_is_stopped_says_where_it_will_go_on(run, monkeypatch, capsys, how):
     begin = ClockCallback.on_step_begin
 
     def stop(self, args, state, control, **kwargs):
         if state.global_step == 3:
-            raise KeyboardInterrupt
+            raise how
         return begin(self, args, state, control, **kwargs)
 
     monkeypatch.setattr(ClockCallback, "on_step_begin", stop)
-    with pytest.raises(KeyboardInterrupt):
+    with pytest.raises(how):
         train(RunConfig.load(run), progress=False)
     assert "lorasculpt: stopped; run it again, and it goes on from checkpoint-3." in capsys.readouterr().err
 

@@ -211,6 +211,20 @@ def packed(tmp_path, pico_folder, monkeypatch):
     return write
 
 
+def test_a_base_whose_files_are_quantised_is_loaded_where_models_compute(packed, monkeypatch):
+    """GPTQ, AWQ and FP8 would stay on the CPU."""
+
+    def placed(folder, *, device_map, **_):
+        raise OSError(f"it goes to {device_map['']}")
+
+    folder = packed(4)
+    monkeypatch.setattr(loading, "computing", lambda: torch.device("cuda"))
+    monkeypatch.setattr(torch.accelerator, "current_device_index", lambda: 1)
+    monkeypatch.setattr(AutoModelForImageTextToText, "from_pretrained", placed)
+    with pytest.raises(UserError, match="it goes to cuda:1"):
+        loading.load(folder)
+
+
 @pytest.mark.parametrize("bits", [4, 8])
 @torch.no_grad()
 def test_a_base_whose_files_are_quantised_says_what_it_said(packed, pico_folder, bits):
@@ -231,8 +245,11 @@ def test_a_base_whose_files_are_quantised_is_trained_on_and_not_merged_into(run,
     merged = [
         ("export", adapter, "--to", "merged", *out),
         ("posthoc", "dare", adapter, "--p", 0.5, *out),
+        ("posthoc", "tailor", adapter, "--data", tmp_path / "data" / "train.jsonl", "--to", "lora", "--rank", 2, *out),
     ]
     for command in merged:
-        assert f"{base} is quantised, and an update that is merged" in refused(*command, "--base", base)
+        assert f"{base} is quantised, and an update is not worked out on its weights" in refused(
+            *command, "--base", base
+        )
         assert not (tmp_path / "made").exists()
     done("export", adapter, "--base", base, *out)

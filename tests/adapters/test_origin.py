@@ -152,6 +152,14 @@ def test_a_second_adapter_of_another_base_is_refused(adapter, tmp_path):
         load(model, adapter, adapter="second")
 
 
+def test_a_second_adapter_beside_one_that_changed_the_base_is_refused(adapter, tmp_path):
+    first = LoraConfig(r=4, target_modules=TARGETS, init_lora_weights="pissa")
+    get_peft_model(llava(), first).save_pretrained(tmp_path / "pissa")
+    model = load(llava(), tmp_path / "pissa")
+    with pytest.raises(UserError, match="does not go with one that has changed the base; give it a fresh base"):
+        load(model, adapter, adapter="second")
+
+
 def test_what_is_made_of_an_adapter_knows_its_base(adapter, tmp_path, pico_folder, another):
     base = pico_folder("llava")
     done("export", adapter, "--base", base, "--out", tmp_path / "exported")

@@ -24,6 +24,7 @@ from .folder import folder_of
 from .layers import sites
 from .method import SETTINGS_FILE, STATE_FILE, bring_back, methods_of, read_record
 from .origin import ORIGIN_FILE, check_origin
+from .residual import moved_by
 from .update import updates
 
 PROJECTOR_FILE = "projector.safetensors"
@@ -76,6 +77,10 @@ def load(
     within = base.get_base_model() if isinstance(base, PeftModel) else base
     kinds = [kind.__name__ for kind in type(within).__mro__]
     check_family(folder, getattr(getattr(within, "config", None), "model_type", None), kinds)
+    if within is not base and any(moved_by(config) for config in base.peft_config.values()):
+        raise UserError(
+            f"the adapter in {folder} does not go with one that has changed the base; give it a fresh base."
+        )
     check_origin(folder, within)
     if within is base:
         load_projector(base, folder)

@@ -64,8 +64,8 @@ def load(
             CPU, which was measured to be faster at the sizes that a CPU can train; else transformers' own choice, SDPA
             wherever the family has it.
         image_processor: Settings that replace those of the base's image processor, such as ``{"max_pixels": 1000000}``.
-        device: Where the model is put; `computing` says where models are used. A quantised one is where transformers
-            puts it, with bitsandbytes on the GPU if there is one.
+        device: Where the model is put; `computing` says where models are used. A quantised one is on the current GPU
+            where there is one: not every kind of it can move.
 
     Raises:
         UserError: no model there, or one that needs another package or its own code; or an attention or a setting that
@@ -85,8 +85,11 @@ def load(
     try:
         config = AutoConfig.from_pretrained(base, **options)
         kinds = (config, config.get_text_config(decoder=True))
-        if packed and any(getattr(kind, "quantization_config", None) for kind in kinds):
-            raise UserError(f"{base} is quantised already; leave quantization out")
+        if any(getattr(kind, "quantization_config", None) for kind in kinds):
+            if packed:
+                raise UserError(f"{base} is quantised already; leave quantization out")
+            if (where := computing()).type != "cpu":  # only bitsandbytes goes there by itself
+                options["device_map"] = {"": torch.device(where.type, torch.accelerator.current_device_index())}
         own_code = getattr(config, "auto_map", {})
         sees = config.model_type in IMAGE_TEXT_CLASSES or "AutoModelForImageTextToText" in own_code
         processor = (AutoProcessor if sees else AutoTokenizer).from_pretrained(base, **options)
@@ -147,12 +150,12 @@ def check_mergeable(model: nn.Module, base: str | Path) -> None:
     """See that an update can be added to the weights of ``model``, loaded from ``base``.
 
     Raises:
-        UserError: they are quantised, and most of the update would be lost in rounding.
+        UserError: they are quantised: most of the update would be lost in rounding.
     """
     if quantised(model):
         raise UserError(
-            f"{base} is quantised, and an update that is merged into it would be rounded as its weights are; name the "
-            "model that it was made from."
+            f"{base} is quantised, and an update is not worked out on its weights, nor merged into them, without being "
+            "rounded as they are; name the model that it was made from."
         )
 
 

@@ -11,7 +11,7 @@ from ..adapters.plain import Adapter
 from ..data.batches import read_through
 from ..data.records import read as read_records
 from ..evaluation.prompts import check_prompts
-from ..models.load import computing, load, see_as
+from ..models.load import check_mergeable, computing, load, see_as
 from .tailor import moments_of
 
 
@@ -43,6 +43,7 @@ def calibrate(
     """
     records = read_records(data, images=images, limit=limit)
     model, processor = load(str(base), device=computing(), trust_remote_code=trust_remote_code)
+    check_mergeable(model, base)
     see_as(processor, adapter.folder)
     check_prompts(processor, records)
     tuned = load_adapter(model, adapter.folder).eval()

@@ -205,7 +205,7 @@ def telling_where_it_goes_on(output: Path) -> Iterator[None]:
 
     try:
         yield
-    except KeyboardInterrupt:
+    except (KeyboardInterrupt, SystemExit):  # the latter by what ends a job (`lorasculpt.cli`)
         tqdm.write(f"\nlorasculpt: stopped; run it again, and it {where()}.", file=sys.stderr)
         raise
     except Exception as error:

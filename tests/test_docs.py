@@ -201,8 +201,7 @@ def test_every_command_can_be_typed(page, tmp_path):
 
 OTHERS = {  # of other programs
     *("--cpu", "--no-deps", "--only-binary", "--dest", "--quiet"),  # accelerate launch and pip download
-    *("--enable-lora", "--max-lora-rank", "--lora-modules"),  # vllm serve
-    "--mm-processor-kwargs",  # vllm serve
+    *("--enable-lora", "--max-lora-rank", "--lora-modules", "--mm-processor-kwargs"),  # vllm serve
     "--shm-size",  # docker run
 }
 

@@ -15,7 +15,7 @@ from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
 
 from .adapters.load import PROJECTOR_FILE
 from .adapters.method import MethodConfig, read_record
-from .adapters.origin import sees
+from .adapters.origin import how_it_sees
 from .config import RunConfig
 from .files import write_text
 from .hub import on_hub
@@ -48,13 +48,6 @@ model = {call}(model, "path/to/{title}")
 {settings}```
 
 {steps} steps, seed {seed}, in {precision}, {trainable:,} trainable parameters{versions}.
-"""
-PICTURES = """
-It was trained with an image processor of other settings than the base's, which lies beside it:
-
-```python
-processor.image_processor = AutoImageProcessor.from_pretrained("path/to/{title}")  # of transformers
-```
 """
 FURTHER = """
 To train it further, load it with `lorasculpt.load(model, "path/to/{title}", trainable=True)`, which brings its masks
@@ -119,7 +112,7 @@ def _text(adapter: Path, config: RunConfig, training: dict[str, Any], numbers: s
         data=Path(str(config.data.train)).name,
         imported=imported,
         call=call,
-        pictures=PICTURES.format(title=config.output.name) if sees(adapter) else "",
+        pictures=how_it_sees(adapter, config.output.name),
         further=FURTHER.format(title=config.output.name) if pruned and alone else "",
         measured=numbers,
         settings=yaml.safe_dump(settings, sort_keys=False, allow_unicode=True),

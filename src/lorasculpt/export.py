@@ -28,7 +28,7 @@ from transformers.utils import GENERATION_CONFIG_NAME
 from .adapters.layers import full
 from .adapters.load import PROJECTOR_FILE, load_projector
 from .adapters.load import load as load_adapter
-from .adapters.origin import ORIGIN_FILE, pass_origin_on, sees
+from .adapters.origin import ORIGIN_FILE, how_it_sees, pass_origin_on
 from .adapters.plain import Pair, of_rank, read_adapter, read_config, settings_of_rank, write_pairs
 from .adapters.update import UpdateConfig, updates
 from .errors import UserError
@@ -82,13 +82,7 @@ vllm serve {base} --enable-lora --max-lora-rank {rank} --lora-modules {name}=pat
 
 `export.json` says how closely this adapter's logits agree with those of the adapter it was made from.
 """
-PICTURES = """
-It was trained with an image processor of other settings than the base's, which lies beside it:
-
-```python
-processor.image_processor = AutoImageProcessor.from_pretrained("path/to/{name}")  # of transformers
-```
-
+WITH_VLLM = """
 vLLM takes the base's, unless `--mm-processor-kwargs` tells it what is another in `preprocessor_config.json`.
 """
 
@@ -390,6 +384,7 @@ def _write_lora(lora: _Lora, out: Path, base: str, dtype: str, task: str | None 
 
 def _card(config: LoraConfig, out: Path, task: str | None) -> str:
     base = config.base_model_name_or_path
+    pictures = how_it_sees(out, out.name)
     known = on_hub(base)
     shown = base if known else "path/to/the/base/model"
     rank = next((rank for rank in VLLM_RANKS if rank >= config.r), config.r)
@@ -397,7 +392,7 @@ def _card(config: LoraConfig, out: Path, task: str | None) -> str:
         base_model=f"base_model: {base}\n" if known else "",
         base=shown,
         name=out.name,
-        pictures=PICTURES.format(name=out.name) if sees(out) else "",
+        pictures=pictures + WITH_VLLM if pictures else "",
         r=config.r,
         rank=rank,
         task="" if task is None else f" It is made for the task {task}.",

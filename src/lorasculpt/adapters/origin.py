@@ -20,6 +20,13 @@ from ..files import read_json, write_json
 from .layers import sharded
 
 ORIGIN_FILE = "base.json"
+PICTURES = """
+It was trained with an image processor of other settings than the base's, which lies beside it:
+
+```python
+processor.image_processor = AutoImageProcessor.from_pretrained("path/to/{name}")  # of transformers
+```
+"""
 EACH = 4  # numbers of a matrix, from its first corner to its last
 SMALLEST = 2.0**-24  # that fp16 has, apart from 0
 WRAPPED = re.compile(r"\.(base_layer|original_module)(?=\.)")  # what PEFT puts into the name of a weight
@@ -86,6 +93,11 @@ def sees(folder: Path) -> str | None:
     """The image processor that the adapter in ``folder`` was trained with, None where that is its base's own."""
     path = folder / IMAGE_PROCESSOR_NAME
     return path.read_text(encoding="utf-8") if path.is_file() else None
+
+
+def how_it_sees(folder: Path, name: str) -> str:
+    """What a README says of :func:`sees` for the adapter in ``folder``, called ``name``; nothing of the base's own."""
+    return PICTURES.format(name=name) if sees(folder) else ""
 
 
 def recorded(folder: Path) -> dict[str, Any] | None:

@@ -80,7 +80,7 @@ def test_the_table_of_a_run_without_source_tasks(tmp_path, capsys, narrow):
 def tiny(tmp_path, pico_folder, monkeypatch):
     """The demo on the tiny llava, in three steps; the list that is returned gets an entry for each training."""
     monkeypatch.setattr(run.base, "folder", lambda: pico_folder("llava"))
-    small = run.Size(limit=4, points=1, during=2, curve=4, work=1e9, changes={"steps": 3})
+    small = run.Size(limit=4, points=1, during=2, curve=4, refine=1, work=1e9, changes={"steps": 3})
     monkeypatch.setattr(run, "SIZES", {("digits", False): small, ("digits", True): replace(small, limit=None)})
 
     def write_data(folder, target):

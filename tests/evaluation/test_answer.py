@@ -345,6 +345,22 @@ def test_evaluate_and_gallery(records):
     )
 
 
+def test_tasks_of_few_questions_share_a_batch(records, monkeypatch):
+    model, processor = sharpened("llava")
+    seen = [record for record in records if record.images]
+    one, two, three = seen[:1], seen[1:2], seen[2:]
+    answered, chosen = answer(model, processor, [*one, *three], max_new_tokens=5), choose(model, processor, two)
+    generate, sizes = model.generate, []
+    monkeypatch.setattr(
+        model, "generate", lambda **inputs: sizes.append(len(inputs["input_ids"])) or generate(**inputs)
+    )
+    source = [Task("one", tuple(one)), Task("two", tuple(two), "choice")]
+    found = evaluate(model, processor, source, [Task("three", tuple(three))], max_new_tokens=5)
+    assert sizes == [len(one) + len(three)]
+    assert found["source"]["one"]["answers"] + found["target"]["three"]["answers"] == answered
+    assert found["source"]["two"]["answers"] == chosen
+
+
 def test_evaluate_reads_what_was_written(tmp_path):
     from lorasculpt.data.records import read
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import random
 from collections.abc import Sequence
-from itertools import pairwise
+from itertools import islice, pairwise
 from typing import Any
 
 import numpy as np
@@ -24,14 +24,23 @@ KNOWN = (
 )
 
 
-def ask(
-    model: nn.Module, processor, task: Task, *, max_new_tokens: int = 16, progress: str | None = None, **options
-) -> list[str]:
-    """The answers of ``model`` to one task. Arguments as in :func:`evaluate`."""
-    options["progress"] = None if progress is None else f"{progress} {task.name}"
-    if task.metric == "choice":
-        return choose(model, processor, task.records, **options)
-    return answer(model, processor, task.records, max_new_tokens=max_new_tokens, **options)
+def ask(model: nn.Module, processor, tasks: Sequence[Task], *, max_new_tokens: int = 16, **options) -> list[list[str]]:
+    """The answers of ``model`` to each of ``tasks``, in their order. Arguments as in :func:`evaluate`.
+
+    Tasks share batches, so that one of few questions costs no more a question than one of many.
+    """
+    found: dict[int, list[str]] = {}
+    for chosen in (False, True):
+        places = [i for i, task in enumerate(tasks) if (task.metric == "choice") == chosen]
+        records = [record for i in places for record in tasks[i].records]
+        if not records:
+            continue
+        if chosen:
+            said = iter(choose(model, processor, records, **options))
+        else:
+            said = iter(answer(model, processor, records, max_new_tokens=max_new_tokens, **options))
+        found |= {i: list(islice(said, len(tasks[i].records))) for i in places}
+    return [found[i] for i in range(len(tasks))]
 
 
 def scored(task: Task, answers: Sequence[str]) -> dict:
@@ -69,15 +78,16 @@ def evaluate(
         as_task: the task that an adapter that knows tasks takes a question for, where it does not know the question's
             own.
         precision: dtype of autocast; None computes in the model's own.
-        progress: words beside the progress bar, before the task's name; None shows no bar.
+        progress: words beside the progress bar; None shows no bar.
 
     Raises:
         UserError: for a task that the adapter does not know, if there is no ``as_task``.
     """
     options: dict[str, Any] = {"batch": batch, "max_new_tokens": max_new_tokens, "precision": precision}
     options |= {"as_task": as_task, "progress": progress}
+    answers = iter(ask(model, processor, [*source, *target], **options))
     return {
-        side: {task.name: scored(task, ask(model, processor, task, **options)) for task in group}
+        side: {task.name: scored(task, next(answers)) for task in group}
         for side, group in (("source", source), ("target", target))
     }
 

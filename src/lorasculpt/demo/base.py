@@ -85,7 +85,7 @@ def language_model() -> tuple[LlamaForCausalLM, PreTrainedTokenizerFast]:
         **settings,
         vocab_size=len(said["tokenizer.ggml.tokens"]),
         rope_parameters={"rope_type": "default", "rope_theta": said["llama.rope.freq_base"]},
-        tie_word_embeddings="output.weight" not in weights,
+        tie_word_embeddings=True,
         bos_token_id=tokenizer.bos_token_id,
         eos_token_id=tokenizer.eos_token_id,
         pad_token_id=tokenizer.pad_token_id,

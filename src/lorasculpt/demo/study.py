@@ -65,7 +65,7 @@ def knows(work: Path, path: Path) -> Path:
             for metric in ("exact", "choice"):
                 wanted = [dataclasses.replace(task, metric=metric) for task in grouped(asked)]
                 options: dict[str, Any] = {"batch": 64, "precision": autocast_dtype(torch.device("cpu"))}
-                measured = evaluate(model, processor, wanted, [], progress=f"{pictures}, {metric}:", **options)
+                measured = evaluate(model, processor, wanted, [], progress=f"{pictures}, {metric}", **options)
                 for name, entry in measured["source"].items():
                     numbers = {key: entry[key] for key in ("value", "low", "high", "n")}
                     found["tasks"].setdefault(name, {})[f"{metric}, {pictures}"] = numbers

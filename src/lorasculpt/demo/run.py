@@ -8,6 +8,7 @@ from __future__ import annotations
 import time
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 import torch
@@ -105,11 +106,11 @@ def settings(name: str, *, target: str = "digits", seed: int = 0, split: str = "
 
 
 def expected(work: float) -> str:
-    """How long ``work`` takes here, in words: by what this machine's processor does in a product, at its best."""
+    """How long ``work`` takes here, in words: by what this machine's processor does in a product, most of the time."""
     if computing().type != "cpu":
         return "some minutes"
     dtype = autocast_dtype("cpu") or torch.float32
-    rate = max(cpu_rate(dtype) for _ in range(20))
+    rate = median(cpu_rate(dtype) for _ in range(20))
     return f"about {max(1, round(work * (1 / rate + BESIDE) / 60))} minutes on this machine"
 
 

@@ -53,7 +53,7 @@ def ask_base(
     sides = [(side, task) for side, tasks in (("source", source), ("target", target)) for task in tasks]
     digests = [_digest([*same, *_put(task, options.get("max_new_tokens"), pictures)]) for _, task in sides]
     new = [task for (_, task), digest in zip(sides, digests, strict=True) if digest not in known]
-    said = iter(ask(model, processor, new, progress=progress, **options))
+    said = iter(ask(model, processor, new, progress=progress, **options) if new else ())
     for (side, task), digest in zip(sides, digests, strict=True):
         if digest in known:
             path, answers = known[digest]

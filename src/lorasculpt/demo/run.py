@@ -6,6 +6,7 @@ It uses nothing that a user's own run could not: a data folder, two YAML files, 
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from statistics import median
@@ -17,7 +18,7 @@ import yaml
 from ..config import RunConfig
 from ..files import write_text
 from ..measure import measure
-from ..models.load import autocast_dtype, computing, cpu_rate
+from ..models.load import autocast_dtype, computing
 from ..models.tower import remembering
 from ..report.page import report
 from ..train import train
@@ -35,8 +36,8 @@ METHODS: dict[str, dict[str, Any]] = {
 STEPS = 160
 REMARKS = {
     "digits": (
-        "Both ran with the same settings, at a rate chosen for what it teaches. At a seventh of that rate LoRA learned "
-        "and kept as much as LoRASculpt (results/demo.json)."
+        "Both ran for as many steps, each with settings that were chosen for what they teach. At a seventh of the "
+        "rate, in 160 steps, LoRA learned and kept as much as LoRASculpt (results/demo.json)."
     ),
     "flags": f"One run each, at rates that were chosen for digits. {world.TOGETHER}",
 }
@@ -49,7 +50,8 @@ class Size:
 
     ``limit`` items are behind each number (None: all), ``during`` of each task at each of ``points`` steps while it
     trains, ``curve`` of the source and of the target at half strength and at ``refine`` more, where the curve is known
-    least; ``changes`` go to the settings of both runs. ``work`` is how many operations in products all of it takes.
+    least; ``changes`` go to the settings of both runs, ``own`` to the method of one. ``work`` is how many operations in
+    products all of it takes.
     """
 
     limit: int | None
@@ -59,24 +61,33 @@ class Size:
     refine: int
     work: float
     changes: dict[str, Any] = field(default_factory=dict)
+    own: dict[str, dict[str, Any]] = field(default_factory=dict)
 
 
-# Fewer steps want a longer one each: at twice the alpha 60 of them show what 160 do (docs/log.md).
+# Fewer steps want longer ones: each at an alpha at which 42 of them teach it much (docs/log.md). The sooner LoRASculpt
+# is pruned, the more of them it has left.
 QUICK = Size(
-    limit=40, points=2, during=10, curve=40, refine=2, work=5e13, changes={"steps": 60, "method": {"lora_alpha": 128}}
+    limit=32,
+    points=2,
+    during=8,
+    curve=32,
+    refine=1,
+    work=3.9e13,
+    changes={"steps": 42},
+    own={"lora": {"lora_alpha": 128}, "lorasculpt": {"lora_alpha": 384, "prune_step": 0.05}},
 )
 FULL = Size(limit=None, points=4, during=20, curve=None, refine=5, work=6.2e14)
 SIZES = {
     ("digits", False): QUICK,
     ("digits", True): FULL,
-    ("flags", False): replace(QUICK, work=1.1e14, changes={}),  # of which 60 steps teach nothing
+    ("flags", False): replace(QUICK, work=1.1e14, changes={}, own={}),  # of which so few steps teach nothing
     ("flags", True): FULL,
 }
 
 
-def write_data(folder: Path, target: str = "digits") -> None:
-    """The demo's data as JSON lines and PNG files, with the training set of ``target`` and all held-out sets."""
-    for split in ("test", "validation", "train"):
+def write_data(folder: Path, target: str = "digits", splits: Sequence[str] = ("test", "validation", "train")) -> None:
+    """The demo's data as JSON lines and PNG files: ``splits`` of ``target``, and the source's but for "train"."""
+    for split in splits:
         if not (folder / f"{target}_{split}.jsonl").is_file():
             world.write(folder, world.TARGETS[target](split), f"{target}_{split}.jsonl")
         if split != "train" and not (folder / f"source_{split}.jsonl").is_file():
@@ -106,12 +117,23 @@ def settings(name: str, *, target: str = "digits", seed: int = 0, split: str = "
 
 
 def expected(work: float) -> str:
-    """How long ``work`` takes here, in words: by what this machine's processor does in a product, most of the time."""
+    """How long ``work`` takes here, in words: by what this machine's processor does in products."""
     if computing().type != "cpu":
         return "some minutes"
-    dtype = autocast_dtype("cpu") or torch.float32
-    rate = median(cpu_rate(dtype) for _ in range(20))
+    rate = product_rate(autocast_dtype("cpu") or torch.float32)
     return f"about {max(1, round(work * (1 / rate + BESIDE) / 60))} minutes on this machine"
+
+
+def product_rate(dtype: torch.dtype) -> float:
+    """Operations a second of this CPU in products such as the base model's, whose weights are not in a cache."""
+    tokens, weights = torch.ones(320, 576, dtype=dtype), torch.ones(16, 1536, 576, dtype=dtype)
+    seconds = []
+    for _ in range(5):
+        start = time.perf_counter()
+        for weight in weights:
+            tokens @ weight.T
+        seconds.append(time.perf_counter() - start)
+    return 2 * len(tokens) * weights.numel() / median(seconds)
 
 
 def demo(out: Path, *, target: str = "digits", full: bool = False) -> list[Path]:
@@ -129,13 +151,16 @@ def demo(out: Path, *, target: str = "digits", full: bool = False) -> list[Path]
     ending = ("" if target == "digits" else f"-{target}") + ("-full" if full else "")
     steps = size.changes.get("steps", STEPS)
     print(f"The base model, the data and two runs of {steps} steps: {expected(size.work)}.")
-    write_data(out / "data", target)
+    write_data(out / "data", target, ("test", "train"))
     results: list[Path] = []
     with remembering():
         for name in METHODS:
-            run = settings(name, target=target, output=f"{name}{ending}", limit=size.limit, **size.changes)
+            method = size.changes.get("method", {}) | size.own.get(name, {})
+            changes = size.changes | {"method": method}
+            run = settings(name, target=target, output=f"{name}{ending}", limit=size.limit, **changes)
             run["evaluate"] |= {"every": steps // size.points, "during": size.during}
             run["evaluate"] |= {"curve": size.curve, "strengths": [0.5], "refine": size.refine}
+            run["evaluate"] |= {"batch": 32}  # of few questions, of which larger ones would be mostly padding
             path = out / f"{name}{ending}.yaml"
             config = RunConfig.load(write_text(path, yaml.safe_dump(run, sort_keys=False)))
             print(f"\n{name}: training on {target} (lorasculpt train {path})")

@@ -72,7 +72,7 @@ QUICK = Size(
     during=8,
     curve=32,
     refine=1,
-    work=3.9e13,
+    work=5e13,
     changes={"steps": 42},
     own={"lora": {"lora_alpha": 128}, "lorasculpt": {"lora_alpha": 384, "prune_step": 0.05}},
 )

@@ -33,7 +33,7 @@ def known(found: dict, name: str) -> str:
 def test_how_long_it_takes_is_told_by_what_the_processor_does(monkeypatch):
     monkeypatch.setattr(run, "computing", lambda: torch.device("cpu"))
     for rate, minutes in ((1e12, 5), (7.5e10, 34)):
-        monkeypatch.setattr(run, "product_rate", lambda dtype, rate=rate: rate)
+        monkeypatch.setattr(run, "cpu_rate", lambda dtype, rate=rate: rate)
         assert run.expected(1.4e14) == f"about {minutes} minutes on this machine"
     monkeypatch.setattr(run, "computing", lambda: torch.device("cuda"))
     assert run.expected(1.4e14) == "some minutes"
@@ -80,7 +80,7 @@ def test_the_table_of_a_run_without_source_tasks(tmp_path, capsys, narrow):
 def tiny(tmp_path, pico_folder, monkeypatch):
     """The demo on the tiny llava, in three steps; the list that is returned gets an entry for each training."""
     monkeypatch.setattr(run.base, "folder", lambda: pico_folder("llava"))
-    small = run.Size(limit=4, points=1, during=2, curve=4, refine=1, work=1e9, changes={"steps": 3})
+    small = run.Size(limit=4, points=1, during=2, curve=4, refine=1, work=1e9, steps=3)
     monkeypatch.setattr(run, "SIZES", {("digits", False): small, ("digits", True): replace(small, limit=None)})
 
     def write_data(folder, target, splits):

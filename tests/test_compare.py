@@ -301,9 +301,9 @@ def test_what_is_left_costs_what_runs_of_its_label_did():
     left = [("test", "lora")] * 4 + [("test", "spider"), ("validation", "dora"), ("edit", "dare")]
     # four seeds at 4 s; one as long as spider's trial; one as the mean of trials; one as the mean of all
     seconds = round(16 + 10 + 6 + 16 / 3)
-    assert cost("x", costs, left) == f"x took 4 s; the 7 runs missing take about {seconds} s."
-    assert cost("x", costs, left[:1]) == "x took 4 s; the one run that is missing takes about 4 s."
-    assert cost("x", costs, []) == "x took 4 s; it was the last."
+    assert cost("x", 4.0, costs, left) == f"x took 4 s; the 7 runs missing take about {seconds} s."
+    assert cost("x", 4.0, costs, left[:1]) == "x took 4 s; the one run that is missing takes about 4 s."
+    assert cost("x", 4.0, costs, []) == "x took 4 s; it was the last."
     # all but the edit train
     assert ahead(costs, left) == "7 runs are to be made: about 32 s of training, by those that are there."
     assert ahead([], left[:1]) == "1 run is to be made; what it takes is told when it is done."
@@ -433,6 +433,50 @@ def test_rates_are_chosen_on_the_validation_file_and_tests_are_made_on_all_rows(
     # a changed file is another comparison
     with pytest.raises(UserError, match="holds another run"):
         compare.compare(run("seed=5", "training.steps=3"), ["lora"], seeds=2, rates=[0.02], progress=False)
+
+
+def test_nothing_is_trained_twice(run, tmp_path, monkeypatch):
+    """The first test is the trial of its rate, also where that is the trial of another label, to the last bit."""
+    trained = []
+
+    def training(config, **options):
+        if not (config.output / "adapter").exists():
+            trained.append(config.output.name)
+        return train(config, **options)
+
+    monkeypatch.setattr(single, "train", training)
+    methods = "methods={lora: {}, both: {name: lora, lr: lora, by: h_mean}}"
+    config = run(f"evaluate.validation={tmp_path / 'data' / 'train.jsonl'}", methods)
+    compare.compare(config, seeds=2, rates=[0.001, 0.01], progress=False)
+    comparison = Comparison(config, seeds=2, rates=[0.001, 0.01])
+    assert comparison.missing() == []
+    lora, both = (comparison.rates_of()[label]["chosen"] for label in ("lora", "both"))
+    assert sorted(trained) == sorted(
+        {f"lora-lr{rate:g}-seed0" for rate in (0.001, 0.01)}
+        | {f"lora-lr{lora:g}-seed1"}
+        | ({f"both-lr{both:g}-seed1"} if both != lora else set())
+    )
+    taken = comparison.tests()[0].config
+    again = taken.model_copy(update={"output": tmp_path / "again"})
+    train(again, progress=False)
+    own, other = (load_file(folder.output / "adapter" / "adapter_model.safetensors") for folder in (taken, again))
+    assert own.keys() == other.keys()
+    assert all(torch.equal(own[name], other[name]) for name in own)
+    assert (taken.output / "adapter" / "README.md").read_text().count(taken.output.name) > 0
+    assert not (taken.output / ".partial").exists()
+
+    # so it is where runs are made by their commands
+    for test in comparison.tests():
+        shutil.rmtree(test.config.output)
+    (config.output / "compare.json").unlink()
+    list(commands(Comparison(config, seeds=2, rates=[0.001, 0.01])))
+    there = [test.config.seed for test in comparison.tests() if (test.config.output / "adapter").exists()]
+    assert there == [0, 0]
+    # but what is measured while it trains is made by training
+    every = run(f"evaluate.validation={tmp_path / 'data' / 'train.jsonl'}", "evaluate.every=1", "output=every", methods)
+    trained.clear()
+    compare.compare(every, ["lora"], seeds=1, rates=[0.001, 0.01], progress=False)
+    assert len(trained) == 3
 
 
 def test_a_label_may_choose_by_both_numbers_among_the_trials_of_another(run, tmp_path, monkeypatch):

@@ -13,7 +13,8 @@ h_mean`` looks at the source of the test where there is no ``evaluate.validation
 
 Every run is an ordinary run in its own folder under ``output``, with its YAML file beside it. What is there already is
 not done again: a comparison that was stopped goes on, and runs may be made elsewhere (:func:`commands`). Where
-``evaluate`` has changed they are measured again and not trained again. Nor is what the results file has already
+``evaluate`` has changed they are measured again and not trained again. A test takes the adapter of the trial that was
+trained like it, where the validation set is a file. Nor is what the results file has already
 (`lorasculpt.comparison.known`): that file alone is enough to go on from on another machine.
 """
 
@@ -100,11 +101,12 @@ def compare(
     while (run := comparison.next()) is not None:
         began = time.monotonic()
         run.write()
-        comparison.make(run, progress)
-        costs.append((run.kind, time.monotonic() - began))
+        saved = comparison.make(run, progress)
+        took = time.monotonic() - began
+        costs.append((run.kind, took + saved))
         write_json(path, comparison.record())
         if progress:
-            print(cost(run.name, costs, [kind for _, kind in comparison.left()]))
+            print(cost(run.name, took, costs, [kind for _, kind in comparison.left()]))
     return write_json(path, comparison.record())
 
 

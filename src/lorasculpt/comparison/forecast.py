@@ -37,9 +37,11 @@ def ahead(costs: Sequence[tuple[tuple[str, str], float]], left: Sequence[tuple[s
     return f"{number} to be made: about {duration(seconds)} of training, by those that are there."
 
 
-def cost(name: str, costs: Sequence[tuple[tuple[str, str], float]], left: Sequence[tuple[str, str]]) -> str:
-    """What the run ``name``, the last of ``costs``, took, and what those that are ``left`` will."""
-    words = f"{name} took {duration(costs[-1][1])}"
+def cost(
+    name: str, seconds: float, costs: Sequence[tuple[tuple[str, str], float]], left: Sequence[tuple[str, str]]
+) -> str:
+    """What the run ``name`` took, and what those that are ``left`` will by the ``costs``."""
+    words = f"{name} took {duration(seconds)}"
     if not left:
         return f"{words}; it was the last."
     number = "the one run that is missing takes" if len(left) == 1 else f"the {len(left)} runs missing take"

@@ -9,13 +9,13 @@ from typing import Any
 from ..config import RunConfig
 from ..errors import Diverged, UserError
 from ..provenance import versions
-from ..run.folder import RUN_FILE, diverged, same_run
+from ..run.folder import RUN_FILE, diverged, same_run, trained_alike
 from ..run.records import check_metrics
 from . import edits, known, labels, runs
 from .known import Known
 from .runs import Run, choose, numbers
 from .sequences import InTurn
-from .single import Single
+from .single import Single, take
 
 
 class Comparison:
@@ -111,15 +111,19 @@ class Comparison:
         """Those of ``asked`` that are there, each with its result."""
         return [(run, result) for run in asked if (result := self.result(run)) is not None]
 
-    def make(self, run: Run, progress: bool = True) -> None:
+    def make(self, run: Run, progress: bool = True) -> float:
         """Train ``run`` and measure it, where that is still to be done; the base is asked once for all.
 
-        A trial whose weights come to no numbers is done with that.
+        A trial whose weights come to no numbers is done with that. What another run was trained to is taken from it.
+
+        Returns:
+            The seconds that this saves.
 
         Raises:
             UserError: also where the base does not do what it did in the runs of the results file.
         """
         measured = self.result(run) is not None  # elsewhere, and an edit needs its adapter
+        saved = self._take(run)
         try:
             self.scenario.make(run, adapter_only=measured, progress=progress)
         except Diverged:
@@ -127,6 +131,7 @@ class Comparison:
                 raise
         if not measured:
             self._check_base(run)
+        return saved
 
     def _check_base(self, run: Run) -> None:
         """Raise :class:`UserError` if the base of ``run``, just made, is not that of the results file."""
@@ -136,8 +141,23 @@ class Comparison:
                 if found := self._recorded(other):
                     self._known.check(side, self._scores(found)[side], self._scores(own)[side])
 
+    def _take(self, run: Run) -> float:
+        """Give ``run`` the adapter of one that was trained alike, as a trial and the first test are; its seconds or 0.
+
+        What is measured while it trains, and a sequence, is made by training.
+        """
+        config = run.config
+        if run.edit or config.data.sequence or config.evaluate.every or (config.output / RUN_FILE).is_file():
+            return 0.0
+        for other, result in self.done((*self.trials(), *self.tests())):
+            if trained_alike(other.config.output, config):
+                take(config, other.config.output)
+                return result["seconds"]
+        return 0.0
+
     def command(self, run: Run) -> str:
         """The shell line that does what :meth:`make` would."""
+        self._take(run)
         return self.scenario.command(run, adapter_only=self.result(run) is not None)
 
     def next(self) -> Run | None:

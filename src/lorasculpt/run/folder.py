@@ -107,16 +107,20 @@ def check_trained(config: RunConfig) -> None:
     if not path.is_file():
         return
     record = RunConfig.load(path)
-    trained, asked = (_trained_with(each) for each in (record, config))
-    for key in {**asked, **trained}:
-        own, before = asked.get(key), trained.get(key)
-        if not _alike(own, before, config.output, record.output):
-            was = "without it" if before is None else f"with {before}"
-            raise config.error(
-                key,
-                f"is {'not set' if own is None else own}, but {config.output} was trained {was} (see {path}); correct "
-                "it, or name another output.",
-            )
+    for key, own, before in _otherwise(record, config):
+        was = "without it" if before is None else f"with {before}"
+        raise config.error(
+            key,
+            f"is {'not set' if own is None else own}, but {config.output} was trained {was} (see {path}); correct it, "
+            "or name another output.",
+        )
+
+
+def trained_alike(folder: Path, config: RunConfig) -> bool:
+    """Whether the run in ``folder`` has the very adapter that ``config`` would train."""
+    if not (folder / ADAPTER / "adapter_config.json").is_file():
+        return False
+    return next(_otherwise(RunConfig.load(folder / RUN_FILE), config), None) is None
 
 
 def adapter_of(config: RunConfig) -> Path:
@@ -144,10 +148,13 @@ def check_rows(config: RunConfig, path: Path, data: str) -> None:
         )
 
 
-def _trained_with(config: RunConfig) -> dict[str, Any]:
-    """The settings that shape an adapter, by their dotted keys."""
+def _otherwise(trained: RunConfig, asked: RunConfig) -> Iterator[tuple[str, Any, Any]]:
+    """What shapes an adapter and is another in ``asked`` than in ``trained``: dotted key, its value there and here."""
     left_out: Any = {"output": True, "methods": True, "evaluate": True, "training": WATCHING}
-    return _flat(config.model_dump(mode="json", exclude=left_out))
+    own, before = (_flat(each.model_dump(mode="json", exclude=left_out)) for each in (asked, trained))
+    for key in {**own, **before}:
+        if not _alike(own.get(key), before.get(key), asked.output, trained.output):
+            yield key, own.get(key), before.get(key)
 
 
 def _flat(sections: dict[str, Any]) -> dict[str, Any]:

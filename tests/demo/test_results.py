@@ -43,21 +43,23 @@ def test_the_comparison_can_be_made_as_it_is_planned(target, others, tmp_path, m
         row = {"question": f"What is {file}?", "answer": "data", "task": file}
         (tmp_path / "data" / f"{file}.jsonl").write_text(json.dumps(row) + "\n")
     config = RunConfig.load(results.plan(tmp_path, target, others=others))
-    comparison = Comparison(config, seeds=results.SEEDS, rates=results.RATES)
+    rates = results.rates_of(target)
+    comparison = Comparison(config, seeds=results.SEEDS, rates=rates)
     assert list(comparison.labels) == list(results.OTHERS if others else results.COMPARED)
     assert {label: what.seeds for label, what in comparison.labels.items() if what.seeds != results.SEEDS} == {
         "lora": 5,
         "lorasculpt": 5,
         "lora-careful": 5,
     }
+    whole = [0.00006, 0.00015, 0.0006] if target == "flags" else results.WHOLE
     for label, what in comparison.labels.items():
         settings = {key: value for key, value in what.method.items() if key != "name"}
         KINDS[what.method["name"]](**settings)
         tried = [trial.rate for trial in comparison.trials() if trial.label == label]
-        assert tried in ([], list(results.RATES), results.WHOLE)
+        assert tried in ([], list(rates), whole)
     first = comparison.next()
     assert first is not None
-    assert (first.label, first.rate) == ("lora", min(results.RATES))
+    assert (first.label, first.rate) == ("lora", min(rates))
     assert [path.name for path in first.config.evaluate.source] == ["source_validation.jsonl"]
 
 
@@ -191,7 +193,7 @@ def test_a_drift_has_its_interval_and_the_number_of_its_texts(page):
 
 
 def test_what_the_pictures_of_a_flag_are_worth_is_told(page):
-    told = "480 pictures of 60 flags, each in 8 ways: pictures of a flag stand or fall together"
+    told = "160 pictures of 20 flags, each in 8 ways: pictures of a flag stand or fall together"
     assert told in run.REMARKS["flags"]
     assert told in " ".join(page.target_page("flags"))
     assert told not in " ".join(page.target_page("demo"))

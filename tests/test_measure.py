@@ -129,7 +129,8 @@ def test_it_is_chosen_on_validation_where_there_is_one(run, tmp_path, monkeypatc
         }
 
     def measured(scores):
-        return {"value": sum(scores) / 2, "low": 0, "high": 1, "n": 2, "scores": scores, "answers": ["a"] * 8}
+        found = {"value": sum(scores) / 2, "low": 0, "high": 1, "n": 2, "groups": [0, 1]}
+        return found | {"scores": scores, "answers": ["a"] * 8}
 
     monkeypatch.setattr("lorasculpt.measure.ask_base", lambda config, *given, **options: known(*given, **options))
     monkeypatch.setattr("lorasculpt.measure.evaluate", known)

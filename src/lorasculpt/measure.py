@@ -284,10 +284,14 @@ def places(config: RunConfig) -> dict[str, list[str]]:
 
 
 def _of(measured: dict[str, Any], source: Sequence[Task], target: Sequence[Task]) -> dict[str, Any]:
-    """The scores of the first questions of each task, those that ``source`` and ``target`` have."""
+    """Groups and scores of the first questions of each task, those that ``source`` and ``target`` have."""
+
+    def first(entry: dict[str, Any], n: int) -> dict[str, Any]:
+        return {what: entry[what][:n] for what in ("groups", "scores")}
+
     sides = {"source": source, "target": target}
     return {
-        side: {task.name: {"scores": measured[side][task.name]["scores"][: len(task.records)]} for task in tasks}
+        side: {task.name: first(measured[side][task.name], len(task.records)) for task in tasks}
         for side, tasks in sides.items()
     }
 

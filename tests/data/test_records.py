@@ -275,6 +275,19 @@ def test_without_pictures_words_keep_rows_together():
     assert not any(record.prompt == aside[0].prompt for record in kept)
 
 
+def test_a_group_is_a_name_and_stays_together(tmp_path):
+    records = [replace(record, group=record.images[0].name[0]) for record in shown("a1", "a2", "b1", "b2", "c1")]
+    for share in (0.2, 0.4):
+        kept, aside = set_aside(records, share, "/d")
+        assert not {record.group for record in kept} & {record.group for record in aside}
+    path = tmp_path / "rows.jsonl"
+    path.write_text('{"question": "What?", "answer": "yes", "group": "page 7"}\n{"question": "Who?", "answer": "he"}\n')
+    assert [record.group for record in read(path)] == ["page 7", ""]
+    path.write_text('{"question": "What?", "answer": "yes", "group": 7}\n')
+    with pytest.raises(UserError, match=r"rows\.jsonl:1: 'group' must be a name, got 7"):
+        read(path)
+
+
 def test_too_few_pictures_are_not_split():
     with pytest.raises(UserError, match=r"d:1: nothing would be left to train on if 0.1 of the rows .* add some, or"):
         set_aside(shown("a", "a"), 0.1, "/d")

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import numpy as np
 import pytest
 
 from lorasculpt.data.records import Record
 from lorasculpt.errors import UserError
 from lorasculpt.evaluation import Task, interval, score, tasks
-from lorasculpt.evaluation.score import majority, normalise
+from lorasculpt.evaluation.score import majority, normalise, worth
 
 
 def record(answer: str, **fields) -> Record:
@@ -129,6 +131,35 @@ def test_soft_scores_are_no_surer_than_right_and_wrong_of_the_same_mean():
     assert sum(low <= 0.65 <= high for low, high in found) > 0.95 * 500
 
 
+def test_what_stands_or_falls_together_is_worth_less():
+    rng = np.random.default_rng(0)
+    values = rng.random(40) < 0.6
+    alone = interval(values)
+    assert interval(values, groups=range(40)) == alone
+    assert (worth(values), worth(values, [7] * 40), worth([1.0])) == (40, 1, 1)
+    # each group five times the same: worth its groups, as Student's t has them
+    fives = np.repeat(values, 5)
+    assert worth(fives, np.repeat(range(40), 5)) == pytest.approx(39 * (1.959964 / 2.022691) ** 2, rel=1e-5)
+    low, high = interval(fives, groups=np.repeat(range(40), 5))
+    assert low < alone[0] < alone[1] < high < alone[1] + 0.01
+    # groups that have nothing to do with the values cost what t does, and groups that balance them gain nothing
+    assert 0.6 * 4000 < worth(rng.random(4000) < 0.5, rng.permutation(np.repeat(range(1000), 4))) <= 4000
+    assert worth([0, 1] * 50, np.repeat(range(50), 2)) == pytest.approx(100 * (1.959964 / 2.009575) ** 2, rel=1e-5)
+    # where all are equal nobody knows how much they go together
+    assert worth([0.0] * 100, np.repeat(range(50), 2)) == pytest.approx(50 * (1.959964 / 2.009575) ** 2, rel=1e-5)
+
+
+def test_the_spread_of_groups_is_that_of_groups_drawn_anew():
+    rng = np.random.default_rng(3)
+    which = np.repeat(np.arange(200), rng.integers(1, 9, 200))
+    values = (rng.random(200) < 0.5)[which] & (rng.random(which.size) < 0.9)
+    sums, sizes = np.bincount(which, values), np.bincount(which)
+    rows = rng.integers(200, size=(4000, 200))
+    spread = np.std(sums[rows].sum(axis=1) / sizes[rows].sum(axis=1))
+    p = values.mean()
+    assert np.sqrt(p * (1 - p) / worth(values, which)) == pytest.approx(spread, rel=0.05)
+
+
 def test_an_interval_refuses():
     with pytest.raises(ValueError, match="at least one"):
         interval([])
@@ -151,6 +182,16 @@ def test_tasks():
     records = [record("x", task="b"), record("y", task="a"), record("z", task="b")]
     found = tasks(records, {"a": "contains"})
     assert [(task.name, len(task.records), task.metric) for task in found] == [("b", 2, "exact"), ("a", 1, "contains")]
+
+
+def test_questions_about_the_same_pictures_or_of_one_group_belong_together():
+    a, b = Path("/d/a.png"), Path("/d/b.png")
+    one = Task(
+        "t", (record("x", images=(a,)), record("y"), record("z", images=(a,)), record("y"), record("y", images=(a, b)))
+    )
+    assert one.groups == [0, 1, 0, 3, 4]
+    named = Task("t", (record("x", images=(a,), group="p"), record("y", group="p"), record("z", images=(a,))))
+    assert named.groups == [0, 0, 2]
 
 
 def test_task_refuses():

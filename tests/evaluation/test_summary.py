@@ -76,6 +76,29 @@ def test_the_truth_is_within_the_intervals_as_often_as_they_say(right, kept, n):
     assert min(within.values()) > 0.925 * trials
 
 
+def test_so_it_is_where_items_stand_and_fall_together():
+    """A hundred groups of one to nine questions, most of a group answered alike, and kept or lost alike."""
+    rng, trials, names = np.random.default_rng(1), 500, ("source_after", "retention", "target_after", "gain")
+    truth = dict(zip(names, (0.7 * 0.8, 0.8, 0.4, 0.4), strict=True))
+    within, alone = dict.fromkeys(names, 0), dict.fromkeys(names, 0)
+
+    def drawn(share, which):
+        of_group = rng.random(which.max() + 1) < share
+        return np.where(rng.random(which.size) < 0.8, of_group[which], rng.random(which.size) < share)
+
+    for _ in range(trials):
+        which = np.repeat(np.arange(100), rng.integers(1, 10, 100))
+        old, kept, new = drawn(0.7, which), drawn(0.8, which), drawn(0.4, which)
+        scores = {"s": old}, {"s": old & kept}, {"t": np.zeros(which.size)}, {"t": new}
+        for count, groups in ((within, ({"s": which}, {"t": which})), (alone, ())):
+            numbers = summary(*scores, *groups)
+            for name in names:
+                low, high = numbers[f"{name}_interval"]
+                count[name] += low <= truth[name] <= high
+    assert min(within.values()) > 0.925 * trials
+    assert max(alone.values()) < 0.8 * trials  # as if each stood alone
+
+
 def test_pairing_against_the_exact_spread():
     # half of 100 items right before, 10 of those lost: the difference is a binomial of 100 at 0.1, over 100
     before, after = [1] * 50 + [0] * 50, [1] * 40 + [0] * 60
@@ -127,8 +150,9 @@ def test_nothing_known():
 
 
 def test_comparison():
-    def measured(scores):
-        return {"value": sum(scores) / len(scores), "low": 0.0, "high": 1.0, "n": len(scores), "scores": scores}
+    def measured(scores, groups=(0, 1)):
+        n = len(scores)
+        return {"value": sum(scores) / n, "low": 0.0, "high": 1.0, "n": n, "groups": groups, "scores": scores}
 
     before = {"source": {"a": measured([1, 1])}, "target": {"t": measured([0, 0])}}
     after = {"source": {"a": measured([1, 0])}, "target": {"t": measured([0, 1])}}
@@ -138,6 +162,12 @@ def test_comparison():
     }
     assert result["target"]["t"]["after"] == 0.5
     assert (result["summary"]["retention"], result["summary"]["gain"]) == (0.5, 0.5)
+    for each in (before, after):
+        each["target"]["t"] = measured(each["target"]["t"]["scores"], (0, 0))
+    together = comparison(before, after)
+    assert (result["target"]["t"].get("groups"), together["target"]["t"]["groups"]) == (None, 1)
+    ends = [found["summary"]["gain_interval"] for found in (result, together)]
+    assert ends[1][0] < ends[0][0] < ends[0][1] < ends[1][1]
 
 
 def test_a_side_without_tasks_has_no_numbers():

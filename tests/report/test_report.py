@@ -611,6 +611,19 @@ def test_tasks_lie_across_for_many(tmp_path):
     assert "| base model | 80.0 [" in text
 
 
+def test_questions_that_stand_or_fall_together_are_told(tmp_path):
+    for number in (2, 5):
+        runs = [run(name, (0.5, 0.5), 0.4, label=name) for name in "abcde"[:number]]
+        alone = report(write(tmp_path, *runs), tmp_path / f"alone{number}").with_suffix(".md").read_text()
+        for one in runs:
+            one["target"]["digits"]["groups"] = 40
+        text = report(write(tmp_path, *runs), tmp_path / f"out{number}").with_suffix(".md").read_text()
+        assert ("digits (target), 200\u00a0questions in 40 groups" if number == 5 else "| 200 in 40 groups |") in text
+        assert "where those of one picture, or one group, stand or fall together" in text
+        assert "groups" not in alone
+        assert "one group" not in alone
+
+
 def marks(svg: str, series: str) -> list[tuple[float, float]]:
     """Where the marks of a series are: across and down."""
     places = re.findall(r'<use [^>]*x="([\d.]+)" y="([\d.]+)" style="[^"]*var\(--' + series + r"\)", svg)

@@ -7,7 +7,9 @@
 
 In every layout ``image`` names one picture and ``images`` lists several, ``task`` names the task (questions without one
 are measured as a task of their file, called as its folder and itself: ``general/test``), ``choices`` lists what may be
-answered, ``system`` is a system message, and ``id``, ``model`` and ``meta`` are ignored. ``<image>`` marks
+answered, ``system`` is a system message, ``group`` names what a question shares with others, so that they are not
+counted as if each were one of its own (by itself those about the same pictures are), and ``id``, ``model`` and ``meta``
+are ignored. ``<image>`` marks
 are removed from the text: pictures come first in the prompt. A ``.jsonl`` file holds one row per line, a ``.json`` file
 a list of rows.
 """
@@ -38,7 +40,7 @@ LAYOUTS = {
     "question": {"question", "answer"},
     "answer": {"question", "answer"},
 }
-COMMON = {"image", "images", "task", "choices", "system", "id", "model", "meta"}
+COMMON = {"image", "images", "task", "choices", "system", "group", "id", "model", "meta"}
 ROLES = {"human": "user", "gpt": "assistant", "user": "user", "assistant": "assistant", "system": "system"}
 
 
@@ -52,6 +54,7 @@ class Record:
         images: Absolute paths of the pictures, in the order in which the prompt speaks of them.
         task: Name of the task the question belongs to.
         choices: What may be answered, if the row says so; the answer is among them.
+        group: Name of what it shares with others, such as the page that they are about; empty where it names none.
         where: File and line the record came from, for messages: ``data/train.jsonl:17``.
     """
 
@@ -60,6 +63,7 @@ class Record:
     images: tuple[Path, ...] = ()
     task: str = UNNAMED
     choices: tuple[str, ...] = ()
+    group: str = ""
     where: str = ""
 
     @property
@@ -119,8 +123,8 @@ def fingerprint(records: Sequence[Record], folder: str | Path) -> str:
 def set_aside(records: Sequence[Record], share: float, folder: str | Path) -> tuple[list[Record], list[Record]]:
     """``records`` to train on, and about ``share`` of them to validate with, always the same ones.
 
-    Questions about the same pictures stay together, as do those with the same words and no picture: a model has not
-    seen what it is validated with.
+    Questions of a group stay together, as do those about the same pictures, and those with the same words and no
+    picture: a model has not seen what it is validated with.
 
     Args:
         records: What was read.
@@ -132,7 +136,8 @@ def set_aside(records: Sequence[Record], share: float, folder: str | Path) -> tu
     """
     folder = Path(folder).resolve()
     keys = [
-        json.dumps([str(image.relative_to(folder)) for image in record.images] or record.prompt) for record in records
+        json.dumps(record.group or [str(image.relative_to(folder)) for image in record.images] or record.prompt)
+        for record in records
     ]
     sizes = Counter(keys)
     order = sorted(sizes, key=lambda key: hashlib.sha256(key.encode()).hexdigest())
@@ -284,12 +289,16 @@ def record_of(row: Any, folder: Path, where: str) -> Record:
     task = row.get("task", UNNAMED)
     if not isinstance(task, str) or not task:
         raise UserError(f"'task' must be a name, got {task!r}")
+    group = row.get("group", "")
+    if not isinstance(group, str):
+        raise UserError(f"'group' must be a name, got {group!r}")
     return Record(
         prompt=tuple(turns[:-1]),
         answer=answer,
         images=tuple(image_in(folder, path) for path in paths),
         task=task,
         choices=choices,
+        group=group,
         where=where,
     )
 

@@ -121,13 +121,18 @@ class Emoji:
 
 @dataclass(frozen=True)
 class Item:
-    """One question. ``image`` names a picture of this world (None for text), ``choices`` what may be answered."""
+    """One question.
+
+    ``image`` names a picture of this world (None for text), ``choices`` what may be answered, ``group`` what it shares
+    with others that it stands or falls with.
+    """
 
     task: str
     question: str
     answer: str
     image: str | None = None
     choices: tuple[str, ...] = ()
+    group: str = ""
 
 
 def share(key: str) -> float:
@@ -311,7 +316,7 @@ COUNTRIES = 20  # what five minutes of training can teach
 WAYS = 8  # in which a flag of the test is held
 TOGETHER = (
     f"The test has {COUNTRIES * WAYS} pictures of {COUNTRIES} flags, each in {WAYS} ways: pictures of a flag stand or "
-    "fall together, so that intervals over pictures are too narrow."
+    "fall together, and intervals are over flags."
 )
 ANOTHERS = {"bv", "cp", "dg", "ea", "hm", "mf", "sj", "ta", "um"}  # territories that fly another one's flag
 
@@ -331,7 +336,7 @@ def flag_items(split: str) -> list[Item]:
     """Whose flag is it: the name of a country, with none offered.
 
     Trained on are Twemoji's drawings, validated with the same drawings held in other ways, tested on OpenMoji's. What
-    its intervals are worth says ``TOGETHER``.
+    is asked of a flag is a group: see ``TOGETHER``.
     """
     folder, copies = {
         "train": ("flags", range(24)),
@@ -339,7 +344,7 @@ def flag_items(split: str) -> list[Item]:
         "test": ("openmoji", range(WAYS)),
     }[split]
     items = [
-        Item("flags", "Whose flag is it?", country, f"{folder}/{file}_{copy}.png")
+        Item("flags", "Whose flag is it?", country, f"{folder}/{file}_{copy}.png", group=country)
         for file, country in flags()
         for copy in copies
     ]
@@ -399,5 +404,5 @@ def write(folder: Path, items: list[Item], file: str) -> Path:
     rows = []
     for item in items:
         row = {"task": item.task, "question": item.question, "answer": item.answer, "choices": list(item.choices)}
-        rows.append(row | ({"image": item.image} if item.image else {}))
+        rows.append(row | {key: value for key in ("image", "group") if (value := getattr(item, key))})
     return write_text(folder / file, "".join(json.dumps(row) + "\n" for row in rows))

@@ -45,10 +45,10 @@ def ask(model: nn.Module, processor, tasks: Sequence[Task], *, max_new_tokens: i
 
 def scored(task: Task, answers: Sequence[str]) -> dict:
     """A task's entry in what :func:`evaluate` returns."""
-    scores = score(answers, task.records, task.metric)
-    low, high = interval(scores)
-    value = sum(scores) / len(scores)
-    return {"value": value, "low": low, "high": high, "n": len(scores), "scores": scores, "answers": list(answers)}
+    scores, groups = score(answers, task.records, task.metric), task.groups
+    low, high = interval(scores, groups=groups)
+    found = {"value": sum(scores) / len(scores), "low": low, "high": high, "n": len(scores)}
+    return found | {"groups": groups, "scores": scores, "answers": list(answers)}
 
 
 def evaluate(
@@ -65,8 +65,8 @@ def evaluate(
 ) -> dict[str, dict[str, dict]]:
     """Answers and scores of ``model``: ``{"source": {task: {...}}, "target": {task: {...}}}``.
 
-    A task's entry holds ``value`` (mean score), ``low`` and ``high`` (95 % interval), ``n``, and ``scores`` and
-    ``answers`` in the order of its records.
+    A task's entry holds ``value`` (mean score), ``low`` and ``high`` (95 % interval), ``n``, and in the order of its
+    records ``groups`` (`Task.groups`), ``scores`` and ``answers``.
 
     Args:
         model: any Hugging Face vision-language or causal language model, wrapped by PEFT or not.
@@ -92,8 +92,8 @@ def evaluate(
     }
 
 
-def _scores(measured: dict, side: str) -> dict[str, list[float]]:
-    return {name: entry["scores"] for name, entry in measured[side].items()}
+def _each(measured: dict, side: str, what: str) -> dict[str, list]:
+    return {name: entry[what] for name, entry in measured[side].items()}
 
 
 def _or_null(value: float | list[float]) -> float | list[float] | None:
@@ -122,11 +122,13 @@ def comparison(before: dict, after: dict) -> dict:
                 "before_interval": [old["low"], old["high"]],
                 "after_interval": [after[side][name]["low"], after[side][name]["high"]],
                 "n": old["n"],
+                **({"groups": count} if (count := len(set(old["groups"]))) < old["n"] else {}),
             }
             for name, old in before[side].items()
         }
-    four = [_scores(measured, side) for side in ("source", "target") for measured in (before, after)]
-    return sides | {"summary": {name: _or_null(value) for name, value in summary(*four).items()}}
+    four = [_each(measured, side, "scores") for side in ("source", "target") for measured in (before, after)]
+    groups = [_each(before, side, "groups") for side in ("source", "target")]
+    return sides | {"summary": {name: _or_null(value) for name, value in summary(*four, *groups).items()}}
 
 
 def curve(
@@ -201,9 +203,9 @@ def curve_point(value: float, measured: dict, drifted: dict | None = None) -> di
     for side in ("source", "target"):
         if not measured[side]:
             continue
-        scores = _scores(measured, side)
+        scores = _each(measured, side, "scores")
         point[side] = task_average(scores)
-        point[f"{side}_interval"] = average_interval(scores)
+        point[f"{side}_interval"] = average_interval(scores, _each(measured, side, "groups"))
     return point | ({"drift": drifted["value"], "drift_interval": drifted["interval"]} if drifted else {})
 
 

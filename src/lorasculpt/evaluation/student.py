@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from functools import cache
 from statistics import mean, stdev
 
 
@@ -23,6 +24,7 @@ def p_value(t: float, freedom: int) -> float:
     return 1 - (2 / math.pi * (angle + inside) if odd else inside)
 
 
+@cache
 def quantile(freedom: int, level: float = 0.95) -> float:
     """The t that a share ``level`` of values lies within, on both sides of 0."""
     low, high = 0.0, 1.0

@@ -1,7 +1,8 @@
 """The numbers of one run: source and target averages, retention, gain, H-mean, average. Numpy only.
 
 Scores are given by task, ``{"emoji_name": [1, 0, ...], ...}``, each in [0, 1]; an average is the mean of the tasks'
-means, so that a task counts once whatever its size.
+means, so that a task counts once whatever its size. Beside them may stand, by task too, the groups of the items that
+stand or fall together (`score.worth`); items of a task that has none are each drawn by itself.
 """
 
 from __future__ import annotations
@@ -13,9 +14,11 @@ from typing import Any
 
 import numpy as np
 
-from .score import interval
+from .score import interval, worth
 
 Scores = Mapping[str, Sequence[float]]
+Groups = Mapping[str, Sequence[int]]
+NONE: Groups = {}
 NORMAL = NormalDist()
 Estimate = tuple[float, float, float]  # a value and the ends of its 95 % interval
 Formula = Callable[[Any, Any], Any]
@@ -49,7 +52,7 @@ def average(source, target):
     return (source + target) / 2
 
 
-def average_interval(scores: Scores) -> list[float]:
+def average_interval(scores: Scores, groups: Groups = NONE) -> list[float]:
     """95 % interval of a task average: the mean of the tasks' own (`score.interval`), each less sure.
 
     How much less is such that, were each task's mean of a normal law, the average's would be as sure as it is said to
@@ -62,14 +65,17 @@ def average_interval(scores: Scores) -> list[float]:
     """
     if not scores:
         return [math.nan] * 2
-    padded = [[*values, 0, 0, 1, 1] for values in scores.values()]  # so that nothing is wholly sure (Agresti, Coull)
-    errors = [math.sqrt(np.var(values) / len(values)) for values in padded]
-    z = NORMAL.inv_cdf(0.975) * math.hypot(*errors) / sum(errors)
-    ends = np.array([interval(values, 2 * NORMAL.cdf(z) - 1) for values in scores.values()])
+    # padded, so that nothing is wholly sure (Agresti, Coull)
+    errors = [
+        math.sqrt(np.var([*values, 0, 0, 1, 1]) / (worth(values, groups.get(name)) + 4))
+        for name, values in scores.items()
+    ]
+    level = 2 * NORMAL.cdf(NORMAL.inv_cdf(0.975) * math.hypot(*errors) / sum(errors)) - 1
+    ends = np.array([interval(values, level, groups.get(name)) for name, values in scores.items()])
     return [float(end) for end in ends.mean(axis=0)]
 
 
-def correlation(before: Scores, after: Scores) -> float:
+def correlation(before: Scores, after: Scores, groups: Groups = NONE) -> float:
     """How the task averages before and after go together, over items drawn anew; 0 where one of them cannot move.
 
     A hard question is hard for both models: a difference or ratio of the two is surer than either.
@@ -78,7 +84,10 @@ def correlation(before: Scores, after: Scores) -> float:
         raise ValueError("scores before and after must be of the same items of the same tasks")
     both = np.zeros((2, 2))
     for name, values in before.items():
-        both += np.cov(values, after[name], ddof=0) / len(values)
+        n = len(values)
+        _, which = np.unique(groups.get(name, range(n)), return_inverse=True)
+        sums = np.array([np.bincount(which, np.asarray(x, float) - np.mean(x)) for x in (values, after[name])])
+        both += sums @ sums.T / n**2
     spread = math.sqrt(both[0, 0] * both[1, 1])
     return float(both[0, 1] / spread) if spread > 0 else 0.0
 
@@ -112,7 +121,12 @@ def combined(formula: Formula, first: Estimate, second: Estimate, rho: float = 0
 
 
 def summary(
-    source_before: Scores, source_after: Scores, target_before: Scores, target_after: Scores
+    source_before: Scores,
+    source_after: Scores,
+    target_before: Scores,
+    target_after: Scores,
+    source_groups: Groups = NONE,
+    target_groups: Groups = NONE,
 ) -> dict[str, float | list[float]]:
     """Every number of a run with its 95 % interval under ``<name>_interval``.
 
@@ -125,13 +139,17 @@ def summary(
         "target_before": target_before,
         "target_after": target_after,
     }
+    groups = {"source": source_groups, "target": target_groups}
     numbers: dict[str, float | list[float]] = {}
     known: dict[str, Estimate] = {}
     for name, values in scores.items():
-        value, (low, high) = task_average(values), average_interval(values)
+        value, (low, high) = task_average(values), average_interval(values, groups[name.split("_")[0]])
         numbers |= {name: value, f"{name}_interval": [low, high]}
         known[name] = (value, low, high)
-    alike = {side: correlation(scores[f"{side}_before"], scores[f"{side}_after"]) for side in ("source", "target")}
+    alike = {
+        side: correlation(scores[f"{side}_before"], scores[f"{side}_after"], of_side)
+        for side, of_side in groups.items()
+    }
     for name, formula, (first, second), paired, (least, most) in (
         ("retention", retention, ("source_before", "source_after"), alike["source"], (0.0, math.inf)),
         ("gain", gain, ("target_before", "target_after"), alike["target"], (-1.0, 1.0)),

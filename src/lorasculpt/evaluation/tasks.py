@@ -33,6 +33,13 @@ class Task:
                     f"{record.where}: the metric 'choice' of task {self.name!r} needs 'choices' in the row."
                 )
 
+    @property
+    def groups(self) -> list[int]:
+        """For each question the number of the first that it stands or falls with: of its group, or its pictures."""
+        first: dict[object, int] = {}
+        keys = (record.group or record.images or number for number, record in enumerate(self.records))
+        return [first.setdefault(key, number) for number, key in enumerate(keys)]
+
 
 def tasks(
     records: Sequence[Record], metric: str | Mapping[str, str] = "exact", names: Sequence[str] | None = None

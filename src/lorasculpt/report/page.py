@@ -139,17 +139,20 @@ def task_table(found: list[Entry]) -> dict:
     One row for each task; of more than ``MANY`` entries one for each of these, with the tasks across.
     """
     rows: list[dict[str, Any]] = []
+    across = []
     for side in ("source", "target"):
         for task, first in getattr(found[0], side).items():
             after = [getattr(entry, side)[task]["after"] for entry in found]
             winner = best(after)
             cells = [_cell(first["before"]), *(_cell(value, i == winner) for i, value in enumerate(after))]
-            cells.append(_plain_cell(str(first["n"]), first["n"]))
-            rows.append({"name": f"{task.replace('_', ' ')} ({side})", "cells": cells})
+            together = f" in {first['groups']} groups" if first["groups"] else ""
+            cells.append(_plain_cell(f"{first['n']}{together}", first["n"]))
+            name = f"{task.replace('_', ' ')} ({side})"
+            rows.append({"name": name, "cells": cells})
+            across.append(f"{name}, {first['n']}{SPACE}questions{together}")
     heads = ["base model", *(entry.label for entry in found)]
     if len(found) <= MANY:
         return {"head": ["Task (%)", *heads, "Questions"], "rows": rows}
-    across = [f"{row['name']}, {row['cells'][-1]['text']}{SPACE}questions" for row in rows]
     turned = [{"name": name, "cells": [row["cells"][i] for row in rows]} for i, name in enumerate(heads)]
     return {"head": ["Method (%)", *across], "rows": turned}
 
@@ -280,6 +283,7 @@ def as_json(found: list[Entry], sentences: list[str]) -> dict:
     def tasks(side: dict) -> dict:
         return {
             name: {"before": _plain(task["before"]), "after": _plain(task["after"]), "n": task["n"]}
+            | ({"groups": task["groups"]} if task["groups"] else {})
             for name, task in side.items()
         }
 

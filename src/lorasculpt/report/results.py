@@ -55,7 +55,8 @@ class Number:
 class Entry:
     """One method (with one choice of settings): its runs, and every number over them.
 
-    ``source`` and ``target`` map a task to ``{"before": Number, "after": Number, "n": int}``. ``base`` and ``tuned``,
+    ``source`` and ``target`` map a task to ``{"before": Number, "after": Number, "n": int, "groups": int | None}``, the
+    latter where questions stand or fall together. ``base`` and ``tuned``,
     strength 0 and 1, are ``{"strength": float, "source": Number, "target": Number}`` of all questions, without source
     tasks with ``kept`` (:func:`with_kept`) in place of ``source``; ``curve`` is a list of such points from strength 0
     to 1, of the questions that curves are measured on. ``drift`` is in nats a token; of several peaks of memory the
@@ -262,6 +263,7 @@ def _over_tasks(runs: list[dict], side: str) -> dict[str, dict]:
             "before": measured(found, "before"),
             "after": over_seeds([measured(run[side][name], "after") for run in runs]),
             "n": found["n"],
+            "groups": found.get("groups"),
         }
         for name, found in runs[0][side].items()
     }

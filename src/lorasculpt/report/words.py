@@ -220,6 +220,9 @@ def spread(found: dict | None) -> str:
 def about_intervals(entries: list[Entry]) -> str:
     """How the intervals in the tables came about."""
     text = f"In brackets: 95{SPACE}% intervals over the test items (Wilson's for a task; the others follow from those)"
+    tasks = [task for entry in entries for side in (entry.source, entry.target) for task in side.values()]
+    if any(task["groups"] for task in tasks):
+        text += ", where those of one picture, or one group, stand or fall together as far as they do here"
     if all(len(entry.runs) == 1 for entry in entries):
         text += ". They don't show how another seed of training would differ."
     else:

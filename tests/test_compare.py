@@ -479,6 +479,18 @@ def test_nothing_is_trained_twice(run, tmp_path, monkeypatch):
     assert len(trained) == 3
 
 
+def test_an_edited_adapter_is_taken_by_no_other_run(run, monkeypatch):
+    """An edit has the settings of what it is of."""
+    config = run("methods={lora: {}, milder: {of: lora, edit: scale, by: 0.5}}")
+    compare.compare(config, seeds=1, rates=[0.01], progress=False)
+    (config.output / "compare.json").unlink()
+    lora, milder = (test.config.output for test in Comparison(config, seeds=1, rates=[0.01]).tests())
+    shutil.rmtree(lora)
+    compare.compare(config, seeds=1, rates=[0.01], progress=False)
+    made, edited = ((folder / "adapter" / "adapter_model.safetensors").read_bytes() for folder in (lora, milder))
+    assert made != edited
+
+
 def test_a_label_may_choose_by_both_numbers_among_the_trials_of_another(run, tmp_path, monkeypatch):
     monkeypatch.setattr(single, "train", lambda config, **options: None)
     monkeypatch.setattr(single, "measure", measured_by({0.001: (0.9, 0.5), 0.01: (0.5, 0.6), 0.02: (0.0, 0.7)}.get))

@@ -149,10 +149,9 @@ class Comparison:
         config = run.config
         if run.edit or config.data.sequence or config.evaluate.every or (config.output / RUN_FILE).is_file():
             return 0.0
-        for other, result in self.done((*self.trials(), *self.tests())):
-            if trained_alike(other.config.output, config):
-                take(config, other.config.output)
-                return result["seconds"]
+        for other, _ in self.done((*self.trials(), *self.tests())):
+            if other.edit is None and trained_alike(other.config.output, config):
+                return take(config, other.config.output)
         return 0.0
 
     def command(self, run: Run) -> str:

@@ -175,16 +175,17 @@ class Questions:
         return same and ("questions" not in found or found["questions"] == self.fingerprint)
 
 
-def take(config: RunConfig, alike: Path) -> None:
-    """Make the run ``config``, whose folder is free, of the finished run in the folder ``alike``, trained as it is."""
+def take(config: RunConfig, alike: Path) -> float:
+    """Make the run ``config``, whose folder is free, of the run in ``alike``, trained as it would be; its seconds."""
     check_output(config.output, config)
     write_record(config)
-    training = shutil.copy(alike / LOG_FILE, config.output / LOG_FILE)
+    training = read_json(Path(shutil.copy(alike / LOG_FILE, config.output / LOG_FILE)))
     partial = config.output / ".partial" / ADAPTER
     shutil.copytree(alike / ADAPTER, partial)
-    card.write(partial, config, read_json(Path(training)))
+    card.write(partial, config, training)
     partial.rename(config.output / ADAPTER)
     partial.parent.rmdir()
+    return training["seconds"]
 
 
 def changed(config: RunConfig, data: dict[str, Any], evaluate: dict[str, Any]) -> RunConfig:

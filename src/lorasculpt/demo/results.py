@@ -93,8 +93,10 @@ def _single(work: Path, target: str, methods: dict[str, dict[str, Any]]) -> dict
         world.write(work / "data", random.Random(GENERAL).sample(world.source_items("train"), 1000), GENERAL)
     asked = ASKED[target]
     made = settings("lora", target=target, output=target, limit=asked["limit"])
-    own = {label: _paced(what["rates"], target) for label, what in methods.items() if "rates" in what}
-    made["methods"] = {label: what | ({"rates": own[label]} if label in own else {}) for label, what in methods.items()}
+    made["methods"] = {
+        label: what | {"rates": _paced(what["rates"], target)} if "rates" in what else what
+        for label, what in methods.items()
+    }
     made["data"]["general"] = f"data/{GENERAL}"
     made["training"].pop("lr")  # each label has its own
     made["evaluate"] |= {

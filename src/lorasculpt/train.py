@@ -35,7 +35,7 @@ from .console import say_once
 from .data.records import Record
 from .errors import UserError
 from .evaluation.prompts import check_prompts
-from .files import write_json
+from .files import read_json, write_json
 from .hub import push
 from .models.head import answers_alone
 from .provenance import machine
@@ -132,6 +132,23 @@ def train(
         push(config, adapter)
     trainer.accelerator.wait_for_everyone()  # what is returned is there for all
     return adapter
+
+
+def take(config: RunConfig, alike: Path) -> float:
+    """Make the run ``config``, whose folder is free, of the run in ``alike``, trained as it would be; its seconds.
+
+    Raises:
+        UserError: the folder holds something else.
+    """
+    check_output(config.output, config)
+    write_record(config)
+    training = read_json(Path(shutil.copy(alike / LOG_FILE, config.output / LOG_FILE)))
+    partial = config.output / ".partial" / ADAPTER
+    shutil.copytree(alike / ADAPTER, partial)
+    card.write(partial, config, training)
+    partial.rename(config.output / ADAPTER)
+    partial.parent.rmdir()
+    return training["seconds"]
 
 
 def _tell_rehearsed(config: RunConfig, trained: Sequence[Record]) -> None:

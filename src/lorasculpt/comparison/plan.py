@@ -11,11 +11,12 @@ from ..errors import Diverged, UserError
 from ..provenance import versions
 from ..run.folder import RUN_FILE, diverged, same_run, trained_alike
 from ..run.records import check_metrics
+from ..train import take
 from . import edits, known, labels, runs
 from .known import Known
 from .runs import Run, choose, numbers
 from .sequences import InTurn
-from .single import Single, take
+from .single import Single
 
 
 class Comparison:

@@ -10,15 +10,13 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, ClassVar
 
-from .. import card
 from ..config import Evaluate, RunConfig
 from ..evaluation.correlation import drift_and_loss
 from ..evaluation.score import majority
 from ..evaluation.tasks import Task
-from ..files import read_json
 from ..measure import measure, measured, tells
 from ..report.results import with_kept
-from ..run.folder import ADAPTER, DRIFT_FILE, LOG_FILE, check_output, write_record
+from ..run.folder import DRIFT_FILE, check_output
 from ..run.records import general, held_out, questions, training_rows
 from ..train import train
 from . import edits
@@ -173,19 +171,6 @@ class Questions:
         here = [{task.name: len(task.records) for task in side} for side in self.tasks]
         same = numbers == here and found == self.beside_majority(found)
         return same and ("questions" not in found or found["questions"] == self.fingerprint)
-
-
-def take(config: RunConfig, alike: Path) -> float:
-    """Make the run ``config``, whose folder is free, of the run in ``alike``, trained as it would be; its seconds."""
-    check_output(config.output, config)
-    write_record(config)
-    training = read_json(Path(shutil.copy(alike / LOG_FILE, config.output / LOG_FILE)))
-    partial = config.output / ".partial" / ADAPTER
-    shutil.copytree(alike / ADAPTER, partial)
-    card.write(partial, config, training)
-    partial.rename(config.output / ADAPTER)
-    partial.parent.rmdir()
-    return training["seconds"]
 
 
 def changed(config: RunConfig, data: dict[str, Any], evaluate: dict[str, Any]) -> RunConfig:

@@ -479,7 +479,7 @@ def test_nothing_is_trained_twice(run, tmp_path, monkeypatch):
     assert len(trained) == 3
 
 
-def test_an_edited_adapter_is_taken_by_no_other_run(run, monkeypatch):
+def test_an_edited_adapter_is_taken_by_no_other_run(run):
     """An edit has the settings of what it is of."""
     config = run("methods={lora: {}, milder: {of: lora, edit: scale, by: 0.5}}")
     compare.compare(config, seeds=1, rates=[0.01], progress=False)

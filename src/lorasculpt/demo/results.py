@@ -67,10 +67,10 @@ OTHERS: dict[str, dict[str, Any]] = {label: COMPARED[label] for label in ("lora"
     "shira": {},
 }
 # What a comparison on one task takes and asks, where it is not the same for all: ``pace`` times the rates, ``limit``
-# items of a task behind each number and ``curve`` of source and target at each strength.
+# items of a task behind each number, ``curve`` of source and target at each strength and ``refine`` strengths at most.
 ASKED: dict[str, dict[str, int]] = {
-    "digits": {"pace": 1, "limit": 500, "curve": 400},
-    "flags": {"pace": 3, "limit": 160, "curve": 100},
+    "digits": {"pace": 1, "limit": 500, "curve": 400, "refine": 5},
+    "flags": {"pace": 3, "limit": 160, "curve": 100, "refine": 7},
 }
 SEVERAL = {"tasks": several.together, "sequence": several.in_turn}
 TARGETS = (*world.TARGETS, *SEVERAL)
@@ -103,8 +103,8 @@ def _single(work: Path, target: str, methods: dict[str, dict[str, Any]]) -> dict
         "validation": [f"data/{target}_validation.jsonl"],
         "validation_source": ["data/source_validation.jsonl"],
         "drift": 64,
-        "strengths": [0.5],  # and up to five more where the curve is known least, so that a steep one is known too
-        "refine": 5,
+        "strengths": [0.5],  # and more where the curve is known least, so that a steep one is known too
+        "refine": asked["refine"],
         "curve": asked["curve"],
     }
     return made

@@ -37,7 +37,7 @@ def test_a_change_changes_what_it_says(label, folder):
     for key, value in changes.get("method", {}).items():
         assert config.method[key] == value
     assert config.training.steps == changes.get("steps", run.STEPS["digits"])
-    assert config.training.lr == changes.get("lr", run.METHODS[name]["lr"])
+    assert config.training.lr == changes.get("lr", run.METHODS[name]["lr"]["digits"])
 
 
 def test_a_finished_run_is_not_done_again(folder, monkeypatch):

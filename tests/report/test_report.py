@@ -280,7 +280,11 @@ def test_without_source_what_is_kept_goes_by_drift(tmp_path):
     assert "| base model | 100.0 | 10.0" in markdown
     assert "kept: probability of the base's own texts (%)" in page
     assert "source" not in (markdown + content + page).lower().replace('"source": {}', "")
-    assert len(headline(entries(read([write(tmp_path, *(drifted(name, 0.5, 0.6) for name in "abcde"))])))) == 2
+    many = write(tmp_path, *(drifted(name, 0.5, 0.6) for name in "abcde"))
+    assert len(headline(entries(read([many])))) == 2
+    report(many, tmp_path / "many")
+    bullets = [line for line in (tmp_path / "many" / "report.md").read_text().splitlines() if line[:2] == "- "]
+    assert [line[2:] for line in bullets] == one_by_one(entries(read([many])))
 
 
 def test_runs_with_and_without_source_are_reported_apart(tmp_path):

@@ -452,7 +452,9 @@ def report(results: str | Path | Sequence[str | Path], out_dir: str | Path, rema
     content = {key: value for part in reversed(parts) for key, value in part.content.items()}
     content |= {"headline": [*sentences, *first.notes]}
     write_json(out / "report.json", content, nan=False)
-    blocks = [f"# {first.title}", " ".join(content["headline"])]
+    lead = page["lead"] if page.get("many") else len(sentences)
+    blocks = [f"# {first.title}", " ".join([*sentences[:lead], *first.notes])]
+    blocks += ["\n".join(f"- {sentence}" for sentence in sentences[lead:])]
     for part in parts:
         blocks += [*map(markdown_table, part.tables), part.note]
     text = "\n\n".join(block.rstrip() for block in blocks if block) + "\n"

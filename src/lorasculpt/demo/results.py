@@ -67,7 +67,7 @@ OTHERS: dict[str, dict[str, Any]] = {label: COMPARED[label] for label in ("lora"
     "shira": {},
 }
 # What a comparison on one task takes and asks, where it is not the same for all: ``pace`` times the rates, ``limit``
-# items of a task behind each number, ``curve`` of source and target at each strength and ``refine`` strengths at most.
+# items of a task behind each number, ``curve`` of source and target at each strength and ``refine`` more strengths.
 ASKED: dict[str, dict[str, int]] = {
     "digits": {"pace": 1, "limit": 500, "curve": 400, "refine": 5},
     "flags": {"pace": 3, "limit": 160, "curve": 100, "refine": 7},

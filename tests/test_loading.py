@@ -7,6 +7,7 @@ import json
 import logging
 import shutil
 
+import pico
 import pytest
 import torch
 from commands import done, refused
@@ -177,11 +178,27 @@ def test_a_base_in_half_precision_has_an_adapter_in_full(run):
     assert "dtype is float32, but" in refused("eval", config.output.parent / "run.yaml")
 
 
+@pytest.fixture
+def bitsandbytes(monkeypatch):
+    """As it is on a CPU with AVX512-BF16, where it packs 4-bit layers anew when they first answer."""
+    found = pytest.importorskip("bitsandbytes")
+    monkeypatch.setattr(logging.getLogger(found.__name__), "disabled", True)
+    monkeypatch.setattr(found.nn.modules, "has_avx512bf16", lambda: True)
+    return found
+
+
+@pytest.fixture
+def wide(tmp_path, monkeypatch):
+    """A tiny llava whose rows are whole 4-bit blocks, as those of most real models are."""
+    for sizes in (pico.TEXT, pico.VISION):
+        monkeypatch.setitem(sizes, "hidden_size", 64)
+        monkeypatch.setitem(sizes, "intermediate_size", 128)
+    return pico.save("llava", tmp_path / "wide")
+
+
 @pytest.mark.parametrize("bits", ["4bit", "8bit"])
-def test_a_quantised_base_is_trained_on_and_measured(run, bits, monkeypatch):
-    pytest.importorskip("bitsandbytes")
-    monkeypatch.setattr(logging.getLogger("bitsandbytes"), "disabled", True)
-    config = run(f"quantization={bits}", "training.save_every=2")
+def test_a_quantised_base_is_trained_on_and_measured(run, wide, bits, bitsandbytes):
+    config = run(f"base={wide}", f"quantization={bits}", "training.save_every=2")
     folder = train.train(config, progress=False)
     kept = load_file(folder / "adapter_model.safetensors")
     assert {value.dtype for value in kept.values()} == {torch.float32}  # and not TRL's bf16
@@ -194,15 +211,36 @@ def test_a_quantised_base_is_trained_on_and_measured(run, bits, monkeypatch):
     load_adapter(model, folder)
 
 
+def test_a_base_in_four_bits_that_has_answered_still_passes_gradients(wide, bitsandbytes):
+    model, _ = loading.load(wide, quantization="4bit")
+    tokens = torch.arange(4, 20)[None]
+    with torch.no_grad():
+        model.eval()(input_ids=tokens)
+    inputs = model.get_input_embeddings()(tokens).detach().requires_grad_()
+    model.train()(inputs_embeds=inputs, labels=tokens).loss.backward()
+    layers = [module for module in model.modules() if isinstance(module, bitsandbytes.nn.Linear4bit)]
+    assert layers
+    assert not any(getattr(layer.weight.quant_state, "packing_format_for_cpu", False) for layer in layers)
+    assert inputs.grad[0, :-1].norm(dim=-1).min() > 0  # nothing follows the last
+
+
+def test_four_bits_that_would_be_read_wrongly_are_refused(pico_folder, bitsandbytes, monkeypatch):
+    """As they are on a CPU with AVX-512, where each row is read as if a block began with it."""
+    read, base = bitsandbytes.functional.dequantize_4bit, pico_folder("llava")
+    other = lambda codes, state: read(codes, state) * (1 if state.shape[0] == 1 else 2)  # noqa: E731
+    monkeypatch.setattr(bitsandbytes.functional, "dequantize_4bit", other)
+    with pytest.raises(UserError, match=r"rows of \d+ weights, no multiple of 64, .*; use quantization: 8bit, or none"):
+        loading.load(base, quantization="4bit")
+    loading.load(base, quantization="8bit")
+
+
 @pytest.fixture
-def packed(tmp_path, pico_folder, monkeypatch):
+def packed(tmp_path, wide, bitsandbytes):
     """Writes the tiny llava as a folder whose weights are quantised to so many bits."""
-    bitsandbytes = pytest.importorskip("bitsandbytes")
-    monkeypatch.setattr(logging.getLogger(bitsandbytes.__name__), "disabled", True)
 
     def write(bits):
-        how = BitsAndBytesConfig(load_in_4bit=bits == 4, load_in_8bit=bits == 8)
-        given, folder = pico_folder("llava"), tmp_path / f"packed-{bits}"
+        how = BitsAndBytesConfig(load_in_4bit=bits == 4, load_in_8bit=bits == 8, bnb_4bit_quant_type="nf4")
+        given, folder = wide, tmp_path / f"packed-{bits}"
         kinds = {"quantization_config": how, "device_map": "cpu"}
         AutoModelForImageTextToText.from_pretrained(given, **kinds).save_pretrained(folder)
         AutoProcessor.from_pretrained(given).save_pretrained(folder)
@@ -227,10 +265,10 @@ def test_a_base_whose_files_are_quantised_is_loaded_where_models_compute(packed,
 
 @pytest.mark.parametrize("bits", [4, 8])
 @torch.no_grad()
-def test_a_base_whose_files_are_quantised_says_what_it_said(packed, pico_folder, bits):
+def test_a_base_whose_files_are_quantised_says_what_it_said(packed, wide, bits):
     folder, tokens = packed(bits), torch.arange(4, 20)[None]
-    found, expected = (loading.load(base)[0](input_ids=tokens).logits for base in (folder, pico_folder("llava")))
-    assert float((found - expected).norm() / expected.norm()) < 0.1
+    found, expected = (loading.load(base)[0](input_ids=tokens).logits for base in (folder, wide))
+    assert float((found - expected).norm() / expected.norm()) < 0.15  # a weight is rounded by .09
     with pytest.raises(UserError, match=r"packed-\d is quantised already; leave quantization out"):
         loading.load(folder, quantization="4bit")
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import difflib
 import gc
 import importlib.util
@@ -69,7 +70,7 @@ def load(
 
     Raises:
         UserError: no model there, or one that needs another package or its own code; or an attention or a setting that
-            it does not have; or a quantization of what is quantised.
+            it does not have; a quantization of what is quantised; or 4 bits that this processor reads wrongly.
     """
     tower.register()
     if torch.device(device).type != "cpu":
@@ -117,7 +118,10 @@ def load(
     complete(model, processor)
     if image_processor:
         processor.image_processor = _with(image_processor, getattr(processor, "image_processor", None))
-    return model if quantised(model) else model.to(device), processor
+    if quantised(model):
+        _check_codes(model, base)
+        return model, processor
+    return model.to(device), processor
 
 
 def _with(settings: Mapping[str, Any], given: Any) -> Any:
@@ -144,6 +148,35 @@ def see_as(processor: Any, folder: Path) -> None:
 def quantised(model: nn.Module) -> bool:
     """Whether the weights of a freshly loaded ``model`` are codes, be it by its files or because that was asked for."""
     return getattr(model, "hf_quantizer", None) is not None
+
+
+def _check_codes(model: nn.Module, base: str | Path) -> None:
+    """See that the 4-bit layers of bitsandbytes mean what they should, also on a CPU with AVX-512.
+
+    There it packs a layer anew, for good, when that first answers, and no gradient passes it from then on: a run that
+    is measured on its way would hardly learn. So it is kept from that. And there it begins a block of codes with every
+    row, though where rows are no whole blocks they go on from one to the next.
+
+    Raises:
+        UserError: a layer is read otherwise by rows than as the one row of codes that it is.
+    """
+    for name, module in model.named_modules():
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            module.support_avx512bf16_for_cpu = False
+        codes: Any = getattr(module, "weight", None)
+        state = getattr(codes, "quant_state", None)
+        if state is None or state.shape[-1] % state.blocksize == 0:
+            continue
+        from bitsandbytes.functional import dequantize_4bit
+
+        flat = copy.copy(state)
+        flat.shape = torch.Size((1, state.shape.numel()))
+        if not torch.equal(dequantize_4bit(codes.data, state), dequantize_4bit(codes.data, flat).view(state.shape)):
+            raise UserError(
+                f"{base} cannot be held in 4 bits here: {name} has rows of {state.shape[-1]} weights, no multiple of "
+                f"{state.blocksize}, and what bitsandbytes reads of those is wrong on this processor; use "
+                "quantization: 8bit, or none."
+            )
 
 
 def check_mergeable(model: nn.Module, base: str | Path) -> None:

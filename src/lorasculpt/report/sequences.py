@@ -135,14 +135,16 @@ def headline(found: Sequence[dict[str, Any]]) -> list[str]:
         if _learned(matrix) < len(tasks):
             unfinished.append(f"{matrix['label']} has learned {_learned(matrix)} of {len(tasks)} tasks")
             continue
-        if not matrix["complete"]:  # more of its comparison is to follow
-            unfinished.append(matrix["label"])
         text = f"{matrix['label']} has {percent(mean(matrix['rows'][-1]['accuracy']), 0)}\u00a0% on average"
         if (change := matrix["numbers"].get("backward")) is not None:
             text += f" ({'+' * (change.value > 0)}{percent(change.value)} points since each was learned)"
         said.append(text)
     sentences = [f"After {listed(tasks)}, learned in turn: {'; '.join(said)}."] if said else []
-    return sentences + ([f"Not everything is learned yet: {'; '.join(unfinished)}."] if unfinished else [])
+    if unfinished:
+        sentences.append(f"Not everything is learned yet: {'; '.join(unfinished)}.")
+    elif not all(matrix["complete"] for matrix in found):
+        sentences.append("Some sequences of the comparison are still missing: these numbers may change.")
+    return sentences
 
 
 def as_json(found: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:

@@ -227,8 +227,11 @@ def test_a_base_in_four_bits_that_has_answered_still_passes_gradients(wide, bits
 def test_four_bits_that_would_be_read_wrongly_are_refused(pico_folder, bitsandbytes, monkeypatch):
     """As they are on a CPU with AVX-512, where each row is read as if a block began with it."""
     read, base = bitsandbytes.functional.dequantize_4bit, pico_folder("llava")
-    other = lambda codes, state: read(codes, state) * (1 if state.shape[0] == 1 else 2)  # noqa: E731
-    monkeypatch.setattr(bitsandbytes.functional, "dequantize_4bit", other)
+
+    def otherwise(codes, state):
+        return read(codes, state) * (1 if state.shape[0] == 1 else 2)
+
+    monkeypatch.setattr(bitsandbytes.functional, "dequantize_4bit", otherwise)
     with pytest.raises(UserError, match=r"rows of \d+ weights, no multiple of 64, .*; use quantization: 8bit, or none"):
         loading.load(base, quantization="4bit")
     loading.load(base, quantization="8bit")
@@ -268,7 +271,7 @@ def test_a_base_whose_files_are_quantised_is_loaded_where_models_compute(packed,
 def test_a_base_whose_files_are_quantised_says_what_it_said(packed, wide, bits):
     folder, tokens = packed(bits), torch.arange(4, 20)[None]
     found, expected = (loading.load(base)[0](input_ids=tokens).logits for base in (folder, wide))
-    assert float((found - expected).norm() / expected.norm()) < 0.15  # a weight is rounded by .09
+    assert float((found - expected).norm() / expected.norm()) < 0.1
     with pytest.raises(UserError, match=r"packed-\d is quantised already; leave quantization out"):
         loading.load(folder, quantization="4bit")
 

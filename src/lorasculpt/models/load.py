@@ -119,6 +119,7 @@ def load(
     if image_processor:
         processor.image_processor = _with(image_processor, getattr(processor, "image_processor", None))
     if quantised(model):
+        _leave_unpacked(model)
         _check_codes(model, base)
         return model, processor
     return model.to(device), processor
@@ -150,19 +151,26 @@ def quantised(model: nn.Module) -> bool:
     return getattr(model, "hf_quantizer", None) is not None
 
 
-def _check_codes(model: nn.Module, base: str | Path) -> None:
-    """See that the 4-bit layers of bitsandbytes mean what they should, also on a CPU with AVX-512.
+def _leave_unpacked(model: nn.Module) -> None:
+    """Keep bitsandbytes from packing 4-bit layers anew, for good, when they first answer on a CPU with AVX512-BF16.
 
-    There it packs a layer anew, for good, when that first answers, and no gradient passes it from then on: a run that
-    is measured on its way would hardly learn. So it is kept from that. And there it begins a block of codes with every
-    row, though where rows are no whole blocks they go on from one to the next.
+    No gradient passes a packed layer: a run that is measured on its way would hardly learn from then on.
+    """
+    for module in model.modules():
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            module.support_avx512bf16_for_cpu = False
+
+
+def _check_codes(model: nn.Module, base: str | Path) -> None:
+    """See that the 4-bit layers of bitsandbytes are read as they were written.
+
+    On a CPU with AVX-512 it begins a block of codes with every row, though where rows are no whole blocks these go on
+    from one row to the next.
 
     Raises:
         UserError: a layer is read otherwise by rows than as the one row of codes that it is.
     """
     for name, module in model.named_modules():
-        if hasattr(module, "support_avx512bf16_for_cpu"):
-            module.support_avx512bf16_for_cpu = False
         codes: Any = getattr(module, "weight", None)
         state = getattr(codes, "quant_state", None)
         if state is None or state.shape[-1] % state.blocksize == 0:
@@ -175,7 +183,7 @@ def _check_codes(model: nn.Module, base: str | Path) -> None:
             raise UserError(
                 f"{base} cannot be held in 4 bits here: {name} has rows of {state.shape[-1]} weights, no multiple of "
                 f"{state.blocksize}, and what bitsandbytes reads of those is wrong on this processor; use "
-                "quantization: 8bit, or none."
+                "quantization: 8bit, or none, with a base whose files are not in 4 bits."
             )
 
 

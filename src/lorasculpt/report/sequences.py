@@ -130,11 +130,12 @@ def matrix_table(matrix: dict[str, Any]) -> dict[str, Any]:
 def headline(found: Sequence[dict[str, Any]]) -> list[str]:
     """What is left of the tasks after the last one, and which are still to be learned."""
     tasks = found[0]["tasks"]
-    said, unfinished = [], []
+    said, unfinished, missing = [], [], False
     for matrix in found:
         if _learned(matrix) < len(tasks):
             unfinished.append(f"{matrix['label']} has learned {_learned(matrix)} of {len(tasks)} tasks")
             continue
+        missing |= not matrix["complete"]  # more of its comparison is to follow
         text = f"{matrix['label']} has {percent(mean(matrix['rows'][-1]['accuracy']), 0)}\u00a0% on average"
         if (change := matrix["numbers"].get("backward")) is not None:
             text += f" ({'+' * (change.value > 0)}{percent(change.value)} points since each was learned)"
@@ -142,7 +143,7 @@ def headline(found: Sequence[dict[str, Any]]) -> list[str]:
     sentences = [f"After {listed(tasks)}, learned in turn: {'; '.join(said)}."] if said else []
     if unfinished:
         sentences.append(f"Not everything is learned yet: {'; '.join(unfinished)}.")
-    elif not all(matrix["complete"] for matrix in found):
+    if missing:
         sentences.append("Some sequences of the comparison are still missing: these numbers may change.")
     return sentences
 

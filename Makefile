@@ -1,6 +1,7 @@
 # Needs Python >= 3.11, git and make. Everything is installed into .venv, once.
 #
-#     make demo          a small model learns something new: what it learned and what it forgot (FULL=1: the whole run)
+#     make demo          a small model learns something new: what it learned and what it forgot (FULL=1: the whole run;
+#                        TARGET=flags: a harder task)
 #     make test          all tests (ARGS='-k pico' picks some)
 #     make check         format, lint, types, tests, every example in the docs: what a change must pass
 #     make results       measures everything in results/ again: hours, goes on where it was stopped, readable at any time
@@ -11,6 +12,7 @@
 
 BIN := .venv/bin
 ARGS ?=
+TARGET ?=
 # One process for each processor, four at most: each takes a gigabyte. What a module makes once, one of them makes.
 WORKERS := -n logical --maxprocesses 4 --dist loadscope
 
@@ -18,7 +20,7 @@ help:
 	@sed -n 's/^#     //p' Makefile
 
 demo: .venv/.installed
-	$(BIN)/lorasculpt demo $(if $(filter-out 0 no false,$(FULL)),--full)
+	$(BIN)/lorasculpt demo $(if $(filter-out 0 no false,$(FULL)),--full) $(if $(TARGET),--target $(TARGET))
 
 test: .venv/.installed-dev
 	$(BIN)/python -m pytest $(WORKERS) $(ARGS)

@@ -51,6 +51,9 @@ def test_the_drift_is_compared_with_the_source_lost_over_runs_and_points_of_curv
     assert -1 <= found["runs"]["low"] < 0.9 <= found["runs"]["high"] <= 1
     assert drift_and_loss([plain]) is None
 
+    ends = [(0, 0.0, 0.0), (1, 0.2, 0.2)]  # the runs themselves, once more
+    assert drift_and_loss([run(0.2, 0.2, ends)])["curve"] is None
+
     # strength 0 has neither and proves nothing; whole runs are drawn, so that two of them have no interval
     falling = [(0, 0.0, 0.0), (0.5, 0.1, 0.3), (1, 0.2, 0.2)], [(0, 0.0, 0.0), (0.5, 0.3, 0.1), (1, 0.4, 0.0)]
     found = drift_and_loss([run(0.2, 0.2, falling[0]), run(0.4, 0.0, falling[1])])

@@ -446,6 +446,10 @@ def test_a_curve_of_fewer_questions_lies_beside_its_marks(tmp_path):
     assert "| base model | 70.0 [" in path.with_suffix(".md").read_text()
     assert "<title>A: target 60.0 %, source 25.0 %</title>" in path.read_text()
     assert "A line is of fewer questions than" in path.read_text()
+    assert "a mark for each run, small hollow ones along its curve" in path.read_text()
+    plain = report(write(tmp_path / "plain", one | {"curve": []}), tmp_path / "plain" / "out").read_text()
+    assert "Each line turns" not in plain
+    assert "a mark for each run. " in plain
     content = json.loads(path.with_suffix(".json").read_text())
     assert [point["source"]["value"] for point in content["methods"][0]["curve"]] == [0.5, 0.45, 0.2]
     # the large one, and on the line all three, of which none is under the star; in the legend of the plot there is none

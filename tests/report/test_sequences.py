@@ -82,8 +82,22 @@ def test_a_comparison_of_sequences(tmp_path):
     assert whole[3].startswith("−30.0 [")  # charts from .9 to .5 and to .7
     path.write_text(json.dumps(record | {"table": table(runs), "complete": False}))
     assert headline(read([path]))[1:] == [
-        "Some sequences of the comparison are still missing: these numbers may change."
+        "Before the first, the base had 15\u00a0%.",
+        "Some sequences of the comparison are still missing: these numbers may change.",
     ]
+
+
+def test_of_many_the_best_and_the_first_beside_it_are_told(tmp_path):
+    ends = {"lora": [0.5, 0.75], "olora": [0.3, 0.3], "am_lora": [0.6, 0.75]}
+    paths = [matrix(tmp_path / m, m, [*SHARES[:2], [*end, 0.6]], backward=end[0] - 0.9) for m, end in ends.items()]
+    told = "am_lora has 68\u00a0% on average (−30.0 points since each was learned); lora has 62\u00a0% on average"
+    assert headline(read(paths)) == [
+        f"Highest of 3 after charts and flags, learned in turn: {told} (−40.0 points since each was learned).",
+        "Before the first, the base had 15\u00a0%.",
+    ]
+    assert "; olora has 30\u00a0% on average" in headline(read(paths[:2]))[0]  # two are both told
+    paths.append(matrix(tmp_path / "d", "mosld", SHARES[:2]))
+    assert headline(read(paths))[2] == "Not everything is learned yet: mosld has learned 1 of 2 tasks."
 
 
 def test_labels_tell_runs_apart(tmp_path):

@@ -20,8 +20,8 @@ def drift_and_loss(runs: Sequence[dict[str, Any]]) -> dict[str, Any] | None:
 
     Returns:
         ``runs``: :func:`rank_correlation` over the runs that have a drift. ``curve``: the same over all points of the
-        strength curves that carry one; not over strength 0, which is the base, with neither drift nor loss. None for
-        what no run has, and altogether if none has a drift and a source.
+        strength curves that carry one; not over strength 0, which is the base, with neither drift nor loss. None where
+        no curve has a point but its ends, and altogether if no run has a drift and a source.
     """
     drifted: list[Points] = []
     curves: list[Points] = []
@@ -34,7 +34,8 @@ def drift_and_loss(runs: Sequence[dict[str, Any]]) -> dict[str, Any] | None:
             curves.append(points)
     if not drifted:
         return None
-    return {"runs": rank_correlation(drifted), "curve": rank_correlation(curves) if curves else None}
+    between = any(0 < p["strength"] < 1 and "drift" in p for run in runs for p in run.get("curve") or ())
+    return {"runs": rank_correlation(drifted), "curve": rank_correlation(curves) if between else None}
 
 
 def along(run: dict[str, Any]) -> Points:

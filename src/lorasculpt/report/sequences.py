@@ -127,23 +127,44 @@ def matrix_table(matrix: dict[str, Any]) -> dict[str, Any]:
     return {"head": ["Accuracy (%)", *matrix["tasks"], "source"], "rows": rows}
 
 
+def _average(row: dict[str, Any]) -> float:
+    """The accuracy over all tasks at one stage."""
+    return mean(row["accuracy"])
+
+
+def _share(row: dict[str, Any]) -> str:
+    return f"{percent(_average(row), 0)}\u00a0%"
+
+
+def _ended(matrix: dict[str, Any]) -> str:
+    text = f"{matrix['label']} has {_share(matrix['rows'][-1])} on average"
+    if (change := matrix["numbers"].get("backward")) is not None:
+        text += f" ({'+' * (change.value > 0)}{percent(change.value)} points since each was learned)"
+    return text
+
+
 def headline(found: Sequence[dict[str, Any]]) -> list[str]:
-    """What is left of the tasks after the last one, and which are still to be learned."""
+    """What is left of the tasks after the last one, and which are still to be learned.
+
+    Of more than two methods it is told of the one that has the most left, and of the first of the others.
+    """
     tasks = found[0]["tasks"]
-    said, unfinished, missing = [], [], False
-    for matrix in found:
-        if _learned(matrix) < len(tasks):
-            unfinished.append(f"{matrix['label']} has learned {_learned(matrix)} of {len(tasks)} tasks")
-            continue
-        missing |= not matrix["complete"]  # more of its comparison is to follow
-        text = f"{matrix['label']} has {percent(mean(matrix['rows'][-1]['accuracy']), 0)}\u00a0% on average"
-        if (change := matrix["numbers"].get("backward")) is not None:
-            text += f" ({'+' * (change.value > 0)}{percent(change.value)} points since each was learned)"
-        said.append(text)
-    sentences = [f"After {listed(tasks)}, learned in turn: {'; '.join(said)}."] if said else []
-    if unfinished:
-        sentences.append(f"Not everything is learned yet: {'; '.join(unfinished)}.")
-    if missing:
+    ended = [matrix for matrix in found if _learned(matrix) == len(tasks)]
+    sentences = []
+    if len(ended) > 2:
+        best = max(ended, key=lambda matrix: _average(matrix["rows"][-1]))
+        other = next(matrix for matrix in ended if matrix is not best)
+        told = f"{_ended(best)}; {_ended(other)}"
+        sentences.append(f"Highest of {len(ended)} after {listed(tasks)}, learned in turn: {told}.")
+    elif ended:
+        sentences.append(f"After {listed(tasks)}, learned in turn: {'; '.join(map(_ended, ended))}.")
+    if ended:
+        sentences.append(f"Before the first, the base had {_share(found[0]['rows'][0])}.")
+    counts = [(matrix["label"], _learned(matrix)) for matrix in found if matrix not in ended]
+    if counts:
+        unfinished = "; ".join(f"{label} has learned {n} of {len(tasks)} tasks" for label, n in counts)
+        sentences.append(f"Not everything is learned yet: {unfinished}.")
+    if not all(matrix["complete"] for matrix in ended):  # more of their comparison is to follow
         sentences.append("Some sequences of the comparison are still missing: these numbers may change.")
     return sentences
 

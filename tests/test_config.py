@@ -96,12 +96,18 @@ def test_it_can_be_written_and_read_back(tmp_path: Path) -> None:
     assert RunConfig.load(again, ["seed=1"]) != config
 
 
+def test_a_home_that_nobody_has_is_told(tmp_path: Path) -> None:
+    assert message(tmp_path, GOOD.replace("output: ", "output: ~nobody-at-all/")) == (
+        "run.yaml:2: output names a home that is not known here; write the path out"
+    )
+
+
 def test_a_run_without_further_arguments_is_written_as_before_there_were_any(tmp_path: Path) -> None:
     assert "arguments" not in run(tmp_path).to_yaml()
-    config = run(tmp_path, "training: {arguments: {run_name: a, optim_args: {x: 1}}}\n")
+    config = run(tmp_path, "training: {arguments: {run_name: '1e-4', optim_args: {x: 1}}}\n")
     (tmp_path / "again.yaml").write_text(config.to_yaml())
     assert RunConfig.load(tmp_path / "again.yaml") == config
-    assert config.training.arguments == {"run_name": "a", "optim_args": {"x": 1}}
+    assert config.training.arguments == {"run_name": "1e-4", "optim_args": {"x": 1}}
 
 
 def test_nothing_changes_later(tmp_path: Path) -> None:
@@ -155,6 +161,7 @@ MISTAKES = {
     "evaluate: {source: [a, 3]}": "run.yaml:5: evaluate.source.1 must be a path; got 3",
     "evaluate:\n  metric:\n    a: exact\n    b: f1": "run.yaml:8: evaluate.metric.b must be 'exact', 'contains', 'vqa' "
     "or 'choice'; got 'f1'",
+    "seed: 202611302220": "run.yaml:5: seed must be less than 4294967296; got 202611302220",
     "seed: 1\nseed: 2": "run.yaml:6: seed is given twice (first on line 5); remove one",
     "training:\n  lr: 1\n  lr: 1": "run.yaml:7: training.lr is given twice (first on line 6); remove one",
     "x: [1, 2": "run.yaml:5: not valid YAML (expected ',' or ']', but got '<stream end>'); correct the syntax",

@@ -31,6 +31,7 @@ from lorasculpt.models.load import load
 from lorasculpt.overview import meanings
 from lorasculpt.provenance import machine
 from lorasculpt.run.callbacks import Cost
+from lorasculpt.run.folder import checkpoints
 from lorasculpt.run.model import attach
 from lorasculpt.run.records import one_pass, training_rows
 from lorasculpt.train import train
@@ -119,6 +120,9 @@ def test_drift_is_measured_where_it_is_asked_for(run, capsys):
     assert [row["step"] for row in record["training"] if row.get("drift", 0) > 0] == [2, 4]
     assert (config.output / "drift.jsonl").read_text() == texts  # the same in training and after it
     assert texts.count('"images": []') == 2
+    more = RunConfig.load(config.output / "run.yaml", ["evaluate.drift=6"])
+    measure(more, progress=False)  # others, with pictures as well
+    assert (config.output / "drift.jsonl").read_text().count('"images": []') == 3
     cli._summary([results])
     assert "drift" in capsys.readouterr().out
 
@@ -197,6 +201,9 @@ def test_an_error_in_the_middle_of_training_loses_no_checkpoint(run, monkeypatch
     with pytest.raises(ValueError, match="strange"):
         train(config, progress=False)
     assert (config.output / "checkpoint-2" / "adapter_model.safetensors").is_file()
+    for name in ("checkpoint-2-kept", "checkpoint-best"):  # the user's own copies
+        shutil.copytree(config.output / "checkpoint-2", config.output / name)
+    assert [path.name for path in checkpoints(config.output)][-1] == "checkpoint-2"
 
 
 def test_what_tensorboard_is_told_stays_for_all_parts_of_a_run(run, monkeypatch):

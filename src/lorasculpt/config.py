@@ -46,7 +46,10 @@ def _resolve(value: Any, info: ValidationInfo) -> Any:
     """A path as written, taken relative to the folder of the YAML file, or to that of today where there is no file."""
     if isinstance(value, str) and value:
         folder = (info.context or {}).get("folder") or Path.cwd()
-        return folder / Path(value).expanduser()
+        try:
+            return folder / Path(value).expanduser()
+        except RuntimeError:
+            raise ValueError("names a home that is not known here; write the path out") from None
     return value
 
 
@@ -344,7 +347,7 @@ class RunConfig(_Section):
     attention: str | None = None
     image_processor: dict[str, Any] = Field(default_factory=dict)
     output: RelativePath
-    seed: Annotated[int, Field(ge=0)] = 0
+    seed: Annotated[int, Field(ge=0, lt=2**32)] = 0
     method: dict[str, Any] = Field(default_factory=lambda: {"name": "lorasculpt"})
     methods: dict[str, dict[str, Any]] = Field(default_factory=dict)
     scope: Literal["language", "vision", "projector", "all"] | None = None
@@ -433,7 +436,7 @@ class RunConfig(_Section):
 
     def to_yaml(self) -> str:
         """The whole run as YAML, every default written out; `load` reads it back as an equal run."""
-        return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+        return yaml.dump(self.model_dump(mode="json"), Dumper=_Dumper, sort_keys=False, allow_unicode=True)
 
     def error(self, key: str, message: str) -> UserError:
         """The error to raise about a dotted key: ``run.yaml:7: method.density <message>``."""
@@ -447,10 +450,15 @@ class _Loader(yaml.SafeLoader):
     """Reads ``5e-4`` as the number it is; YAML 1.1 takes it for text."""
 
 
-_Loader.yaml_implicit_resolvers = {key: list(value) for key, value in yaml.SafeLoader.yaml_implicit_resolvers.items()}
-_Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:float", re.compile(r"[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+$"), list("-+.0123456789")
-)
+class _Dumper(yaml.SafeDumper):
+    """Puts quotes around a text that `_Loader` would read as a number."""
+
+
+for _kind in (_Loader, _Dumper):
+    _kind.yaml_implicit_resolvers = {key: list(value) for key, value in _kind.yaml_implicit_resolvers.items()}
+    _kind.add_implicit_resolver(
+        "tag:yaml.org,2002:float", re.compile(r"[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+$"), list("-+.0123456789")
+    )
 
 
 def _parse(text: str, place: Callable[[int], str]) -> tuple[Any, dict[Key, int]]:

@@ -245,6 +245,23 @@ def test_a_folder_without_an_adapter_is_refused(tmp_path):
         lorasculpt.load(llama(), tmp_path)
 
 
+def test_files_that_are_cut_short_are_refused(sculpted):
+    _, folder = sculpted
+    weights, config = folder / "adapter_model.safetensors", folder / "adapter_config.json"
+    whole = weights.read_bytes()
+    for size in (0, 20, len(whole) - 8):
+        weights.write_bytes(whole[:size])
+        with pytest.raises(UserError, match=r"adapter_model\.safetensors is damaged or cut short"):
+            lorasculpt.load(llama(), folder)
+    weights.rename(folder / "adapter_model.bin")
+    with pytest.raises(UserError, match="no pickle is read"):
+        lorasculpt.load(llama(), folder)
+    weights.write_bytes(whole)
+    config.write_text(config.read_text()[:-20])
+    with pytest.raises(UserError, match=r"adapter_config\.json is no readable JSON"):
+        lorasculpt.load(llama(), folder)
+
+
 def test_files_of_the_future_are_refused(sculpted):
     _, folder = sculpted
     path = folder / "lorasculpt.json"

@@ -210,6 +210,31 @@ def test_many_classes_are_no_choices(tmp_path):
     assert rows(fetch(tmp_path / "a.parquet", tmp_path / "out").file) == [{"question": "a?", "answer": "kind 20"}]
 
 
+def test_a_row_without_a_class_has_no_answer(tmp_path):
+    features = Features(question=Value("string"), answer=ClassLabel(names=["cat", "dog"]))
+    Dataset.from_dict({"question": ["a?", "b?"], "answer": [-1, 1]}, features).save_to_disk(tmp_path / "a")
+    with pytest.raises(UserError, match=r"row 1 of .*: has the class -1 for its answer"):
+        fetch(tmp_path / "a", tmp_path / "out", progress=False)
+    found = fetch(tmp_path / "a", tmp_path / "out", skip=True, progress=False)
+    assert [row["answer"] for row in rows(found.file)] == ["dog"]
+
+
+def test_a_picture_that_is_described_stays_in_its_folder(tmp_path):
+    (tmp_path / "in").mkdir()
+    picture(70).save(tmp_path / "in" / "1.png")
+    picture(80).save(tmp_path / "secret.png")
+    table = tmp_path / "in" / "rows.jsonl"
+    for image, said in (
+        ({"path": str(tmp_path / "secret.png"), "bytes": None}, "lies outside"),
+        ({"src": "https://there.org/a.png", "height": 3}, "neither a file nor the bytes of one"),
+    ):
+        table.write_text(json.dumps({"image": image, "question": "a?", "answer": "A"}) + "\n")
+        with pytest.raises(UserError, match=f"row 1 of .*{said}"):
+            fetch(table, tmp_path / "out", progress=False)
+    table.write_text(json.dumps({"image": {"path": "1.png"}, "question": "a?", "answer": "A"}) + "\n")
+    assert shades(fetch(table, tmp_path / "out", progress=False).file) == [70]
+
+
 def test_rows_that_cannot_be_used(tmp_path, charts):
     data = io.BytesIO()
     picture(1).save(data, "PNG")

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import struct
 from pathlib import Path
 
 import numpy as np
 import pytest
-from PIL import Image
+from PIL import Image, ImageOps
 
 from lorasculpt.data import images
 from lorasculpt.data.images import check_image, open_image
@@ -35,6 +36,12 @@ def test_a_photograph_stands_upright(tmp_path: Path, noise: Image.Image) -> None
     exif[0x0112] = 6  # orientation: turned by 90 degrees
     noise.save(tmp_path / "a.jpg", exif=exif)
     assert open_image(tmp_path / "a.jpg").size == (60, 80)
+    exif[0x011A] = 72.0
+    odd = exif.tobytes().replace(b"\x01\x1a\x00\x05", b"\x01\x28\x00\x05")  # no whole number
+    noise.save(tmp_path / "b.jpg", exif=odd)
+    with Image.open(tmp_path / "b.jpg") as image, pytest.raises(struct.error):  # which Pillow cannot write anew
+        ImageOps.exif_transpose(image)
+    assert open_image(tmp_path / "b.jpg").size == (60, 80)
 
 
 def test_sixteen_bit_grey_keeps_its_shades(tmp_path: Path) -> None:

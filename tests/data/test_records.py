@@ -143,6 +143,8 @@ QA = {"question": "q", "answer": "a"}
 BAD = {
     "not JSON": ('{"question": "q", answer}', r"not valid JSON \(.* at column 19\)"),
     "one key twice": ('{"question": "q", "question": "r", "answer": "a"}', "has the key 'question' twice; remove one"),
+    "half a character": (r'{"question": "\ud83d?", "answer": "a"}', "has half of a character in 'question'"),
+    "half a character in a list": (r'{"question": "q", "answer": "a", "choices": ["a", "\ude00"]}', "in 'choices'"),
     "no object": ([1], "must be a JSON object, got list"),
     "no layout": ({"image": "a.png"}, "no question and answer; give"),
     "no question": ({"answer": "a"}, "'question' is missing; add it"),
@@ -209,6 +211,9 @@ FILES = {
     "object.json": ('{"question": "q"}', r"object\.json:1: a \.json data file holds a list"),
     "twice.json": ('[\n{"answer": "b", "question": "q", "answer": "a"}]', r"twice\.json:2: has the key 'answer' twice"),
     "cut.json": ('[\n{"question": "q", "answer": "a"},\n{"question"', r"cut\.json:3: not valid JSON"),
+    "joined.json": ('[\n{"question": "q", "answer": "a"}\n]\n[]', r"joined\.json:4: more follows after the list"),
+    "nan.json": ('[\n{"question": "q", "answer": NaN}]', r"nan\.json:2: 'answer'"),
+    "nan.jsonl": ('{"question": "q", "answer": NaN}', r"nan\.jsonl:1: 'answer'"),
     "comma.json": ('[\n{"question": "q", "answer": "a"}\n{"question": "q"}]', r"comma\.json:3: not valid JSON \(','"),
 }
 

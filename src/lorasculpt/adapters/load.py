@@ -12,7 +12,7 @@ from typing import Any
 from peft import LoraConfig, PeftConfig, PeftModel
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
 from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME, get_peft_model_state_dict
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from torch import nn
 from transformers import PretrainedConfig
@@ -20,6 +20,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES as IMAGE_TEXT_CLASSES
 
 from ..errors import UserError
+from ..files import read_json
 from .folder import folder_of
 from .layers import sites
 from .method import SETTINGS_FILE, STATE_FILE, bring_back, methods_of, read_record
@@ -60,6 +61,9 @@ def load(
     folder = folder_of(folder, FILES, **hub)
     if not (folder / CONFIG_NAME).is_file():
         raise UserError(f"{folder} holds no adapter: there is no adapter_config.json in it.")
+    read_json(folder / CONFIG_NAME)  # PEFT would raise what json does
+    if not (folder / SAFETENSORS_WEIGHTS_NAME).is_file():
+        raise UserError(f"{folder} holds no {SAFETENSORS_WEIGHTS_NAME}; save the adapter anew: no pickle is read.")
     if trainable and (folder / PROJECTOR_FILE).is_file() and not saves_projector:
         raise UserError(
             f"{folder} comes with a trained projector, which save_pretrained would leave out after more training; "
@@ -95,6 +99,8 @@ def load(
                 model = _added(base, folder, adapter, config, trainable)
             else:
                 model = PeftModel.from_pretrained(base, str(folder), adapter, is_trainable=trainable, config=config)
+    except SafetensorError as error:
+        raise UserError(f"{folder / SAFETENSORS_WEIGHTS_NAME} is damaged or cut short ({error}).") from None
     except (RuntimeError, ValueError) as error:
         if "size mismatch" in str(error) or "Target modules" in str(error):
             raise _misfit(f"the adapter in {folder}", error) from error

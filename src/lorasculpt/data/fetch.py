@@ -270,6 +270,9 @@ def _answered(
     row: dict[str, Any], classes: Mapping[str, Sequence[str]], ask: str | None, every_answer: bool
 ) -> dict[str, Any]:
     """``row`` with one answer, in words, and its question."""
+    for key in classes.keys() & row.keys():
+        if not 0 <= row[key] < len(classes[key]):
+            raise UserError(f"has the class {row[key]} for its {key}, of {len(classes[key])}: -1 stands for none")
     row = {key: classes[key][value] if key in classes else value for key, value in row.items()}
     if "answer" in classes and len(classes["answer"]) <= FEW:
         row.setdefault("choices", list(classes["answer"]))
@@ -294,8 +297,10 @@ def _saved(value: Any, out: Path, beside: Path | None) -> Any:
         return [_saved(one, out, beside) for one in value]
     if isinstance(value, str) and beside is not None:
         data = _read(str(image_in(beside, value)))
-    elif isinstance(value, dict):
-        data = value["bytes"] if value.get("bytes") is not None else _read(value["path"])
+    elif isinstance(value, dict) and value.get("bytes") is not None:
+        data = value["bytes"]
+    elif isinstance(value, dict) and isinstance(value.get("path"), str):
+        data = _read(value["path"] if beside is None else str(image_in(beside, value["path"])))
     else:
         raise UserError(f"its picture is {value!r:.60}, neither a file nor the bytes of one")
     try:

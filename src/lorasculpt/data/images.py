@@ -39,6 +39,8 @@ def open_image(path: str | Path) -> Image.Image:
         UserError: the file is missing, damaged, no image, or larger than ``PIL.Image.MAX_IMAGE_PIXELS``.
     """
     with _explained(path), Image.open(path) as file:
+        file.getexif()
+        file.info.pop("exif", None)  # which would be written anew when it is turned, and may be odd
         image = ImageOps.exif_transpose(file)
         if image.mode.startswith("I;16"):  # Pillow would clip at 255: an X-ray would turn white
             image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))

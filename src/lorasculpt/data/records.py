@@ -19,6 +19,7 @@ from __future__ import annotations
 import difflib
 import hashlib
 import json
+import re
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -31,6 +32,7 @@ from ..errors import UserError
 from .images import check_image
 
 MARK = "<image>"
+HALF = re.compile("[\ud800-\udfff]")  # of a character that JSON writes as two
 UNNAMED = "default"  # the task of a row that names none
 LAYOUTS = {
     "conversations": {"conversations"},
@@ -216,19 +218,27 @@ def _rows(path: Path) -> Iterator[tuple[int, Any]]:
 
 
 def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """A JSON object; one of a key's two values would be lost without a word."""
+    """A JSON object; of a key's two values one would be lost, and no tokenizer takes half a character."""
     found = dict(pairs)
+    for key, value in pairs:
+        for text in value if isinstance(value, list) else [value]:
+            if isinstance(text, str) and HALF.search(text):
+                raise UserError(f"has half of a character in {key!r} (a surrogate without its other); correct the text")
     if len(found) < len(pairs):
         twice = next(key for key, count in Counter(key for key, _ in pairs).items() if count > 1)
         raise UserError(f"has the key {twice!r} twice; remove one")
     return found
 
 
+def _none(constant: str) -> None:
+    """What NaN and Infinity stand for, which are no JSON: a gap, as pandas writes it."""
+
+
 def _line_rows(path: Path, text: str) -> Iterator[tuple[int, Any]]:
     for number, line in enumerate(text.split("\n"), start=1):
         if line.strip():
             try:
-                yield number, json.loads(line, object_pairs_hook=_once)
+                yield number, json.loads(line, object_pairs_hook=_once, parse_constant=_none)
             except json.JSONDecodeError as error:
                 message = f"not valid JSON ({error.msg} at column {error.colno}); put one whole object on the line"
                 raise UserError(f"{path}:{number}: {message}") from None
@@ -238,7 +248,7 @@ def _line_rows(path: Path, text: str) -> Iterator[tuple[int, Any]]:
 
 def _listed_rows(path: Path, text: str) -> Iterator[tuple[int, Any]]:
     """The items of a JSON list one by one, because ``json.loads`` forgets on which line an item began."""
-    decoder, position, line, counted = json.JSONDecoder(object_pairs_hook=_once), 0, 1, 0
+    decoder, position, line, counted = json.JSONDecoder(object_pairs_hook=_once, parse_constant=_none), 0, 1, 0
 
     def skip(position: int) -> int:
         while position < len(text) and text[position].isspace():
@@ -265,6 +275,9 @@ def _listed_rows(path: Path, text: str) -> Iterator[tuple[int, Any]]:
         elif text[position : position + 1] != "]":
             here = text.count("\n", 0, position) + 1
             raise UserError(f"{path}:{here}: not valid JSON (',' or ']' expected after a row); correct the syntax")
+    if (end := skip(position + 1)) < len(text):
+        here = text.count("\n", 0, end) + 1
+        raise UserError(f"{path}:{here}: more follows after the list; put all rows into one, or use .jsonl")
 
 
 # --- rows to records ----------------------------------------------------------------------------------------------

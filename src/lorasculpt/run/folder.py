@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import sys
 from collections.abc import Iterator
@@ -22,6 +23,7 @@ EVENTS = "logs"  # of TensorBoard, of all parts of a run that was interrupted
 DRIFT_FILE, CORDA_FILE, FISHER_FILE = "drift.jsonl", "corda.jsonl", "fisher.safetensors"  # made of the base
 ANSWERS_FILE = "base-answers.json"  # the base's own, asked once
 COST_FILE = "cost.json"  # of each checkpoint
+NAME = re.compile(r"checkpoint-\d+")  # a copy of the user's has another
 HEAD = "# What this run is made with, written by lorasculpt: to change it, edit the file that it was started with.\n"
 
 
@@ -187,8 +189,8 @@ def leave_diverged(config: RunConfig, found: dict[str, Any], *, alone: bool) -> 
 
 
 def checkpoints(output: Path) -> list[Path]:
-    """The whole ones, by their step."""
-    found = [path for path in output.glob("checkpoint-*") if path.is_dir()]
+    """The whole ones that training made, by their step."""
+    found = [path for path in output.glob("checkpoint-*") if path.is_dir() and NAME.fullmatch(path.name)]
     return sorted(found, key=step_of)
 
 

@@ -20,7 +20,7 @@ from ..config import RunConfig
 from ..data.records import UNNAMED, Record, fingerprint, read, replayed, set_aside, shared
 from ..errors import UserError
 from ..evaluation import Task, self_prompts, tasks
-from ..evaluation.drift import Prompt, question
+from ..evaluation.drift import Prompt, question, read_prompts
 from ..evaluation.prompts import tokenizer_of
 from ..evaluation.strength import moved
 from ..evaluation.tasks import asked_as
@@ -214,7 +214,8 @@ def drift_prompts(config: RunConfig, model: nn.Module, processor, autocast: torc
     if not config.evaluate.drift or config.projector == "full" or moved(model):
         return []
     path = config.output / DRIFT_FILE
-    source, target = ([], []) if path.is_file() else held_out(config, config.evaluate.drift)
+    known = path.is_file() and len(read_prompts(path)) == config.evaluate.drift  # these are taken as they are
+    source, target = ([], []) if known else held_out(config, config.evaluate.drift)
     shown = [record.images[0] for task in source or target for record in task.records if record.images]
     images = list(dict.fromkeys(shown))
     random.Random(0).shuffle(images)

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import gc
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from weakref import ref
@@ -10,15 +11,32 @@ import numpy as np
 import pico
 import pytest
 import torch
-from contract import close, equal, loss, masks, plain, records, sgd, start, texts, train, trained, weights
+from contract import (
+    adapt,
+    batches,
+    close,
+    equal,
+    loss,
+    masks,
+    plain,
+    records,
+    sgd,
+    start,
+    texts,
+    train,
+    trained,
+    weights,
+)
 from datasets import Dataset
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from torch import nn
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
 from lorasculpt import Clock, ClockCallback, LoRASculptConfig, UserError, method_logs
 from lorasculpt.adapters.layers import sites
 from lorasculpt.adapters.method import methods_of
 from lorasculpt.adapters.update import context_of, updates
+from lorasculpt.models.parts import target_regex
 
 SHOWN = {"cmr", "penalty_ratio", "density_a", "density_b", "density_ba"}
 
@@ -278,6 +296,44 @@ def test_a_batch_twice_at_half_its_loss_is_the_batch_once(method):
         assert shown["balance_loss"] > 0
         with pytest.raises(AssertionError):
             close(trained_on(2, 1)[0], once)
+
+
+PENALISED = {
+    "lorasculpt": {"cmr_weight": 0.3, "cmr_connector_weight": 0.4, "cmr_modules": "all", "prune_step": 9},
+    "regularized": {"penalty": "l2", "weight": 0.3},
+}
+
+
+@pytest.mark.parametrize("method", PENALISED)
+@pytest.mark.parametrize("part", ["vision", "projector", "all"])
+@pytest.mark.parametrize("micro", [1, 2])
+def test_a_window_without_pictures_has_all_penalties_too(method, part, micro, tmp_path):
+    base, processor = pico.build("llava")
+    model = adapt(base, method, target_modules=target_regex(base, part), **PENALISED[method])
+    for site in sites(model).values():
+        nn.init.normal_(site.b.weight, std=0.1, generator=torch.Generator().manual_seed(3))
+    asked = [replace(record, images=()) for record in records(tmp_path, 2 * micro)]
+    optimizer = sgd(model, lr=0.0)
+    clock = Clock(model, optimizer)
+    clock.begin_step()
+    due = dict(clock._due)
+    for batch in batches(processor, asked, 2):
+        loss(model, batch).backward()
+    found = {parameter: parameter.grad.clone() for parameter in due}
+    optimizer.step()
+    optimizer.zero_grad()
+    clock.end_step()
+    clock.close()
+    for batch in batches(processor, asked, 2):  # no clock: the task's alone
+        value = loss(model, batch)
+        if value.requires_grad:
+            value.backward()
+    task = {parameter: parameter.grad for parameter in due}
+    assert sum(bool(penalty.any()) for penalty in due.values()) > 3
+    assert any(grad is None for grad in task.values())
+    for parameter, penalty in due.items():
+        expected = penalty if task[parameter] is None else penalty + task[parameter]
+        torch.testing.assert_close(found[parameter], expected, rtol=1e-4, atol=1e-6)
 
 
 # --- under a trainer ------------------------------------------------------------------------------------------------

@@ -262,6 +262,25 @@ def test_files_that_are_cut_short_are_refused(sculpted):
         lorasculpt.load(llama(), folder)
 
 
+@pytest.mark.parametrize("trainable", [False, True])
+@pytest.mark.parametrize("content", [b"", b"{", b"[]", b'{"schema": 1}', b'{"schema": "1"}', b"\xff\xfe"])
+def test_a_damaged_file_beside_the_adapter_is_refused(sculpted, content, trainable):
+    _, folder = sculpted
+    (folder / "lorasculpt.json").write_bytes(content)
+    with pytest.raises(
+        UserError, match=r"lorasculpt\.json (is no readable JSON|must hold|is not what lorasculpt writes)"
+    ):
+        lorasculpt.load(llama(), folder, trainable=trainable)
+
+
+def test_a_state_that_is_cut_short_is_refused(sculpted):
+    _, folder = sculpted
+    state = folder / "lorasculpt_state.safetensors"
+    state.write_bytes(state.read_bytes()[:-8])
+    with pytest.raises(UserError, match=r"lorasculpt_state\.safetensors is damaged or cut short"):
+        lorasculpt.load(llama(), folder, trainable=True)
+
+
 def test_files_of_the_future_are_refused(sculpted):
     _, folder = sculpted
     path = folder / "lorasculpt.json"

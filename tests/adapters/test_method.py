@@ -409,6 +409,27 @@ def test_a_frozen_adapter_beside_the_one_in_training_balances_nothing():
     assert all(noted["other"])
 
 
+@pytest.mark.parametrize(("method", "settings"), [("loramoe", {"tasks": [], "knowledge": []}), ("am_lora", {})])
+def test_a_frozen_adapter_asks_for_no_task_and_has_no_loss(method, settings):
+    """The frozen one of ``loramoe`` knows tasks, of which nothing is told."""
+    model, _ = start("llama", method)
+    model.add_adapter("other", CASES[method](target_modules=target_regex(model, "language"), **settings))
+    model.base_model.set_adapter(["default", "other"])
+    for update in updates(model).values():
+        update.requires_grad_(False)
+    for update in updates(model, "other").values():
+        nn.init.normal_(update.B, generator=torch.Generator().manual_seed(8))
+    optimizer = sgd(model)
+    clock = Clock(model, optimizer)
+    model.train()
+    clock.begin_step()
+    model(**texts()[0]).loss.backward()
+    optimizer.step()
+    clock.end_step()
+    assert not any(update.noted for update in updates(model).values())
+    assert method_logs(model)["other/balance_loss"] > 0
+
+
 def test_numbers_of_several_adapters_carry_their_names():
     model = two()
     train(model, [texts()] * 3)

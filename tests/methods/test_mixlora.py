@@ -8,11 +8,13 @@ import torch
 from contract import start
 from differences import check_gradients
 from equations import all_real, drawn, normal, unscaled
+from peft import PeftModel
 from torch import nn
 
 from lorasculpt import MixLoRAConfig, UserError
 from lorasculpt.adapters.context import Context
-from lorasculpt.adapters.update import Place, updates
+from lorasculpt.adapters.update import Place, context_of, updates
+from lorasculpt.evaluation.answer import log_probabilities
 from lorasculpt.methods.mixlora import MixLoRAUpdate
 
 ROWS, LENGTH, IN, OUT = 3, 4, 5, 4
@@ -329,3 +331,70 @@ def test_generation_is_the_same_with_and_without_a_cache_alone_or_in_a_batch(sea
     alone = model.generate(input_ids=ids[:1, 2:], attention_mask=mask[:1, 2:], **how)
     assert torch.equal(alone[:, 4:], found[:each, 6:])
     model(input_ids=ids[:1])  # after a generation every pass chooses anew
+
+
+def apart(pool: str = "sequence") -> PeftModel:
+    """A small Llama whose choices make a difference."""
+    model, _ = start("llama", "mixlora", pool=pool)
+    for update in updates(model).values():
+        nn.init.normal_(update.B, generator=torch.Generator().manual_seed(8))
+    return model.eval()
+
+
+def ids(rows: int, length: int) -> torch.Tensor:
+    return torch.randint(4, 400, (rows, length), generator=torch.Generator().manual_seed(9))
+
+
+@pytest.mark.parametrize("form", ["by place", "added", "boolean", "of each kind"])
+@torch.no_grad()
+def test_padding_is_not_counted_however_the_mask_is_given(form):
+    model, words = apart(), ids(2, 8)
+    mask = torch.ones_like(words)
+    mask[0, :3] = 0
+    causal = torch.ones(8, 8, dtype=torch.bool).tril() & mask.bool()[:, None, None, :]
+    added = torch.zeros(causal.shape).masked_fill(~causal, torch.finfo(torch.float32).min)
+    expected = model(input_ids=words, attention_mask=mask).logits
+    if form == "by place":
+        found = model(words, mask).logits
+    else:
+        given = {"added": added, "boolean": causal, "of each kind": {"full_attention": added}}[form]
+        context = context_of(model)
+        places = model.get_base_model().register_forward_pre_hook(
+            lambda model, args, kwargs: (args, {**kwargs, "attention_mask": mask}), with_kwargs=True
+        )  # only the adapter is to read the mask: the small model takes that of two dimensions
+        found = model(input_ids=words, attention_mask=given).logits
+        places.remove()
+        assert torch.equal(context.padding, mask.bool())
+    torch.testing.assert_close(found[0, 3:], expected[0, 3:])
+    torch.testing.assert_close(found[1], expected[1])
+
+
+def test_padding_is_not_counted_with_a_static_cache():
+    model, words = apart(), ids(2, 8)
+    mask = torch.ones_like(words)
+    mask[0, :3] = 0
+    how = {"do_sample": False, "max_new_tokens": 5, "min_new_tokens": 5, "pad_token_id": 0}
+    expected = model.generate(input_ids=words, attention_mask=mask, **how)
+    found = model.generate(input_ids=words, attention_mask=mask, cache_implementation="static", **how)
+    assert torch.equal(found, expected)
+
+
+@pytest.mark.parametrize(("pool", "same"), [("prompt", True), ("sequence", False)])
+@torch.no_grad()
+def test_a_text_is_as_likely_as_where_it_is_generated(pool, same):
+    """Two prompts of unlike length, each with an answer of its own, as `choose` and the drift ask for them."""
+    model, words = apart(pool), ids(2, 10)
+    lengths, own = (2, 4), torch.arange(4, 0, -1) <= torch.tensor([[2], [4]])
+    mask = torch.ones_like(words)
+    mask[0, :3] = 0
+    found = log_probabilities(model, {"input_ids": words, "attention_mask": mask}, own)
+    for row, length in enumerate(lengths):
+        begin = 3 if row == 0 else 0
+        prompt, answer = words[row : row + 1, begin:-length], words[row, -length:]
+        said = model(input_ids=prompt, use_cache=True)
+        scores = [said.logits[0, -1]]
+        for token in answer[:-1]:
+            said = model(input_ids=token[None, None], past_key_values=said.past_key_values, use_cache=True)
+            scores.append(said.logits[0, -1])
+        close = torch.allclose(found[row, -length:], torch.stack(scores).log_softmax(-1), atol=1e-4)
+        assert close == same

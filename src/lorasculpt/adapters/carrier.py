@@ -1,4 +1,4 @@
-"""Losses and counts of a layer that ride on its own output.
+"""Losses and counts of a layer that ride on its own output, and gradients of 0 that ride on a model's.
 
 Whatever is decided is decided in the backward pass, which happens exactly once per micro-batch: a forward pass happens
 twice under gradient checkpointing, and not at all with gradients under its reentrant kind.
@@ -6,7 +6,7 @@ twice under gradient checkpointing, and not at all with gradients under its reen
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -40,6 +40,22 @@ def carry(
         note: called once with ``stats`` and ``loss``, both detached, in the backward pass.
     """
     return _Carry.apply(output, loss, weight, stats.detach(), note)
+
+
+class _Reach(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, output, *parameters):
+        ctx.save_for_backward(*parameters)
+        return output.view_as(output)
+
+    @staticmethod
+    def backward(ctx, *gradients):
+        return gradients[0], *map(torch.zeros_like, ctx.saved_tensors)
+
+
+def reach(output: Tensor, parameters: Sequence[Tensor]) -> Tensor:
+    """``output`` itself; when the gradient comes back, each of ``parameters`` gets one of 0 beside what it gets."""
+    return _Reach.apply(output, *parameters)
 
 
 def world() -> int:

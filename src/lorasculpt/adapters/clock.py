@@ -10,14 +10,15 @@
 A penalty that depends on the weights alone is added to ``.grad`` by a hook that fires when a gradient has been
 accumulated. So it counts exactly once per optimizer step, whatever the accumulation and the checkpointing; it is
 clipped, reduced and unscaled with the task's gradient, as if it were part of the loss; and the forward pass, compiled
-or not, knows nothing of it.
+or not, knows nothing of it. Only where parameters outside the language model have a penalty does the model's output
+give them a gradient of 0 besides: rows without a picture would give them none, and the penalty would be left out.
 """
 
 from __future__ import annotations
 
 import os
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, MutableMapping
 from pathlib import Path
 from typing import Any
 from weakref import ReferenceType, WeakKeyDictionary, WeakMethod, ref
@@ -31,8 +32,9 @@ from transformers.trainer_utils import has_length
 
 from ..errors import UserError
 from ..ops.sums import total
+from .carrier import reach
 from .layers import MaskedLinear, full, sharded_like
-from .method import Method, bring_back, looks_sculpted, method_logs, methods_of, read_record
+from .method import Method, Methods, bring_back, looks_sculpted, method_logs, methods_of, read_record
 from .update import UpdateLayer
 
 _DRIVING: WeakKeyDictionary[Method, ReferenceType[Clock]] = WeakKeyDictionary()  # the last clock of each method
@@ -73,6 +75,7 @@ class Clock:
         self.step = max((method.step for method in self.methods.values()), default=0)
         self._open = False
         self._due: dict[nn.Parameter, Tensor] = {}
+        self._aside = {id(parameter) for method in self.methods.values() for parameter in method.aside()}
         self._added: dict[nn.Parameter, Tensor] = {}
         self._task: dict[nn.Parameter, Tensor] = {}
         optimizer = getattr(optimizer, "optimizer", optimizer)  # accelerate wraps it
@@ -91,6 +94,9 @@ class Clock:
             optimizer.register_step_pre_hook(self._before_step),
             optimizer.register_step_post_hook(self._after_step),
         ]
+        if self._aside:
+            bases = [module.model for module in model.modules() if isinstance(module, Methods)]
+            self._handles += [base.register_forward_hook(_weak(self._reach)) for base in bases]
         for method in self.methods.values():
             for parameter in method.parameters():
                 if parameter.requires_grad:
@@ -147,6 +153,22 @@ class Clock:
         if not self.methods:
             return set()
         return {id(p) for method in self._at_work().values() for p in method.parameters() if p.requires_grad}
+
+    @torch.compiler.disable  # what is due changes within a window
+    def _reach(self, model: nn.Module, args: tuple, output: Any) -> Any:
+        """See that the backward pass of ``output`` comes to every parameter that has a penalty in this window."""
+        due = [parameter for parameter in (*self._due, *self._added) if id(parameter) in self._aside]
+
+        def reached(value: Any) -> Any:
+            return reach(value, due) if isinstance(value, Tensor) and value.is_floating_point() else value
+
+        if not due or not torch.is_grad_enabled():
+            return output
+        if isinstance(output, MutableMapping):
+            for key, value in list(output.items()):
+                output[key] = reached(value)
+            return output
+        return tuple(map(reached, output)) if isinstance(output, tuple) else reached(output)
 
     def _accumulated(self, parameter: nn.Parameter) -> None:
         """A gradient has just been accumulated in ``parameter.grad``: add what is due, once, and take both norms."""
@@ -304,13 +326,12 @@ class ClockCallback(TrainerCallback):
             self._board = None
 
 
-def _weak(method: Callable[[nn.Parameter], None]) -> Callable[[nn.Parameter], None]:
+def _weak(method: Callable[..., Any]) -> Callable[..., Any]:
     """``method``, called as long as its object is there: what a parameter's hooks hold, Python never collects."""
     weak = WeakMethod(method)
 
-    def call(parameter: nn.Parameter) -> None:
-        if (bound := weak()) is not None:
-            bound(parameter)
+    def call(*args: Any) -> Any:
+        return None if (bound := weak()) is None else bound(*args)
 
     return call
 

@@ -9,7 +9,9 @@ run the backward pass of one batch before the forward pass of the next, as every
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterable, Sequence
+import inspect
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any, TypeAlias, TypeGuard
 
 import torch
@@ -30,7 +32,8 @@ class Context:
         batch: how many rows the language model gets: samples, times beams or returned sequences.
         length: how many tokens each of them has in this pass.
         padding: (batch, keys) True where a token is real, over all the keys that attention sees; None: all are real.
-        prompt: (batch, length) True where a token belongs to the prompt, where labels tell; None: they do not.
+        prompt: (batch, length) True where a token belongs to the prompt, where labels or :meth:`answered` tell; None:
+            nothing does.
         decoding: whether keys of earlier tokens come from a cache.
         continues: whether this pass goes on with a generation whose prompts have been seen, with a cache or without.
         weight: what a loss of one micro-batch counts, a scalar tensor that the clock sets.
@@ -52,6 +55,7 @@ class Context:
         self._words: Tensor | None = None  # (batch, length) the ids of this pass's tokens, where it is given any
         self._image: int | None = None  # the id that stands for pictures
         self._held: Tasks | None = None  # the tasks of a whole generation
+        self._answer: Tensor | None = None  # (batch, width) which of the last tokens are of the answer
         self._passes: int | None = None  # of the generation under way, so far
         self._undo: list[Callable[[], None]] = []
 
@@ -69,21 +73,46 @@ class Context:
         while self._undo:
             self._undo.pop()()
 
+    @contextmanager
+    def answered(self, answer: Tensor) -> Iterator[None]:
+        """Within the block ``answer`` (batch, width) says which of the last tokens are of the answer, as labels do."""
+        self._answer = answer
+        try:
+            yield
+        finally:
+            self._answer = None
+
     def _enter(self, model: nn.Module, args: tuple, kwargs: dict[str, Any]):
         given, ids = kwargs.pop("task", None), kwargs.pop(TASK_IDS, None)
         given = ids if given is None else given
-        words = next((kwargs[key] for key in ("input_ids", "inputs_embeds") if kwargs.get(key) is not None), None)
-        self._begin(model, self._held if given is None else given, args[0] if args and words is None else words)
-        mask = kwargs.get("attention_mask")
-        self.padding = mask.bool() if isinstance(mask, Tensor) and mask.dim() == 2 else None
-        labels = kwargs.get("labels")
-        self.prompt = labels == -100 if isinstance(labels, Tensor) else None
-        cache = kwargs.get("past_key_values")
-        self.decoding = cache is not None and cache.get_seq_length() > 0
+        named = dict(zip(inspect.signature(model.forward).parameters, args, strict=False)) | kwargs if args else kwargs
+        words = (named[key] for key in ("input_ids", "inputs_embeds") if named.get(key) is not None)
+        self._begin(model, self._held if given is None else given, next(words, args[0] if args else None))
+        labels = named.get("labels")
+        if isinstance(labels, Tensor):
+            self.prompt = labels == -100
+        elif self._answer is not None and self.length is not None:
+            self.prompt = nn.functional.pad(~self._answer, (self.length - self._answer.shape[1], 0), value=True)
+        cache = named.get("past_key_values")
+        seen = 0 if cache is None else cache.get_seq_length()
+        self.padding = self._real_keys(named.get("attention_mask"), seen)
+        self.decoding = seen > 0
         self.continues = self.decoding or bool(self._passes)
         if self._passes is not None:
             self._passes += 1
         return args, kwargs
+
+    def _real_keys(self, mask: Any, seen: int) -> Tensor | None:
+        """(batch, keys) True where a token is real, by a mask of any form that models take; None: it does not tell."""
+        mask = mask.get("full_attention") if isinstance(mask, Mapping) else mask  # one for each kind of layer
+        if not isinstance(mask, Tensor):
+            return None
+        if mask.dim() == 4 and self.length is not None:
+            # (batch, 1, queries, keys), added or boolean: the last query sees all that is real. A static cache has
+            # room for keys that are still to come
+            last = mask[:, 0, -1, : seen + self.length]
+            return last == 0 if last.is_floating_point() else last.bool()
+        return mask.bool() if mask.dim() == 2 else None
 
     def _begin(self, model: nn.Module, tasks: Tasks | None, words: Any) -> None:
         """A pass begins, of ``words`` (batch, length) or their embeddings, about which nothing else is known yet."""

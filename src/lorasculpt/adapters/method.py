@@ -19,11 +19,13 @@ from peft.mapping import (
 from peft.tuners.lora import LoraModel
 from peft.tuners.tuners_utils import BaseTuner, check_target_module_exists
 from peft.utils import CONFIG_NAME
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from ..errors import UserError
-from ..models.parts import linears, target_regex
+from ..files import read_json
+from ..models.parts import in_language, linears, target_regex
 from .folder import folder_of
 from .layers import MaskedLinear, Site, sharded, sites
 from .origin import origin, write_origin
@@ -80,6 +82,7 @@ class Method:
     def __init__(self, config: MethodConfig, model: nn.Module, adapter: str):
         self.config, self.adapter = config, adapter
         self.sites: dict[str, Site] = sites(model, adapter)
+        self.language = {name for name in self.sites if in_language(model.model, name)}
         self.step = 0  # optimizer steps taken
         self.gradient: tuple[Tensor, Tensor] | None = None  # squared norms: the task's, the penalties'
         self.combined = False  # whether its weights were made of other adapters
@@ -91,6 +94,11 @@ class Method:
     def parameters(self) -> list[nn.Parameter]:
         """The parameters of the adapter."""
         return [leaf.weight for site in self.sites.values() for leaf in (site.a, site.b)]
+
+    def aside(self) -> list[nn.Parameter]:
+        """Those of its parameters that lie outside the language model, where a batch of text alone never comes."""
+        outside = (site for name, site in self.sites.items() if name not in self.language)
+        return [leaf.weight for site in outside for leaf in (site.a, site.b)]
 
     def open(self, weight: float) -> None:
         """An optimizer step begins; a loss of one of its micro-batches counts ``weight``."""
@@ -266,21 +274,30 @@ def read_record(folder: Path) -> dict[str, Any] | None:
     """The contents of ``lorasculpt.json`` in ``folder``, or None if it is a plain adapter.
 
     Raises:
-        UserError: if the file is of a newer version of this package.
+        UserError: if the file is of a newer version of this package, damaged, or something else.
     """
     path = folder / SETTINGS_FILE
     if not path.is_file():
         return None
-    record = json.loads(path.read_text())
+    record = read_json(path)
+    if not isinstance(record.get("schema"), int) or not record.keys() >= {"method", "settings", "state"}:
+        raise UserError(f"{path} is not what lorasculpt writes beside an adapter; put the file of the training back.")
     if record["schema"] > SCHEMA:
         raise UserError(f"{path} was written by a newer lorasculpt (schema {record['schema']}); upgrade to read it.")
     return record
 
 
 def read_state(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """The method's saved state in ``folder``: plain values and tensors."""
-    record = read_record(folder) or {"state": {}}
-    tensors = load_file(folder / STATE_FILE) if (folder / STATE_FILE).is_file() else {}
+    """The method's saved state in ``folder``: plain values and tensors.
+
+    Raises:
+        UserError: if a file of it is damaged.
+    """
+    record, path = read_record(folder) or {"state": {}}, folder / STATE_FILE
+    try:
+        tensors = load_file(path) if path.is_file() else {}
+    except SafetensorError as error:
+        raise UserError(f"{path} is damaged or cut short ({error}); put it back.") from None
     return record["state"], tensors
 
 

@@ -117,7 +117,7 @@ class Update(nn.Module):
         Args:
             output: what ``forward`` returns.
             gate: (..., experts) the weight of every expert for every token (or for every row), at least 0.
-            loss: the auxiliary loss of this micro-batch in fp32, already weighted, of the batch of all processes.
+            loss: the auxiliary loss of this micro-batch in fp32, already weighted, of sums that are :meth:`shared`.
         """
         watched, learning = self.context.recorder is not None, self._learning()
         if not (watched or learning):
@@ -142,7 +142,7 @@ class Update(nn.Module):
         return carry(output, zero if loss is None else loss.float(), self.context.weight, stats, self._note)
 
     def balance_loss(self, gate: Tensor, probability: Tensor, weight: float) -> Tensor | None:
-        """``weight`` times the balance loss of Switch over the real tokens of all processes; None if nothing learns it.
+        """``weight`` times the balance loss of Switch over the real tokens (:meth:`shared`); None if nothing learns it.
 
         Args:
             gate: (..., experts), 0 for the experts that a token is not sent to.
@@ -152,8 +152,16 @@ class Update(nn.Module):
             return None  # an answer has no other process to wait for
         real, experts = self.context.real(gate), gate.shape[-1]
         chosen, tokens = token_sums((gate > 0).to(probability), real)
-        sums = across(torch.cat([chosen, token_sums(probability, real)[0], tokens[None]]))
+        sums = self.shared(torch.cat([chosen, token_sums(probability, real)[0], tokens[None]]))
         return weight * switch_balance(*sums.split([experts, experts, 1]))
+
+    def shared(self, sums: Tensor) -> Tensor:
+        """``sums`` over the batch of all processes, of which each has its own.
+
+        Outside the language model they stay those of one process, and gradients become the mean over processes: one
+        whose rows have no pictures never passes here, and the others would wait for it.
+        """
+        return across(sums) if self.place.language else sums
 
     def _learning(self) -> bool:
         """Whether this pass is one of its training: a frozen adapter beside the one in training has no part in it."""

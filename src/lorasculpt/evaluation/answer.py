@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from ..adapters.update import known_tasks
+from ..adapters.update import context_of, known_tasks
 from ..data.batches import prompt_text
 from ..data.records import Record
 from ..models.template import stops
@@ -83,20 +84,27 @@ def _lead(processor, record: Record, prompt: str) -> str:
 
 def _mean_log_likelihood(model: nn.Module, inputs: dict, choices: list[list[int]]) -> Tensor:
     """(rows,) mean log-probability of the tokens of each choice after its prompt, in nats a token."""
-    inputs, (width, counted) = followed(inputs, choices), own_positions(choices, model.device)
-    said = log_probabilities(model, inputs, width).gather(2, inputs["input_ids"][:, -width:, None])[..., 0]
-    return (said * counted).sum(1) / counted.sum(1)
+    inputs, own = followed(inputs, choices), own_positions(choices, model.device)
+    tokens = inputs["input_ids"][:, -own.shape[1] :, None]
+    said = log_probabilities(model, inputs, own).gather(2, tokens)[..., 0]
+    return (said * own).sum(1) / own.sum(1)
 
 
-def own_positions(tokens: Sequence[Sequence[int]], device: torch.device) -> tuple[int, Tensor]:
-    """The longest text's length, and which of the last so many positions are a text's own: all end on the right."""
+def own_positions(tokens: Sequence[Sequence[int]], device: torch.device) -> Tensor:
+    """(rows, width) which of the last positions, as many as the longest text has, are a text's own: all end right."""
     width, lengths = max(map(len, tokens)), torch.tensor([len(row) for row in tokens], device=device)
-    return width, torch.arange(width, 0, -1, device=device) <= lengths[:, None]
+    return torch.arange(width, 0, -1, device=device) <= lengths[:, None]
 
 
-def log_probabilities(model: nn.Module, inputs: dict[str, Any], width: int) -> Tensor:
-    """(rows, width, vocabulary): of each of the last ``width`` tokens, given those before it."""
-    logits = model(**inputs, use_cache=False, logits_to_keep=width + 1).logits[:, -width - 1 : -1]
+def log_probabilities(model: nn.Module, inputs: dict[str, Any], own: Tensor) -> Tensor:
+    """(rows, width, vocabulary): of each of the last tokens, given those before it.
+
+    ``own`` (rows, width) says which of them are of the text that is asked about, and no prompt: an adapter that looks
+    at prompts alone is to choose as it would where it wrote that text.
+    """
+    context, width = context_of(model), own.shape[1]
+    with nullcontext() if context is None else context.answered(own):
+        logits = model(**inputs, use_cache=False, logits_to_keep=width + 1).logits[:, -width - 1 : -1]
     return logits.float().log_softmax(-1)
 
 

@@ -214,12 +214,12 @@ def divergences(
         for part, given in prepared(model, processor, records, texts, batch):
             tokens = [list(prompts[i].tokens) for i in part]
             inputs = followed(given, tokens)
-            width, counted = own_positions(tokens, model.device)
-            tuned = log_probabilities(model, inputs | task_of(named, part), width)[counted]
+            own = own_positions(tokens, model.device)
+            tuned = log_probabilities(model, inputs | task_of(named, part), own)[own]
             with base_of(model):
-                base = log_probabilities(model, inputs, width)[counted]
-            each = torch.zeros(counted.shape, device=counted.device)
-            each[counted] = (base.exp() * (base - tuned)).sum(-1)
+                base = log_probabilities(model, inputs, own)[own]
+            each = torch.zeros(own.shape, device=own.device)
+            each[own] = (base.exp() * (base - tuned)).sum(-1)
             sums[part] = each.sum(1).cpu().numpy()
             bar.update(len(part))
     return sums

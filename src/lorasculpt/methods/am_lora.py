@@ -39,7 +39,6 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ..adapters.carrier import across
 from ..adapters.update import Update, UpdateConfig, register_update
 from ..errors import UserError
 from ..ops.routing import token_sums, wide
@@ -112,11 +111,11 @@ class AMLoRAUpdate(Update):
         return wide(_joined(self.v_old, self.v)), wide(_joined(self.c_old, self.c))
 
     def sparsity(self, score: Tensor, x: Tensor) -> Tensor | None:
-        """lambda |u| of the micro-batches of all processes; ``score`` is (..., t). None where it would do nothing."""
-        if not (self.config.l1_weight and score.shape[-1] > 1 and self.training and torch.is_grad_enabled()):
+        """lambda |u| over the tokens (``shared``); ``score`` is (..., t). None where it would do nothing."""
+        if not (self.config.l1_weight and score.shape[-1] > 1 and self._learning()):
             return None
         sums, tokens = token_sums(score, self.context.real(x))
-        total, tokens = across(torch.stack([sums.sum(), tokens]))
+        total, tokens = self.shared(torch.stack([sums.sum(), tokens]))
         return self.config.l1_weight * total / tokens.clamp_min(1)  # (4)
 
     # --- the switch of tasks ----------------------------------------------------------------------------------------

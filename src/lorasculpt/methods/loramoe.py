@@ -32,7 +32,6 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
-from ..adapters.carrier import across
 from ..adapters.update import Update, UpdateConfig, register_update
 from ..ops.routing import mix, scores
 
@@ -55,21 +54,21 @@ class LoRAMoEUpdate(Update):
         gate = scores(x, self.router).softmax(-1)  # (1)
         output = self.scaling * mix(self.dropout(x), self.A, self.B, gate)  # (2)
         # only where there is something to learn: an answer needs no tasks, and no other process to wait for
-        balanced = self.config.balance_weight and self.training and torch.is_grad_enabled()
+        balanced = self.config.balance_weight and self._learning()
         return self.routed(output, gate, self.balance(gate, x) if balanced else None)
 
     def balance(self, gate: Tensor, x: Tensor) -> Tensor:
-        """beta sigma^2(Z) / mu(Z) over the samples of all processes; ``gate`` is (samples, length, N)."""
+        """beta sigma^2(Z) / mu(Z) over the samples (``shared``); ``gate`` is (samples, length, N)."""
         real = self.context.real(x)
         q = gate if real is None else gate * real[..., None]
         q = q.sum(1) if q.dim() == 3 else q  # (3): (samples, N)
         z = self._kinds(x, q) * q
-        total, count = across(torch.stack([z.detach().sum(), z.new_tensor(float(z.numel()))]))
+        total, count = self.shared(torch.stack([z.detach().sum(), z.new_tensor(float(z.numel()))]))
         # one value alone is its own mean, so that all is 0; to ask how many there are would wait for the device
         count, freedom = count.clamp_min(1), (count - 1).clamp_min(1)
         # sums of what is left of a constant: exact gradients, and no cancellation in the variance
         center = total / count
-        first, second = across(torch.stack([(z - center).sum(), (z - center).square().sum()]))
+        first, second = self.shared(torch.stack([(z - center).sum(), (z - center).square().sum()]))
         variance, mean = (second - first.square() / count) / freedom, center + first / count
         power = 1 if self.config.balance == "paper" else 2
         return self.config.balance_weight * variance / (mean.pow(power) + 1e-10)  # (4)

@@ -42,7 +42,7 @@ from torch import Tensor, nn
 from ..adapters.layers import Site, full, sharded, sharded_like
 from ..adapters.method import Method, MethodConfig, pruned, register
 from ..errors import UserError
-from ..models.parts import FAMILIES, in_language
+from ..models.parts import FAMILIES
 from ..ops.conflict import awareness, conflict
 from ..ops.density import product_density, solve_density
 from ..ops.masks import kept, magnitude_mask, pack, unpack
@@ -63,7 +63,6 @@ class Sculpt(Method):
         self.pruned = False
         self.removed: float | None = None  # share of the update's energy that pruning took, where it is known
         self._seen = False  # whether a step has begun
-        self._language = {name for name in self.sites if in_language(model.model, name)}
         self._squared: dict[str, Tensor] = {}
         self._norms: dict[str, Tensor] = {}
         self._cmr: dict[str, float] = {}
@@ -151,7 +150,7 @@ class Sculpt(Method):
         alone is adapted.
         """
         others = [site for name, site in self.sites.items() if not _in_connector(name)]
-        language = [site for site in others if site.name in self._language]
+        language = [site for site in others if site.name in self.language]
         return others if self.config.cmr_modules == "all" else language or others
 
     def _penalised(self) -> list[tuple[Site, float]]:

@@ -47,6 +47,17 @@ def record(answer: str, **fields) -> Record:
         ("wait--no, **cat**", "wait no cat"),
         ("Côte d'Ivoire", "côte d ivoire"),
         ("apple ❤️", "apple"),
+        ("A.", "a"),
+        ("(A)", "a"),
+        ("**A**", "a"),
+        ("A) a cat", "a cat"),
+        ("A: the cat", "a cat"),
+        ("A - the cat", "a cat"),
+        ("A\nThe cat", "a cat"),
+        ("The 'cat' and an €5 note", "cat and 5 note"),
+        ("the U.S.A is a state", "u s a is state"),
+        ("Vitamin A", "vitamin a"),
+        ("The answer is A.", "answer is a"),
     ],
 )
 def test_normalise(text, plain):
@@ -70,6 +81,14 @@ def test_normalise(text, plain):
         ("contains", "一共15个。", "5", 0.0),
         ("contains", "I write C++.", "C", 0.0),
         ("contains", "It is a category.", "cat", 0.0),
+        *(
+            ("exact", form.format(option), option, 1.0)
+            for option in "ABCD"
+            for form in ("{}.", "({})", "{})", "**{}**")
+        ),
+        *(("contains", f"The answer is {option}.", option, 1.0) for option in "ABCD"),
+        *(("contains", f"{option}: a cat", option, 1.0) for option in "ABCD"),
+        ("contains", "vitamin C", "vitamin A", 0.0),
         ("vqa", "red", "red", 1.0),
         ("vqa", "red", "red|red|blue", 2 / 3),
         ("vqa", "red", "red|red|red|red|blue", 1.0),
@@ -99,6 +118,7 @@ def test_score(metric, answer, reference, expected):
         ("x > 5", "x < 5"),
         ("2 + 2", "2 2"),
         ("10²", "102"),
+        ("vitamin", "vitamin A"),
     ],
 )
 def test_what_means_another_thing_is_another_answer(one, other):

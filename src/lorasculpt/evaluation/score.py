@@ -15,7 +15,7 @@ from ..errors import UserError
 from .student import quantile
 
 RESAMPLES = 2000  # of a bootstrap
-ARTICLES = {"a", "an", "the"}
+ARTICLE = re.compile(r"(?<![\w.])(?:an?|the)(?=[^\S\n]+(?!-\s)\S)")  # before a word: no "(A)", "A: a cat", "vitamin A"
 MONEY = "[$¢-¥฿₠-⃀]"
 ALIKE = str.maketrans({"−": "-", "⁄": "/", "\ufe0f": None})  # minus, the stroke of ½, and what only colours an emoji
 SPELLINGS = (  # of a number: -$4 and $-4 are -4, +4 is 4, .5 is 0.5
@@ -44,7 +44,8 @@ def normalise(text: str) -> str:
 
     What tells one answer from another stays: vowel signs and other marks of a word, the sign and the point of a number,
     the signs of arithmetic, ``C++`` and ``B-``. Signs of money, percent and degrees go, as in SQuAD's and VQA's scores.
-    A text that is nothing but punctuation or articles stays as it is, in lower case.
+    An ``A`` that no word follows is no article: it is an option, as ``B`` is, or a vitamin. A text that is nothing but
+    punctuation stays as it is.
 
     References:
         Rajpurkar et al., "SQuAD: 100,000+ Questions for Machine Comprehension of Text", 2016: case, punctuation,
@@ -55,8 +56,7 @@ def normalise(text: str) -> str:
     plain = text
     for spelling, usual in SPELLINGS:
         plain = spelling.sub(usual, plain)
-    words = [word for word in MARK.sub(_mark, plain).split() if word not in ARTICLES]
-    return " ".join(words) or text
+    return " ".join(MARK.sub(_mark, ARTICLE.sub("", plain)).split()) or text
 
 
 def _mark(found: re.Match) -> str:

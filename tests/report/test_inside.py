@@ -14,7 +14,7 @@ from made_up import lora, run, write
 
 from lorasculpt.inspect.lora import inspect, write_json
 from lorasculpt.report.heat import FAINT, Panel, even, heat, scale
-from lorasculpt.report.inside import _loads, inside
+from lorasculpt.report.inside import TOTALS, _loads, inside
 from lorasculpt.report.page import report
 from lorasculpt.report.results import entries, read
 
@@ -166,7 +166,7 @@ def test_routing(tmp_path):
     assert "Inside the adapters" in report(path, tmp_path / "out").read_text()
 
 
-@pytest.mark.parametrize("spoil", ["cut", "dora", "routed", "json", "shape", "yaml", "base"])
+@pytest.mark.parametrize("spoil", ["cut", "dora", "routed", "json", "shape", "total", "nan", "yaml", "base"])
 def test_a_report_never_fails_because_of_an_adapter(tmp_path, spoil):
     path = one(tmp_path / "a", "spoiled", [0.2, 0.5], base=tmp_path / "base")
     weights, settings = (tmp_path / "a" / "adapter" / f for f in ("adapter_model.safetensors", "adapter_config.json"))
@@ -175,11 +175,16 @@ def test_a_report_never_fails_because_of_an_adapter(tmp_path, spoil):
     elif spoil == "dora":
         settings.write_text(json.dumps(json.loads(settings.read_text()) | {"use_dora": True}))
     elif spoil == "routed":
-        (tmp_path / "a" / "adapter" / "lorasculpt.json").write_text('{"schema": 1, "method": "mixlora"}')
+        (tmp_path / "a" / "adapter" / "lorasculpt.json").write_text(
+            '{"schema": 1, "method": "mixlora", "settings": {}, "state": {}}'
+        )
     elif spoil == "json":
         (tmp_path / "a" / "inspect.json").write_text("{")
     elif spoil == "shape":
         (tmp_path / "a" / "inspect.json").write_text('{"layers": [1]}')
+    elif spoil in ("total", "nan"):
+        total = {} if spoil == "total" else dict.fromkeys(TOTALS, float("nan"))
+        (tmp_path / "a" / "inspect.json").write_text(json.dumps({"layers": [], "total": total}))
     elif spoil == "yaml":
         (tmp_path / "a" / "run.yaml").write_text("base: [")
     elif spoil == "base":

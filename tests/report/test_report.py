@@ -17,7 +17,7 @@ from lorasculpt.config import RunConfig
 from lorasculpt.console import duration, size
 from lorasculpt.errors import UserError
 from lorasculpt.evaluation.correlation import drift_and_loss
-from lorasculpt.report.page import report
+from lorasculpt.report.page import gallery, report
 from lorasculpt.report.plots import closer, drawn, fewer, legend, near, tradeoff
 from lorasculpt.report.results import Number, against, best, entries, front, ours, over_seeds, read, reference
 from lorasculpt.report.words import bracket, difference, headline, listed, one_by_one, percent, verdict
@@ -782,6 +782,108 @@ def test_refuses(tmp_path):
     other["target"] = {"flags": other["target"]["digits"]}
     with pytest.raises(UserError, match="tasks are not those"):
         read([write(tmp_path, run("A", (0.3, 0.2), 0.6), other)])
+
+
+@pytest.mark.parametrize(
+    ("part", "value"),
+    [("source", None), ("target", []), ("summary", None), ("summary", 1), ("curve", [{"strength": 0.5}]), ("curve", 3)],
+)
+def test_a_run_that_is_not_whole_is_refused(tmp_path, part, value):
+    with pytest.raises(UserError, match=f"run 1 has no '{part}'"):
+        report(write(tmp_path, run("A", (0.3, 0.2), 0.6, **details(0)) | {part: value}), tmp_path / "out")
+
+
+@pytest.mark.parametrize("runs", [[1], None, {"a": 1}, "runs"])
+def test_runs_that_are_none_are_refused(tmp_path, runs):
+    path = write(tmp_path)
+    path.write_text(json.dumps({"schema": 1, "versions": {}, "runs": runs}))
+    with pytest.raises(UserError, match=r"results\.json: (run 1 has no|its runs are no list)"):
+        report(path, tmp_path / "out")
+
+
+# --- which runs are one method --------------------------------------------------------------------------------------
+
+
+def shown(*files: Path) -> dict[str, list[int]]:
+    return {entry.label: entry.seeds for entry in entries(read(files))}
+
+
+def test_a_run_that_is_in_two_files_counts_once(tmp_path):
+    kinds = ("lora", [0.3, 0.5, 0.4], [0.6, 0.7, 0.8]), ("sparse", [0.7, 0.6, 0.6], [0.5, 0.5, 0.6])
+    runs = [one for kind in kinds for one in seeds(*kind)]
+    whole, half = write(tmp_path / "a", *runs), write(tmp_path / "b", *runs[:2])
+    once, twice = entries(read([whole])), entries(read([whole, half]))
+    assert [entry.numbers for entry in twice] == [entry.numbers for entry in once]
+    assert against(twice) == against(once)
+
+
+def test_other_data_questions_and_edits_are_other_methods(tmp_path):
+    def at(name: str, **fields) -> Path:
+        return write(tmp_path / name, run("lora", (0.3, 0.2), 0.6, **fields))
+
+    assert shown(at("a", data="x"), at("b", data="y", seed=1)) == {"lora (a)": [0], "lora (b)": [1]}
+    assert shown(at("a", questions="x"), at("b", questions="y", seed=1)) == {"lora (a)": [0], "lora (b)": [1]}
+    assert shown(at("a", data="x"), at("b", seed=1), at("c", data="x", seed=2)) == {"lora": [0, 1, 2]}
+    half, more = ({"edit": "dare", "p": p, "seed": seed} for seed, p in enumerate((0.5, 0.9)))
+    files = at("a", edit=half), at("b", edit=half | {"seed": 1}, seed=1), at("c", edit=more, seed=2)
+    assert shown(*files) == {"lora (a)": [0, 1], "lora (c)": [2]}
+
+
+def test_another_run_of_the_same_seed_is_set_apart(tmp_path):
+    files = [write(tmp_path / name, *seeds("lora", [0.3, s], [0.6, 0.7])) for name, s in (("a", 0.4), ("b", 0.5))]
+    assert shown(*files) == {"lora (a)": [0, 1], "lora (b)": [1]}
+
+
+def test_no_two_entries_have_one_name(tmp_path):
+    called = write(tmp_path / "a", run("lora", (0.7, 0.5), 0.9, label="lora"))
+    alone = write(tmp_path / "b", run("lora", (0.3, 0.2), 0.2))
+    content = json.loads(called.read_text())
+    both = tmp_path / "b" / "compare.json"
+    both.write_text(json.dumps(content))
+    assert list(shown(called, alone)) == ["lora (a)", "lora (b)"]
+    assert list(shown(both, alone)) == ["lora (compare)", "lora (b)"]
+    other = write(tmp_path / "c" / "a", run("lora", (0.6, 0.5), 0.8))
+    third = write(tmp_path / "d" / "a", run("lora", (0.6, 0.5), 0.7))
+    assert list(shown(called, other, third)) == ["lora (a)", "lora (a) 2", "lora (a) 3"]
+
+
+def test_seeds_of_another_base_are_told(tmp_path):
+    runs = seeds("A", [0.3, 0.3], [0.6, 0.6])
+    runs[1]["summary"]["source_before"] = 0.2
+    text = report(write(tmp_path, *runs), tmp_path / "out").read_text()
+    assert "The runs of A start from different bases (source 70.0\u00a0% and 20.0\u00a0% before training)" in text
+
+
+@pytest.mark.parametrize("labels", [2, 5])
+def test_other_questions_are_told(tmp_path, labels):
+    names = "ABCDE"[:labels]
+    runs = [run(name, (0.3, 0.2), 0.6, questions="x") for name in names]
+    assert "other questions" not in report(write(tmp_path, *runs), tmp_path / "out").read_text()
+    runs[-1]["questions"] = "y"
+    text = report(write(tmp_path, *runs), tmp_path / "out").read_text()
+    assert f"{names[-1]} was asked other questions than A: compare with care." in text
+    del runs[-1]["questions"]
+    runs[-1]["target"]["digits"]["n"] = 20
+    text = report(write(tmp_path, *runs), tmp_path / "out").read_text()
+    assert f"{names[-1]} was asked other questions than A: compare with care." in text
+    assert "20 or 200" in text
+
+
+def test_a_loss_is_no_noise(tmp_path):
+    bad = run("A", (0.3, 0.2), 0.0)
+    bad["summary"] |= {"gain": -0.1, "gain_interval": [-0.16, -0.05]}
+    text = report(write(tmp_path, bad), tmp_path / "out").read_text()
+    assert "A lost on digits, where it was to learn." in text
+    assert "noise" not in text.partition("</header>")[0]
+
+
+def test_a_picture_of_the_target_is_not_forgotten(tmp_path):
+    one = run("A", (0.3, 0.2), 0.6)
+    one["target"] = {"a_b": one["target"]["digits"]}
+    picture = {"image": "0.png", "question": "q", "answer": "7", "task": "a_b", "base": "7", "tuned": "8"}
+    for side, groups in (("target", []), ("source", ["forgotten"])):
+        one["gallery"] = [picture | {"side": side}]
+        assert [item["groups"] for item in gallery(entries(read([write(tmp_path, one)])))] == [groups]
 
 
 def test_words():

@@ -117,6 +117,18 @@ def test_a_folder_of_results_is_not_one_of_a_matrix(tmp_path):
     assert split([tmp_path / "a"]) == ([tmp_path / "a"], [])
 
 
+@pytest.mark.parametrize("part", ["seed", "method", "rows"])
+def test_a_matrix_that_is_not_whole_is_refused(tmp_path, part):
+    path = matrix(tmp_path / "a", "lora", SHARES)
+    content = json.loads(path.read_text())
+    content[part] = None
+    if part != "rows":
+        del content[part]
+    path.write_text(json.dumps(content))
+    with pytest.raises(UserError, match=r"matrix\.json: is not whole"):
+        report(path, tmp_path / "out")
+
+
 def test_refuses(tmp_path):
     with pytest.raises(UserError, match="no task has been learned yet"):
         report(matrix(tmp_path / "a", "lora", SHARES[:1]), tmp_path / "out")

@@ -71,7 +71,7 @@ def inside(found: Sequence[Entry]) -> dict[str, Any]:
         try:
             inspection, obstacle = _inspection(entry)
             if inspection is not None:
-                known[entry.label] = inspection, _panels(entry.label, inspection)
+                known[entry.label] = _total(inspection), _panels(entry.label, inspection)
             if obstacle is not None:
                 notes.append(f"{entry.label} is not held against its base here: {obstacle}")
         except (UserError, OSError, ValueError, KeyError, TypeError, AttributeError, yaml.YAMLError) as error:
@@ -87,8 +87,18 @@ def inside(found: Sequence[Entry]) -> dict[str, Any]:
         if drawn:
             picture = heat(drawn, scale(drawn, least), f"map-{name}", f"{title} by layer and kind of module")
             maps.append({"title": title, "svg": picture, "even": alike})
-    totals = {label: inspection["total"] for label, (inspection, _) in known.items() if "total" in inspection}
+    totals = {label: total for label, (total, _) in known.items() if total is not None}
     return {"totals": totals, "maps": maps, "notes": notes}
+
+
+def _total(inspection: dict[str, Any]) -> dict[str, float | None] | None:
+    """The numbers of a whole plain LoRA; None of an adapter that has none."""
+    if "total" not in inspection:
+        return None
+    found = {name: inspection["total"][name] for name in TOTALS}
+    if not all(value is None or math.isfinite(value) for value in found.values()):
+        raise ValueError("a number that is none")
+    return found
 
 
 def _inspection(entry: Entry) -> tuple[dict[str, Any] | None, str | None]:

@@ -145,11 +145,14 @@ def task_table(found: list[Entry]) -> dict:
             after = [getattr(entry, side)[task]["after"] for entry in found]
             winner = best(after)
             cells = [_cell(first["before"]), *(_cell(value, i == winner) for i, value in enumerate(after))]
-            together = f" in {first['groups']} groups" if first["groups"] else ""
-            cells.append(_plain_cell(f"{first['n']}{together}", first["n"]))
+            own = [getattr(entry, side)[task] for entry in found]
+            many = " or ".join(str(n) for n in sorted({one["n"] for one in own}))
+            alike = first["groups"] and all(one["groups"] == first["groups"] for one in own)
+            together = f" in {first['groups']} groups" if alike else ""
+            cells.append(_plain_cell(f"{many}{together}", first["n"]))
             name = f"{task.replace('_', ' ')} ({side})"
             rows.append({"name": name, "cells": cells})
-            across.append(f"{name}, {first['n']}{SPACE}questions{together}")
+            across.append(f"{name}, {many}{SPACE}questions{together}")
     heads = ["base model", *(entry.label for entry in found)]
     if len(found) <= MANY:
         return {"head": ["Task (%)", *heads, "Questions"], "rows": rows}
@@ -250,7 +253,7 @@ def gallery(found: list[Entry]) -> list[dict]:
         answers += [said(e.label, own[key], "tuned") for e, own in zip(found, shown, strict=True) if key in own]
         base, *tuned = (answer["right"] for answer in answers)
         groups = {
-            "forgotten": base and not all(tuned) and first.get("task") in found[0].source,
+            "forgotten": base and not all(tuned) and _of_source(first, found[0]),
             "learned": not base and any(tuned),
             "both": base and all(tuned),
         }
@@ -260,6 +263,11 @@ def gallery(found: list[Entry]) -> list[dict]:
             | {part: first[part] for part in ("question", "answer")}
         )
     return items
+
+
+def _of_source(item: dict, entry: Entry) -> bool:
+    """Whether a picture's question is one of what is to be kept; a file of before does not say of which side it is."""
+    return item["side"] == "source" if "side" in item else item.get("task") in entry.source
 
 
 def filters(items: list[dict], source: bool) -> list[dict]:
@@ -377,6 +385,9 @@ def _notes(found: list[Entry]) -> list[str]:
     sides = [side for side in ("source_before", "target_before") if side in found[0].numbers]
     notes = [note for side in sides for note in _bases(found, side)]
     runs = [run for entry in found for run in entry.runs]
+    if others := [entry.label for entry in found[1:] if not _asked_alike(found[0], entry)]:
+        were = "were" if len(others) > 1 else "was"
+        notes.append(f"{listed(others)} {were} asked other questions than {found[0].label}: compare with care.")
     notes += dict.fromkeys(filter(None, map(by_heart, runs)))
     if not all(run["complete"] for run in runs):
         notes.append("Some runs are still missing: these numbers may change.")
@@ -385,11 +396,18 @@ def _notes(found: list[Entry]) -> list[str]:
     return notes
 
 
+def _asked_alike(one: Entry, other: Entry) -> bool:
+    """Whether two entries were asked the same questions, as far as both tell; as many at least."""
+    asked = [{run["questions"] for run in entry.runs if run.get("questions")} for entry in (one, other)]
+    counts = [[task["n"] for side in (e.source, e.target) for task in side.values()] for e in (one, other)]
+    return counts[0] == counts[1] and (asked[0] == asked[1] or not all(asked))
+
+
 def _bases(found: list[Entry], side: str) -> list[str]:
     """Whose base scored otherwise than the first's on a ``side``, and whether the precision tells why."""
 
     def started(entry: Entry) -> str:
-        return f"{percent(entry.numbers[side].value)}{SPACE}%"
+        return listed(list(dict.fromkeys(f"{percent(run['summary'][side])}{SPACE}%" for run in entry.runs)))
 
     def precision(run: dict) -> str:
         return run.get("precision") or "another"
@@ -402,15 +420,24 @@ def _bases(found: list[Entry], side: str) -> list[str]:
     def bases(entry: Entry) -> set[tuple[str, float]]:
         return {(precision(run), round(run["summary"][side], 9)) for run in entry.runs}
 
+    def another(of: set[tuple[str, float]]) -> bool:
+        return len({name for name, _ in of}) < len(of)  # in one precision a base answers in one way
+
     first, alike = found[0], defaultdict(list)
     for entry in found[1:]:
-        if abs(entry.numbers[side].value - first.numbers[side].value) > 1e-9:
-            both = bases(entry) | bases(first)
-            another = len({name for name, _ in both}) < len(both)  # in one precision a base answers in one way
-            alike[another, precisions(entry), started(entry)].append(entry.label)
+        both = bases(entry) | bases(first)
+        unlike = another(both) or precisions(entry) != precisions(first)
+        if len({value for _, value in both}) > 1 and unlike:
+            alike[another(both), precisions(entry), started(entry)].append(entry.label)
     name, notes = side.removesuffix("_before"), []
-    for (another, ran, before), labels in alike.items():
-        if another:
+    notes += [
+        f"The runs of {entry.label} start from different bases ({name} {started(entry)} before training): they are no "
+        "seeds of one method."
+        for entry in found
+        if another(bases(entry))
+    ]
+    for (differ, ran, before), labels in alike.items():
+        if differ:
             starts = "start from another base" if len(labels) > 1 else "starts from another base"
             notes.append(f"{listed(labels)} {starts} ({name} {before} before training): compare with care.")
         else:

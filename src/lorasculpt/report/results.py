@@ -135,12 +135,12 @@ def read(paths: Sequence[Path]) -> list[dict]:
     for path in paths:
         path = path / "results.json" if path.is_dir() else path
         content = load(path)
-        found = content.get("runs", ())
+        found = content.get("runs", [])
+        if not isinstance(found, list):
+            raise UserError(f"{path}: its runs are no list; evaluate them again.")
         for number, run in enumerate(found, start=1):
-            missing = [key for key in REQUIRED if key not in run]
-            missing += [key for key in NUMBERS if key not in run.get("summary", NUMBERS)]
-            if missing:
-                raise UserError(f"{path}: run {number} has no {missing[0]!r}; evaluate it again.")
+            if (lacks := _lacks(run)) is not None:
+                raise UserError(f"{path}: run {number} has no {lacks!r}; evaluate it again.")
             if not run["source"] and not run.get("drift"):
                 raise UserError(
                     f"{path}: run {number} has neither source tasks nor a drift, and a report sets what is learned "
@@ -163,6 +163,19 @@ def read(paths: Sequence[Path]) -> list[dict]:
         if any(list(run[side]) != list(first[side]) for side in SIDES):
             raise UserError(f"{run['file']}: its tasks are not those of {first['file']}; report them apart.")
     return runs
+
+
+def _lacks(run: Any) -> str | None:
+    """What a run of a results file lacks, or has of another kind than it should be; None if it is whole."""
+    if not isinstance(run, dict):
+        return "method"
+    objects, curve = ("source", "target", "summary"), run.get("curve") or []
+    lacks = [key for key in REQUIRED if key not in run or (key in objects and not isinstance(run[key], dict))]
+    lacks = lacks or [key for key in NUMBERS if key not in run["summary"]]
+    parts = ("strength", "target", "source" if run.get("source") else "drift")
+    if not isinstance(curve, list) or not all(isinstance(point, dict) and point.keys() >= {*parts} for point in curve):
+        lacks.append("curve")
+    return lacks[0] if lacks else None
 
 
 def _own(folder: Path, run: dict) -> dict[str, Any]:
@@ -350,25 +363,60 @@ def _leaves(settings: dict, prefix: str = "") -> dict:
     return found
 
 
-def entries(runs: list[dict]) -> list[Entry]:
-    """``runs`` by method and settings, in the order of first appearance.
+def _alike(one: dict, other: dict) -> bool:
+    """Whether two runs differ in nothing but the seed; what one of them does not tell of its data may be the same."""
 
-    An entry is called by its runs' ``label``, or their ``method``; two of the same name by what sets them apart too.
+    def made(run: dict) -> list:
+        edit = {key: value for key, value in (run.get("edit") or {}).items() if key != "seed"}
+        return [run["method"], run.get("label"), _without_seed(run), edit]
+
+    known = [(one[key], other[key]) for key in ("data", "questions") if one.get(key) and other.get(key)]
+    return made(one) == made(other) and all(a == b for a, b in known)
+
+
+def _grouped(runs: list[dict]) -> list[list[dict]]:
+    """``runs`` that are alike together, one of each seed: a second one with the same numbers is the same run.
+
+    One with other numbers is of something that neither tells, such as another base, and is set apart.
     """
-    groups: dict[str, list[dict]] = {}
+    groups: list[list[dict]] = []
     for run in runs:
-        key = json.dumps([run["method"], run.get("label"), _without_seed(run)], sort_keys=True, default=str)
-        groups.setdefault(key, []).append(run)
-    names = [group[0].get("label") or group[0]["method"] for group in groups.values()]
-    found = []
-    for name, group in zip(names, groups.values(), strict=True):
-        others = [
-            _leaves(_without_seed(other[0])) for twin, other in zip(names, groups.values(), strict=True) if twin == name
-        ]
+        alike = [group for group in groups if all(_alike(one, run) for one in group)]
+        same_seed = [one for group in alike for one in group if one["seed"] == run["seed"]]
+        if any(one["summary"] == run["summary"] for one in same_seed):
+            continue
+        free = (group for group in alike if all(one["seed"] != run["seed"] for one in group))
+        if (group := next(free, None)) is None:
+            groups.append([run])
+        else:
+            group.append(run)
+    return groups
+
+
+def entries(runs: list[dict]) -> list[Entry]:
+    """``runs`` by method, settings, data and questions, in the order of first appearance.
+
+    An entry is called by its runs' ``label``, or their ``method``; two of the same name by the settings that set them
+    apart too, or else by their folders. A run that is there twice counts once.
+    """
+    groups = _grouped(runs)
+    names = [group[0].get("label") or group[0]["method"] for group in groups]
+    told = []
+    for name, group in zip(names, groups, strict=True):
+        others = [_leaves(_without_seed(other[0])) for twin, other in zip(names, groups, strict=True) if twin == name]
         own = _leaves(_without_seed(group[0]))
         apart = [key for key in own if any(other.get(key) != own[key] for other in others)]
-        found.append(_entry(" ".join([name, *(f"{key}={own[key]}" for key in apart)]), group))
-    return found
+        told.append(" ".join([name, *(f"{key}={own[key]}" for key in apart)]))
+    places = [f"{name} ({_place(group[0])})" for name, group in zip(told, groups, strict=True)]
+    told = [place if told.count(name) > 1 else name for name, place in zip(told, places, strict=True)]
+    numbered = [f"{name} {told[:at].count(name) + 1}" if name in told[:at] else name for at, name in enumerate(told)]
+    return [_entry(name, group) for name, group in zip(numbered, groups, strict=True)]
+
+
+def _place(run: dict) -> str:
+    """Where a run was found, in a word: the folder of its ``results.json``, or the file that holds several."""
+    path = Path(run.get("file", "results.json")).resolve()
+    return path.parent.name if path.name == "results.json" else path.stem
 
 
 def best(numbers: Sequence[Number]) -> int | None:
@@ -431,11 +479,12 @@ def way(one: Entry, other: Entry, name: str) -> str | None:
 def gained(entry: Entry) -> str | dict | None:
     """What the gain of ``entry`` is worth: ``"noise"`` where the test items account for it, None where it is one.
 
-    Where its seeds are too few to tell it from none, the paired t-test of the target after training against before.
+    ``"loss"`` where it is less than nothing beyond the noise. Where its seeds are too few to tell it from none, the
+    paired t-test of the target after training against before.
     """
     items = over_items([measured(run["summary"], "gain") for run in entry.runs])
-    if items.low is not None and items.low <= 0:
-        return "noise"
+    if items.low is not None and items.high is not None and items.low <= 0:
+        return "noise" if items.high >= 0 else "loss"
     after, before = ([run["summary"][f"target_{when}"] for run in entry.runs] for when in ("after", "before"))
     test = paired(after, before)
     return None if test is None or test["p"] is None or test["p"] < LEVEL else test

@@ -54,7 +54,10 @@ def read(paths: Sequence[Path]) -> list[dict[str, Any]]:
     found: list[dict[str, Any]] = []
     for path in paths:
         content = load(path)
-        some = _of_comparison(content) if "sequences" in content else [_of_run(content, path)]
+        try:
+            some = _of_comparison(content) if "sequences" in content else [_of_run(content, path)]
+        except (KeyError, TypeError, ValueError) as error:
+            raise UserError(f"{path}: is not whole ({error}); go on with what wrote it.") from error
         if not some or any(len(matrix["rows"]) < 2 for matrix in some):
             raise UserError(f"{path}: no task has been learned yet; go on with what wrote it first.")
         found += some

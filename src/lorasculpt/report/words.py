@@ -166,6 +166,8 @@ def one_by_one(entries: list[Entry]) -> list[str]:
         worth = gained(entry)
         if worth == "noise":
             sentences.append(f"What {entry.label} gained on {task} is within the noise.")
+        elif worth == "loss":
+            sentences.append(f"{entry.label} lost on {task}, where it was to learn.")
         elif isinstance(worth, dict):
             told = f"not told from none by {worth['n']} seeds ({chance(worth['p'])})"
             sentences.append(f"What {entry.label} gained on {task} is {told}.")

@@ -7,6 +7,7 @@ import re
 import shlex
 import shutil
 import sys
+from itertools import count
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -184,16 +185,15 @@ def test_the_results_file_alone_is_enough_to_go_on_from(labelled, tmp_path, caps
     shutil.rmtree(config.output)
     validated = labelled(text, f"evaluate.validation={tmp_path / 'data' / 'train.jsonl'}")
     assert len(planned(validated, ["lora"], 1, [0.01, 0.02], path).missing()) == 3
-    # so is the test, if more is asked, or if its commonest answer is another
-    more = labelled(text, "evaluate.limit=3")
-    assert planned(more, ["lora"], 1, [0.01, 0.02], path).missing() == ["test/lora-seed0"]
+    # nothing is, if more is asked; the trials alone, if the commonest answer of the test is another
+    everything = ["validation/lora-lr0.01-seed0", "validation/lora-lr0.02-seed0", "test/lora-seed0"]
+    assert planned(labelled(text, "evaluate.limit=3"), ["lora"], 1, [0.01, 0.02], path).missing() == everything
     rows = [json.loads(line) for line in (tmp_path / "test" / "train.jsonl").read_text().splitlines()]
     same = tmp_path / "test" / "same.jsonl"
     same.write_text("".join(json.dumps(row | {"answer": rows[0]["answer"]}) + "\n" for row in rows))
     other = labelled(text, f"evaluate.target=[{same}]")
     assert planned(other, ["lora"], 1, [0.01, 0.02], path).missing() == ["test/lora-seed0"]
-    # and all of it, if it was trained on other rows
-    everything = ["validation/lora-lr0.01-seed0", "validation/lora-lr0.02-seed0", "test/lora-seed0"]
+    # and all of it is another, if it was trained on other rows
     assert planned(labelled(text, "data.limit=3"), ["lora"], 1, [0.01, 0.02], path).missing() == everything
     learned = tmp_path / "data" / "train.jsonl"
     kept = learned.read_text()
@@ -210,6 +210,113 @@ def test_the_results_file_alone_is_enough_to_go_on_from(labelled, tmp_path, caps
     compare.compare(labelled(text, "output=again", "training.steps=2"), ["lora"], seeds=1, rates=[0.01], out=path)
     assert json.loads((tmp_path / "all.before.json").read_text()) == record  # it is not lost to the next one
     assert [made["steps"] for made in json.loads((tmp_path / "all.before-2.json").read_text())["runs"]] == [1]
+
+
+TRIED = (["lora"], 1, [0.01, 0.02])
+
+
+def turned(path: Path) -> str:
+    """Give each row of a file another question, under the same name; returns what it held."""
+    held = path.read_text()
+    rows = [json.loads(line) for line in held.splitlines()]
+    path.write_text("".join(json.dumps(row | {"question": f"Well? {row['question']}"}) + "\n" for row in rows))
+    return held
+
+
+def test_rates_are_chosen_anew_where_other_questions_choose_them(run, tmp_path):
+    first, second = (pico.write_data(tmp_path / name, n=6) for name in ("val", "val2"))
+    turned(second)
+    chosen_on = f"evaluate.validation=[{first}]"
+    path = compare.compare(run(chosen_on), ["lora"], seeds=1, rates=[0.01, 0.02], progress=False)
+    assert planned(run(chosen_on), *TRIED, path).missing() == []
+    trials = ["validation/lora-lr0.01-seed0", "validation/lora-lr0.02-seed0"]
+    for overrides in (
+        [f"evaluate.validation=[{second}]"],
+        [chosen_on, f"evaluate.validation_source=[{second}]"],
+        [chosen_on, "evaluate.limit=6"],
+        [chosen_on, "evaluate.max_new_tokens=4"],
+        [chosen_on, "evaluate.metric={color: contains}"],
+    ):
+        for elsewhere in ([], ["output=elsewhere"]):
+            assert planned(run(*overrides, *elsewhere), *TRIED, path).missing()[:2] == trials
+    held = turned(first)  # corrected under its name
+    assert planned(run(chosen_on), *TRIED, path).missing()[:2] == trials
+    first.write_text(held)
+    before = json.loads(path.read_text())
+    compare.compare(run(f"evaluate.validation=[{second}]"), ["lora"], seeds=1, rates=[0.01, 0.02], progress=False)
+    after = json.loads(path.read_text())
+    told = [[trial["questions"] for trial in record["trials"]] for record in (before, after)]
+    assert len(set(told[0])) == len(set(told[1])) == 1
+    assert told[0] != told[1]
+    assert after["runs"] == before["runs"]
+
+
+def test_a_strength_is_chosen_anew_where_other_questions_choose_it(run, tmp_path):
+    first, second = (pico.write_data(tmp_path / name, n=6) for name in ("val", "val2"))
+    turned(second)
+    kept = f"evaluate.validation=[{first}]", "evaluate.strengths=[0.5]", "evaluate.retain=0.9"
+    path = compare.compare(run(*kept), ["lora"], seeds=1, rates=[0.01], progress=False)
+    assert planned(run(*kept), ["lora"], 1, [0.01], path).missing() == []
+    other = f"evaluate.validation=[{second}]", *kept[1:]
+    for elsewhere in ([], ["output=elsewhere"]):
+        assert planned(run(*other, *elsewhere), ["lora"], 1, [0.01], path).missing() == ["test/lora-seed0"]
+    turned(first)
+    assert planned(run(*kept), ["lora"], 1, [0.01], path).missing() == ["test/lora-seed0"]
+
+
+def test_general_rows_are_those_of_today(run, tmp_path):
+    first, second = (pico.write_data(tmp_path / name, n=n) for name, n in (("general", 6), ("general2", 8)))
+    turned(first), turned(second)
+    replayed = "methods={replayed: {name: lora, replay: 0.2}, plain: {name: lora}}"
+    config = run(replayed, f"data.general={first}")
+    path = compare.compare(config, seeds=1, rates=[0.01], progress=False)
+    told = {made["label"]: "general" in made for made in json.loads(path.read_text())["runs"]}
+    assert told == {"replayed": True, "plain": False}
+    assert planned(config, None, 1, [0.01], path).missing() == []
+    other = run(replayed, f"data.general={second}", "output=elsewhere")
+    assert planned(other, None, 1, [0.01], path).missing() == ["test/replayed-seed0"]
+    turned(first)
+    with pytest.raises(UserError, match=r"has other rows than .*replayed-lr0.01-seed0 was trained on"):
+        planned(config, None, 1, [0.01], path).missing()
+    code, _, err = call("train", config.output / "test" / "replayed-lr0.01-seed0.yaml")
+    assert code == 2
+    assert "data.general has other rows than" in err
+
+
+def test_rates_are_not_chosen_on_the_test_by_another_name(run, tmp_path):
+    test = tmp_path / "test" / "train.jsonl"
+    link = tmp_path / "link.jsonl"
+    link.symlink_to(test)
+    for path in (link, tmp_path / "data" / ".." / "test" / "train.jsonl"):
+        with pytest.raises(UserError, match=r"holds a file of evaluate\.target"):
+            planned(run(f"evaluate.validation=[{path}]"), ["lora"])
+        stage = f"{{name: a, train: {tmp_path / 'data' / 'train.jsonl'}, test: {test}, validation: {path}}}"
+        with pytest.raises(UserError, match="is a file that is tested on"):
+            planned(run(f"data={{sequence: [{stage}]}}", "evaluate.target=[]"), ["lora"])
+
+
+def test_a_sequence_is_measured_again_on_other_questions(run, tmp_path):
+    """Also one that was stopped on its way: no row of its matrix is of the questions of before."""
+    test = pico.write_data(tmp_path / "asked", n=4)
+    stages = ", ".join(f"{{name: {task}, train: {tmp_path / 'data' / 'train.jsonl'}, test: {test}}}" for task in "ab")
+    overrides = f"data={{sequence: [{stages}]}}", "evaluate.target=[]", "training.lr=0.01"
+    config = run(*overrides)
+    path = compare.compare(config, ["lora"], seeds=1, progress=False)
+    (before,) = json.loads(path.read_text())["sequences"]
+    assert planned(config, ["lora"], 1, None, path).missing() == []
+    for more in ("limit=4", "max_new_tokens=5", "metric={a: contains}", f"source=[{test}]"):
+        other = run(*overrides, f"evaluate.{more}", "output=elsewhere")
+        assert planned(other, ["lora"], 1, None, path).missing() == ["test/lora-seed0"]
+    matrix = config.output / "test" / "lora-lr0.01-seed0" / "matrix.json"
+    record = json.loads(matrix.read_text())
+    turned(test)
+    assert planned(config, ["lora"], 1, None, path).missing() == ["test/lora-seed0"]
+    for rows in (record["rows"], record["rows"][:2]):
+        matrix.write_text(json.dumps(record | {"rows": [row | {"accuracy": [7, 7]} for row in rows]}))
+        (after,) = json.loads(compare.compare(config, ["lora"], seeds=1, progress=False).read_text())["sequences"]
+        assert after["questions"] != before["questions"]
+        assert 7 not in np.array(after["matrix"])
+        assert after["data"] == before["data"]
 
 
 def test_several_processes_make_no_comparison(run, monkeypatch):
@@ -734,6 +841,8 @@ def test_sequences_are_compared_at_one_rate(run, tmp_path, monkeypatch):
         return evaluate(model, *arguments, **options)
 
     monkeypatch.setattr(sequence, "evaluate", counted)
+    clock = SimpleNamespace(monotonic=count().__next__)  # a second passes from one look to the next
+    monkeypatch.setattr("lorasculpt.run.callbacks.time", clock)
     monkeypatch.setattr("lorasculpt.asked.ask", lambda *_, **__: pytest.fail("the base was asked again"))
     record = json.loads(compare.compare(config, seeds=2, progress=False).read_text())
     assert (record["complete"], record["tasks"]) == (True, ["color", "shape"])

@@ -192,7 +192,15 @@ def _budget(
     if obstacle is not None:
         return within(points, share) | {"fixed": obstacle}
     among = _chosen_among(points, again)
-    return within(among, share) | ({"on": "validation", "points": among} if again else {})
+    if not again:
+        return within(among, share)
+    return within(among, share) | {"on": "validation", "questions": chosen_on(config), "points": among}
+
+
+def chosen_on(config: RunConfig) -> str | None:
+    """What tells the questions that choose a strength from others; None where it is chosen on what is measured."""
+    sides = _choosing(config)
+    return questions([task for side in sides for task in side]) if sides else None
 
 
 def _chosen_among(points: list[dict[str, Any]], again: list[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -210,7 +218,7 @@ def _trained_as(config: RunConfig, training: dict[str, Any]) -> dict[str, Any]:
         "machine": training.get("machine"),
         "precision": training.get("precision"),
         "settings": shape(config),
-        **({"data": training["data"]} if "data" in training else {}),
+        **{key: training[key] for key in ("data", "general") if key in training},
         **({} if known is None else {"trained_on": known}),
         "seconds": training["seconds"],
         "memory_bytes": training.get("memory_bytes"),

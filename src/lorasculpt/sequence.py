@@ -20,7 +20,6 @@ than. O-LoRA has a LoRA for each task, and ``adapter`` is the sum of those so fa
 
 from __future__ import annotations
 
-import json
 import random
 import re
 from collections.abc import Callable, Sequence
@@ -42,11 +41,12 @@ from .data.records import read
 from .errors import Diverged, UserError
 from .evaluation import Task, evaluate
 from .evaluation.summary import task_average
-from .files import write_json
+from .files import read_json, write_json
+from .measure import manner
 from .provenance import versions
 from .run.folder import ADAPTER, came_to_nothing, check_output, clear, diverged, leave_diverged, write_record
 from .run.model import asking, attach, kind_of, loaded, several_processes, thaw_projector
-from .run.records import held_out
+from .run.records import held_out, questions
 from .switch import add_task
 from .train import train
 
@@ -221,19 +221,21 @@ class _Matrix:
     def __init__(self, config: RunConfig, progress: bool):
         self.config, self.progress = config, progress
         self.path = config.output / MATRIX_FILE
-        self.tasks = [_asked(config, stage) for stage in config.data.sequence]
-        self.source, _ = held_out(config)
+        self.source, self.tasks = asked(config)
+        told = {"questions": questions([*self.source, *self.tasks]), "evaluate": manner(config)}
         self.record: dict[str, Any] = {
             "schema": 1,
             "versions": versions(),
             "method": config.method["name"],
             "seed": config.seed,
             "tasks": [task.name for task in self.tasks],
+            **told,
             "rows": [],
             "switches": [],
         }
-        if self.path.is_file():
-            self.record = json.loads(self.path.read_text())
+        before = read_json(self.path) if self.path.is_file() else {}
+        if before and all(before.get(key) in (None, value) for key, value in told.items()):
+            self.record = before  # of other questions every row is measured again
 
     def before(self) -> None:
         """Measure the base."""
@@ -268,6 +270,12 @@ class _Matrix:
         if len(measured) > len(self.tasks):
             self.record |= transfer(measured)
         write_json(self.path, self.record)
+
+
+def asked(config: RunConfig) -> tuple[list[Task], list[Task]]:
+    """What is asked after every task: the source tasks, and those of the sequence."""
+    source, _ = held_out(config)
+    return source, [_asked(config, stage) for stage in config.data.sequence]
 
 
 def _asked(config: RunConfig, stage: Stage) -> Task:

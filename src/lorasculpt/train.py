@@ -65,7 +65,7 @@ from .run.model import (
     save_projector,
     with_tasks,
 )
-from .run.records import check_lengths, check_measured, one_pass, rehearsed, training_rows
+from .run.records import check_lengths, check_measured, learned_from, one_pass, rehearsed, training_rows
 from .run.trainer import check_arguments, trainer_of
 
 
@@ -93,12 +93,14 @@ def train(
     adapter = config.output / ADAPTER
     if (adapter / "adapter_config.json").is_file():
         if config.data.train.is_file():
-            check_rows(config, config.output / LOG_FILE, training_rows(config, check_images=False).data)
+            given = training_rows(config, check_images=False)
+            check_rows(config, config.output / LOG_FILE, learned_from(config, given))
         push(config, adapter)
         return adapter
 
     set_seed(config.seed)
     given = training_rows(config)
+    data = learned_from(config, given)
     records = one_pass(config, given.trained)
     measured_on = check_measured(config)
     if progress and os.environ.get("RANK", "0") == "0":
@@ -118,16 +120,16 @@ def train(
 
     resume = last_checkpoint(config.output)
     if resume is not None:
-        check_rows(config, resume / COST_FILE, given.data)
+        check_rows(config, resume / COST_FILE, data)
         load_projector(model.get_base_model(), resume)  # the trainer restores the adapter alone
     trainer = trainer_of(config, model, processor, records, resume, progress)
     cost = Cost(trainer.args.device, resume)
-    for callback in (Keep(config, cost, given.data), *measured):
+    for callback in (Keep(config, cost, data), *measured):
         trainer.add_callback(callback)
 
     with telling_where_it_goes_on(config.output):
         _run(config, trainer, records, resume, progress)
-        _write(config, trainer, cost, given.data, base, others)
+        _write(config, trainer, cost, data, base, others)
     if trainer.is_world_process_zero():
         push(config, adapter)
     trainer.accelerator.wait_for_everyone()  # what is returned is there for all
@@ -188,7 +190,12 @@ def _run(
 
 
 def _write(
-    config: RunConfig, trainer: SFTTrainer, cost: Cost, data: str, base: dict[str, Any], others: dict[str, Tensor]
+    config: RunConfig,
+    trainer: SFTTrainer,
+    cost: Cost,
+    data: dict[str, str],
+    base: dict[str, Any],
+    others: dict[str, Tensor],
 ) -> None:
     """``training.json`` and then ``adapter``, whose presence says that the run is done, by one process for all.
 
@@ -196,7 +203,7 @@ def _write(
         config: the run.
         trainer: what trained it.
         cost: what it took.
-        data: what tells the rows of ``data.train`` from others.
+        data: what tells the rows that it learned from (`learned_from`).
         base: what is kept of it (`lorasculpt.adapters.origin`).
         others: weights that go beside those of the adapter.
     """
@@ -207,7 +214,7 @@ def _write(
     record = cost.record() | {
         "machine": machine(trainer.args.device),
         "precision": next(name for name, known in DTYPES.items() if known == precision(config)),
-        "data": data,
+        **data,
         "steps": trainer.state.global_step,
         "trainable": sum(p.numel() for p in trainer.model.parameters() if p.requires_grad),
         "history": trainer.state.log_history,

@@ -52,7 +52,8 @@ class Known:
 
 def trial(run: Run, result: dict[str, Any], validation: str) -> dict[str, Any]:
     """The entry of a trial whose rate is chosen on ``validation``."""
-    told = {key: result[key] for key in ("scores", "versions", "data") if key in result}
+    kept = ("scores", "versions", "data", "general", "questions", "evaluate")
+    told = {key: result[key] for key in kept if key in result}
     return _known_by(run, validation) | told
 
 

@@ -102,7 +102,8 @@ class Comparison:
 
     def _same_data(self, found: dict[str, Any]) -> bool:
         """Whether it is of a run that was trained on the rows of today, where it tells."""
-        return found.get("data") in (None, self.scenario.data)
+        scenario = self.scenario
+        return found.get("data") in (None, scenario.data) and found.get("general") in (None, scenario.general)
 
     def _scores(self, result: dict[str, Any]) -> dict[str, float]:
         """What a trial says of its rate; one of the results file, and one that diverged, have nothing else."""

@@ -15,11 +15,12 @@ from ..config import RunConfig
 from ..console import numbers
 from ..evaluation.student import mean_interval, paired
 from ..evaluation.summary import h_mean
-from ..measure import shape
+from ..evaluation.tasks import Task
+from ..measure import manner, shape
 from ..report.results import REFERENCE, stands_for
 from ..run.folder import ADAPTER, LOG_FILE, check_output
-from ..run.records import training_rows
-from ..sequence import MATRIX_FILE, grown, learn, stages_of
+from ..run.records import questions, training_rows
+from ..sequence import MATRIX_FILE, asked, grown, learn, stages_of
 from .labels import Label
 from .runs import RATES, Run
 from .single import TESTED, changed, choosing
@@ -49,14 +50,15 @@ class InTurn:
     """
 
     rows, validation = "sequences", "data.sequence"
+    general = None
 
     def __init__(self, config: RunConfig):
         if not config.evaluate.source:
             raise config.error("evaluate", "must name source, which is to be kept; the target is that of each task.")
         stages = config.data.sequence
-        tests = [stage.test for stage in stages]
+        tests = {stage.test.resolve() for stage in stages}
         for number, stage in enumerate(stages):
-            if stage.validation in tests:
+            if stage.validation and stage.validation.resolve() in tests:
                 place = f"data.sequence.{number}.validation"
                 raise config.error(place, "is a file that is tested on; rates may not be chosen on it.")
         tested = [stage.model_copy(update={"validation": None}) for stage in stages]
@@ -87,13 +89,25 @@ class InTurn:
     def data(self) -> Any:
         return [training_rows(stage, check_images=False).data for stage in stages_of(self.config)]
 
+    @cached_property
+    def _questions(self) -> dict[str, str]:
+        """By group, what tells what its runs are asked from other questions."""
+        return {group: questions([*source, *tasks]) for group, (source, tasks) in self._asked.items()}
+
+    @cached_property
+    def _asked(self) -> dict[str, tuple[list[Task], list[Task]]]:
+        groups = self.common if self.validated else {"test": self.common["test"]}
+        return {group: asked(common) for group, common in groups.items()}
+
     def read(self, run: Run) -> dict[str, Any] | None:
         if (found := entry(run.config)) is not None:
             check_output(run.config.output, run.config)
-        return found
+        return found if found is None or self.asked_alike(found, run) else None  # and is measured again
 
     def asked_alike(self, found: dict[str, Any], run: Run) -> bool:
-        return True  # an entry says nothing of its questions
+        """Whether ``found`` was asked what ``run`` is asked today, as far as it tells."""
+        asked_of = {"questions": self._questions[run.group], "evaluate": manner(run.config)}
+        return all(found.get(key) in (None, value) for key, value in asked_of.items())
 
     def scores(self, result: dict[str, Any]) -> dict[str, float]:
         ends = {name: result[name] for name in ("source_before", "source_after")}
@@ -133,6 +147,7 @@ def entry(config: RunConfig) -> dict[str, Any] | None:
         "lr": config.training.lr,
         "settings": shape(config),
         **({"data": [log["data"] for log in logs]} if all("data" in log for log in logs) else {}),
+        **{key: found[key] for key in ("questions", "evaluate") if key in found},
         "steps": [log["steps"] for log in logs],
         "machine": logs[-1].get("machine"),
         "precision": logs[-1].get("precision"),

@@ -14,10 +14,10 @@ from ..config import Evaluate, RunConfig
 from ..evaluation.correlation import drift_and_loss
 from ..evaluation.score import majority
 from ..evaluation.tasks import Task
-from ..measure import measure, measured, tells
+from ..measure import chosen_on, measure, measured, tells
 from ..report.results import with_kept
 from ..run.folder import DRIFT_FILE, check_output
-from ..run.records import general, held_out, questions, training_rows
+from ..run.records import general, general_data, held_out, questions, training_rows
 from ..train import train
 from . import edits
 from .labels import Label
@@ -54,7 +54,7 @@ class Single:
             raise config.error("evaluate.validation_source", "is like evaluate.source, which is not given; name both.")
         if not asked.source and config.projector == "full":
             raise config.error("projector", "is full, so there is no drift to measure; name evaluate.source.")
-        if set(asked.validation) & set(asked.target):
+        if {path.resolve() for path in asked.validation} & {path.resolve() for path in asked.target}:
             raise config.error("evaluate.validation", "holds a file of evaluate.target; rates may not be chosen on it.")
         self.config = config
         share = None if asked.validation else config.data.validation or SHARE
@@ -78,13 +78,18 @@ class Single:
         """What tells the rows that a run is trained on from others, as an entry has it under ``data``."""
         return training_rows(self.config, check_images=False).data
 
+    @cached_property
+    def general(self) -> str | None:
+        """The same of ``data.general``, for those runs that learn from it."""
+        return general_data(changed(self.config, {"replay": 0.5}, {})) if self.config.data.general else None
+
     def read(self, run: Run) -> dict[str, Any] | None:
         """What was measured in ``run``, without its pictures; the versions that it was made with may not be today's."""
         if (content := measured(run.config)) is None:
             return None
         check_output(run.config.output, run.config)
         found, asked = content["runs"][0], self._questions[run.group]
-        if found.get("questions") is not None and found["questions"] != asked.fingerprint:
+        if found.get("questions") not in (None, asked.fingerprint) or not self._chosen_alike(found, run):
             return None  # and is measured again
         found = {key: value for key, value in found.items() if key != "gallery"}
         if run.edit:
@@ -95,12 +100,27 @@ class Single:
 
     def asked_alike(self, found: dict[str, Any], run: Run) -> bool:
         """Whether ``found``, which the results file has for ``run``, was asked what ``run`` is asked today."""
+        if not tells(found.get("evaluate"), run.config):
+            return False
+        asked = self._questions[run.group]
         if run.trial:  # which else went by drift, and there is a source now, or the other way round
-            return found["scores"].keys() >= set(numbers(self.config))
-        asked = run.config.evaluate
-        if asked.retain and asked.validation and not {"on", "fixed"} & (found.get("budget") or {}).keys():
-            return False  # its strength was chosen on the test
-        return tells(found.get("evaluate"), run.config) and self._questions[run.group].same(found)
+            alike = found.get("questions") in (None, asked.fingerprint)
+            return alike and found["scores"].keys() >= set(numbers(self.config))
+        return self._chosen_alike(found, run) and asked.same(found)
+
+    def _chosen_alike(self, found: dict[str, Any], run: Run) -> bool:
+        """Whether the strength of ``found`` was chosen on the questions that ``run`` chooses it on, as far as it tells.
+
+        It is no longer where it was chosen on the test.
+        """
+        asked, budget = run.config.evaluate, found.get("budget") or {}
+        if not (asked.retain and asked.validation) or "fixed" in budget:
+            return True
+        return "on" in budget and budget.get("questions") in (None, self._chosen_on)
+
+    @cached_property
+    def _chosen_on(self) -> str | None:
+        return chosen_on(self.common["test"])
 
     def scores(self, result: dict[str, Any]) -> dict[str, float]:
         """The numbers that choose a rate, out of a measured run's summary."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 import time
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -55,7 +56,7 @@ class Keep(TrainerCallback):
     The one that a trainer makes at the very end is left out: the adapter is written then.
     """
 
-    def __init__(self, config: RunConfig, cost: Cost, data: str):
+    def __init__(self, config: RunConfig, cost: Cost, data: Mapping[str, str]):
         self.config, self.output, self.cost, self.data = config, config.output, cost, data
 
     def on_train_begin(self, args, state, control, model=None, **kwargs):
@@ -105,7 +106,7 @@ class Keep(TrainerCallback):
         made = Path(args.output_dir) / f"checkpoint-{state.global_step}"
         if self.config.projector == "full":
             save_projector(model, made)
-        (made / COST_FILE).write_text(json.dumps(self.cost.record() | {"data": self.data}) + "\n")
+        (made / COST_FILE).write_text(json.dumps({**self.cost.record(), **self.data}) + "\n")
         made.rename(self.output / made.name)
         for old in checkpoints(self.output)[: -self.config.training.keep]:
             shutil.rmtree(old)

@@ -7,7 +7,7 @@ import os
 import re
 import shutil
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -138,16 +138,18 @@ def adapter_of(config: RunConfig) -> Path:
     return folder
 
 
-def check_rows(config: RunConfig, path: Path, data: str) -> None:
-    """See that the rows of today, told by ``data``, are those that the JSON file ``path`` of the run was written with.
+def check_rows(config: RunConfig, path: Path, told: Mapping[str, str]) -> None:
+    """See that the rows of today, as ``told``, are those that the JSON file ``path`` of the run was written with.
 
     Raises:
         UserError: they are others.
     """
-    if path.is_file() and read_json(path).get("data", data) != data:
-        raise config.error(
-            "data.train", f"has other rows than {config.output} was trained on (see {path}); name another output."
-        )
+    before = read_json(path) if path.is_file() else {}
+    for name, key in (("data", "data.train"), ("general", "data.general")):
+        if name in told and before.get(name, told[name]) != told[name]:
+            raise config.error(
+                key, f"has other rows than {config.output} was trained on (see {path}); name another output."
+            )
 
 
 def _otherwise(trained: RunConfig, asked: RunConfig) -> Iterator[tuple[str, Any, Any]]:

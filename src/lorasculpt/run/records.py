@@ -24,6 +24,7 @@ from ..evaluation.drift import Prompt, question, read_prompts
 from ..evaluation.prompts import tokenizer_of
 from ..evaluation.strength import moved
 from ..evaluation.tasks import asked_as
+from ..kinds import started
 from .folder import DRIFT_FILE
 
 
@@ -78,6 +79,25 @@ def general(config: RunConfig) -> list[Record]:
             "row from data.general."
         )
     return records
+
+
+def general_data(config: RunConfig) -> str | None:
+    """What tells the rows of ``data.general`` from others, where the run learns from them; None where it does not.
+
+    It does where it replays them, and where its method first asks what they say of the base.
+    """
+    data, settings = config.data, started(config.method)
+    measured = settings.get("init_lora_weights") == "corda"
+    measured |= settings.get("penalty") == "ewc" and settings.get("fisher") is None
+    if data.general is None or not (data.replay or measured):
+        return None
+    return fingerprint(read(data.general, images=data.images, check_images=False), data.images or data.general.parent)
+
+
+def learned_from(config: RunConfig, given: Rows) -> dict[str, str]:
+    """What tells the rows that a run learns from, ``given`` and others, as ``training.json`` and results have it."""
+    told = general_data(config)
+    return {"data": given.data} | ({} if told is None else {"general": told})
 
 
 def questions(tasks: Iterable[Task]) -> str:

@@ -72,7 +72,7 @@ HOUSE: dict[tuple[str, ...], tuple[str, ...] | None] = {
     ),
     ("compare", "comparison"): (
         *("config", "provenance", "adapters", "kinds", "evaluation", "report", "posthoc", "run"),
-        *("train", "measure", "sequence"),
+        *("hub", "train", "measure", "sequence"),
     ),
     ("demo",): None,
     ("cli", "cli_posthoc"): None,

@@ -58,6 +58,17 @@ def test_a_card_tells_how_it_is_loaded_and_made_and_then_what_was_measured(run, 
     assert not list(path.parent.glob("*.partial"))
 
 
+def test_a_task_may_be_called_anything(run):
+    config = run()
+    path = train.train(config, progress=False) / "README.md"
+    data = config.data.train
+    assert data is not None
+    rows = [json.loads(line) for line in data.read_text().splitlines()]
+    data.write_text("".join(json.dumps(row | {"task": "a|b\n{c}"}) + "\n" for row in rows))
+    measure(config, progress=False)
+    assert "| a\\|b {c} (source) |" in path.read_text()
+
+
 def test_without_source_tasks_it_tells_the_drift(run):
     config = run("evaluate.source=[]", "evaluate.drift=2")
     path = train.train(config, progress=False) / "README.md"

@@ -295,6 +295,30 @@ def test_rates_are_not_chosen_on_the_test_by_another_name(run, tmp_path):
             planned(run(f"data={{sequence: [{stage}]}}", "evaluate.target=[]"), ["lora"])
 
 
+def test_a_file_of_another_base_is_told_where_nothing_is_left_to_make(run, tmp_path, pico_folder, capsys):
+    path = compare.compare(run(), ["lora"], seeds=1, rates=[0.01])
+    name = pico_folder("llava").name
+    assert json.loads(path.read_text())["base"] == name
+    assert "is of a base called" not in capsys.readouterr().out
+    another = tmp_path / "another"
+    shutil.copytree(pico_folder("llava"), another)
+    for _ in range(2):
+        compare.compare(run(f"base={another}", "output=else"), ["lora"], seeds=1, rates=[0.01], out=path)
+        assert f"is of a base called {name}, not another: if it is another model" in capsys.readouterr().out
+
+
+def test_no_seed_goes_beyond_what_there_is(run):
+    assert planned(run(f"seed={2**32 - 2}"), ["lora"], 2, [0.01]).missing()
+    with pytest.raises(UserError, match=rf"seed is {2**32 - 2}, so the last of the seeds would be {2**32}"):
+        planned(run(f"seed={2**32 - 2}"), ["lora"], 3, [0.01])
+
+
+@pytest.mark.parametrize("by", ["[h_mean]", "{a: 1}"])
+def test_a_rate_is_chosen_by_a_word(run, by):
+    with pytest.raises(UserError, match=r"methods\.lora\.by must be one of"):
+        planned(run(f"methods={{lora: {{by: {by}}}}}"), ["lora"])
+
+
 def test_a_sequence_is_measured_again_on_other_questions(run, tmp_path):
     """Also one that was stopped on its way: no row of its matrix is of the questions of before."""
     test = pico.write_data(tmp_path / "asked", n=4)
@@ -481,6 +505,8 @@ def test_what_cannot_be_launched_is_told(run, tmp_path, monkeypatch):
     arguments = ("compare", tmp_path / "run.yaml", "--methods", "lora")
     for more, part in {
         ("--launch", "slurm", "--job", "gpus"): "--job is 'gpus'; it must be options of submitit",
+        ("--launch", "slurm", "--job", "a={"): "--job is 'a={'; '{' is no value, such as 120 or gpu",
+        ("--launch", "slurm", "--job", "a=2020-13-45"): "'2020-13-45' is no value, such as 120 or gpu",
         ("--job", "mem_gb=3"): "--job sets options for the jobs that --launch starts; add --launch slurm",
         ("--launch", "slurm"): "submitit cannot launch on slurm (",
     }.items():

@@ -214,7 +214,7 @@ def test_writers(tmp_path, pico_folder):
         pico.build("llava")[0], LoraConfig(r=4, target_modules="all-linear", init_lora_weights=False)
     )
     model.save_pretrained(tmp_path / "a")
-    (tmp_path / "a" / "lorasculpt.json").write_text('{"schema": 1, "method": "lorasculpt"}')
+    (tmp_path / "a" / "lorasculpt.json").write_text('{"schema": 1, "method": "lorasculpt", "settings": {}, "state": {}}')
     found = inspect(tmp_path / "a", pico_folder("llava"))
     for name in ("a.png", "a.svg"):
         plots.of_lora(found, tmp_path / name)
@@ -267,6 +267,9 @@ KEY = f"base_model.model.{Q}.lora_A.weight"
         (lambda f: retouch(f, lambda t: t.pop(KEY)), "no lora_A for"),
         (lambda f: retouch(f, lambda t: t.update({KEY: torch.ones(3, 4)})), "no factors of a linear"),
         (lambda f: retouch(f, lambda t: (t.clear(), t.update(x=torch.ones(1)))), "no lora_A and lora_B"),
+        (lambda f: change(f, r=None), "tells no r and lora_alpha of"),
+        (lambda f: change(f, lora_alpha="x"), "tells no r and lora_alpha of"),
+        (lambda f: change(f, rank_pattern=[1]), "tells no r and lora_alpha of"),
     ],
 )
 def test_what_is_no_adapter_is_refused_in_one_sentence(tmp_path, spoil, message):

@@ -18,7 +18,7 @@ from .adapters.method import MethodConfig, read_record
 from .adapters.origin import how_it_sees
 from .config import RunConfig
 from .files import write_text
-from .hub import on_hub
+from .hub import on_hub, public_name
 from .report.results import measured as number
 from .report.words import bracket, by_heart, percent
 
@@ -106,7 +106,7 @@ def _text(adapter: Path, config: RunConfig, training: dict[str, Any], numbers: s
         head=head.to_yaml() + "\n",
         mark=MARK,
         title=config.output.name,
-        base=config.base if known else Path(config.base).name,
+        base=public_name(config.base),
         path=config.base if known else "path/to/the/base/model",
         method=config.method["name"],
         data=Path(str(config.data.train)).name,
@@ -141,7 +141,8 @@ def _measured(run: dict[str, Any]) -> str:
     lines = ["| | base | with this adapter |", "| --- | ---: | ---: |"]
     for side in ("source", "target"):
         for name, task in run[side].items():
-            lines.append(f"| {name} ({side}) | {cell(task, 'before')} | {cell(task, 'after')} |")
+            called = " ".join(name.replace("|", "\\|").split())
+            lines.append(f"| {called} ({side}) | {cell(task, 'before')} | {cell(task, 'after')} |")
         if len(run[side]) > 1:
             before, after = (cell(run["summary"], f"{side}_{when}") for when in ("before", "after"))
             lines.append(f"| **{side}, mean** | {before} | {after} |")

@@ -33,6 +33,7 @@ from .comparison.plan import Comparison
 from .config import RunConfig
 from .errors import UserError
 from .files import write_json
+from .hub import public_name
 from .run.model import several_processes
 
 COMPARISON_FILE = "compare.json"
@@ -88,6 +89,9 @@ def compare(
         write_json(path, comparison.record())
         told()
 
+    if progress and (other := comparison.other_base()) is not None:
+        now = public_name(config.base)
+        print(f"{path} is of a base called {other}, not {now}: if it is another model, name another file with --out.")
     if left_out := comparison.left_out():
         kept = _free(path.with_suffix(".before.json"))
         shutil.copy(path, kept)

@@ -20,6 +20,11 @@ def on_hub(base: str) -> bool:
     return re.fullmatch(r"[\w.-]+/[\w.-]+", base) is not None and not Path(base).exists()
 
 
+def public_name(base: str) -> str:
+    """What a base is called where others read it: its name on the Hub, or that of its folder, and not where it lies."""
+    return base if on_hub(base) else Path(base).resolve().name
+
+
 def push(config: RunConfig, adapter: Path) -> None:
     """Upload the folder ``adapter`` to ``hub_model_id``, if ``training.arguments`` of ``config`` say ``push_to_hub``.
 

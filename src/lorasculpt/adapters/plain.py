@@ -141,12 +141,17 @@ def _pair(path: Path, config: dict[str, Any], name: str, found: dict[str, Tensor
         raise UserError(
             f"{path}: {name} has lora_A {tuple(A.shape)} and lora_B {tuple(B.shape)}, which are no factors of a linear."
         )
-    r = int(_for_module(config.get("rank_pattern"), name, config.get("r")))
+    try:
+        r = int(_for_module(config.get("rank_pattern"), name, config.get("r")))
+        alpha = float(_for_module(config.get("alpha_pattern"), name, config.get("lora_alpha")))
+    except (TypeError, ValueError, AttributeError):
+        raise UserError(
+            f"{path.with_name('adapter_config.json')} tells no r and lora_alpha of {name}; save the adapter again."
+        ) from None
     if A.shape[0] != r:
         raise UserError(
             f"{path}: {name} has rank {A.shape[0]}, but adapter_config.json says {r}; they do not belong together."
         )
-    alpha = float(_for_module(config.get("alpha_pattern"), name, config.get("lora_alpha")))
     return Pair(name, A, B, alpha / math.sqrt(r) if config.get("use_rslora") else alpha / r)
 
 

@@ -20,11 +20,15 @@ NEAR = 0.01  # what the source score of one base may differ by from machine to m
 
 @dataclass(frozen=True)
 class Known:
-    """The ``tests`` and ``trials`` of the file ``path``, as they are in it; none of either where there is no file."""
+    """The ``tests`` and ``trials`` of the file ``path``, as they are in it; none of either where there is no file.
+
+    ``base`` is what the base of these is called, where the file says that.
+    """
 
     path: Path | None = None
     tests: list[dict[str, Any]] = field(default_factory=list)
     trials: list[dict[str, Any]] = field(default_factory=list)
+    base: str | None = None
 
     def find(self, run: Run, validation: str) -> dict[str, Any] | None:
         """The entry of ``run``, which of a trial is one by which rates were chosen on ``validation``."""
@@ -88,4 +92,4 @@ def read(path: Path, rows: str) -> Known:
     except (OSError, ValueError, LookupError, TypeError, AssertionError):
         words = "comparison of sequences" if rows == "sequences" else "comparison of single tasks"
         raise UserError(f"{path} is there and is not the file of a {words}; name another one with --out.") from None
-    return Known(path, tests, trials)
+    return Known(path, tests, trials, found.get("base"))

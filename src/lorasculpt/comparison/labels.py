@@ -96,10 +96,9 @@ def _label(
     check_method(config.single(label, method))
     own, like = _rates(config, label, said, names, rates)
     by = said.get("by")
-    if by is not None and (by not in CHOICES or len(own) == 1):
-        mend = (
-            f"must be one of {', '.join(CHOICES)}; got {by!r}" if by not in CHOICES else "chooses nothing: lr is given"
-        )
+    known = isinstance(by, str) and by in CHOICES
+    if by is not None and (not known or len(own) == 1):
+        mend = "chooses nothing: lr is given" if known else f"must be one of {', '.join(CHOICES)}; got {by!r}"
         raise config.error(f"methods.{label}.by", f"{mend}.")
     if by == "h_mean" and not config.evaluate.source:
         raise config.error(f"methods.{label}.by", "is h_mean, which needs the source; name evaluate.source.")

@@ -117,5 +117,8 @@ def options_of(text: str | None) -> dict[str, Any]:
             raise UserError(
                 f"--job is {text!r}; it must be options of submitit, such as timeout_min=120,gpus_per_node=1."
             )
-        found[key] = yaml.safe_load(value)
+        try:
+            found[key] = yaml.safe_load(value)
+        except (yaml.YAMLError, ValueError):
+            raise UserError(f"--job is {text!r}; {value!r} is no value, such as 120 or gpu.") from None
     return found

@@ -8,6 +8,7 @@ from typing import Any
 
 from ..config import RunConfig
 from ..errors import Diverged, UserError
+from ..hub import public_name
 from ..provenance import versions
 from ..run.folder import RUN_FILE, diverged, same_run, trained_alike
 from ..run.records import check_metrics
@@ -59,6 +60,11 @@ class Comparison:
         if seeds < 1:
             raise UserError("--seeds must be at least 1.")
         self.labels = labels.read(config, methods, seeds, rates)
+        last = config.seed + max(what.seeds for what in self.labels.values()) - 1
+        if last >= 2**32:
+            raise config.error(
+                "seed", f"is {config.seed}, so the last of the seeds would be {last}: it is below 2**32."
+            )
         self.scenario.check(self.labels)
         self._known = known.read(results, self.scenario.rows) if results else Known()
         self._results: dict[Path, dict[str, Any]] = {}
@@ -210,6 +216,11 @@ class Comparison:
         own = [result for _, result in self.done(self.tests())]
         return sum(one not in own for one in self._known.tests)
 
+    def other_base(self) -> str | None:
+        """The name of the base that the results file is of, where it is not called as that of today."""
+        before = self._known.base
+        return before if before not in (None, public_name(self.config.base)) else None
+
     def record(self) -> dict[str, Any]:
         """Everything that is known by now, as a results file: the runs one by one, and what they say together.
 
@@ -232,6 +243,7 @@ class Comparison:
             "complete": not missing,
             "missing": missing,
             "versions": versions(),
+            "base": self._known.base or public_name(self.config.base),
             **scenario.heading,
             "validation": chosen_on,
             "rates": self.rates_of(),

@@ -4,7 +4,8 @@
 #                        TARGET=flags: a harder task)
 #     make test          all tests (ARGS='-k pico' picks some)
 #     make check         format, lint, types, tests, every example in the docs: what a change must pass
-#     make results       measures everything in results/ again: hours, goes on where it was stopped, readable at any time
+#     make results       makes everything in results/: hours, goes on where it was stopped, readable at any time; what a
+#                        file has is kept, so remove the file to measure all of it again
 #     make clean         removes .venv and everything that is generated
 
 .DEFAULT_GOAL := help

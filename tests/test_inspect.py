@@ -214,7 +214,9 @@ def test_writers(tmp_path, pico_folder):
         pico.build("llava")[0], LoraConfig(r=4, target_modules="all-linear", init_lora_weights=False)
     )
     model.save_pretrained(tmp_path / "a")
-    (tmp_path / "a" / "lorasculpt.json").write_text('{"schema": 1, "method": "lorasculpt", "settings": {}, "state": {}}')
+    (tmp_path / "a" / "lorasculpt.json").write_text(
+        '{"schema": 1, "method": "lorasculpt", "settings": {}, "state": {}}'
+    )
     found = inspect(tmp_path / "a", pico_folder("llava"))
     for name in ("a.png", "a.svg"):
         plots.of_lora(found, tmp_path / name)

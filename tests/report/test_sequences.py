@@ -117,6 +117,14 @@ def test_a_folder_of_results_is_not_one_of_a_matrix(tmp_path):
     assert split([tmp_path / "a"]) == ([tmp_path / "a"], [])
 
 
+def test_another_base_is_told(tmp_path):
+    other = [[share + 0.1 for share in SHARES[0]], *SHARES[1:]]
+    files = [matrix(tmp_path / name, "lora", shares) for name, shares in (("a", SHARES), ("b", SHARES), ("c", other))]
+    said = "That of lora, seed 0 (c) had another share: another base, or other questions."
+    assert said in report(files, tmp_path / "out").read_text()
+    assert "another share" not in report(files[:2], tmp_path / "out").read_text()
+
+
 @pytest.mark.parametrize("part", ["seed", "method", "rows"])
 def test_a_matrix_that_is_not_whole_is_refused(tmp_path, part):
     path = matrix(tmp_path / "a", "lora", SHARES)

@@ -239,6 +239,8 @@ def test_rates_are_chosen_anew_where_other_questions_choose_them(run, tmp_path):
     ):
         for elsewhere in ([], ["output=elsewhere"]):
             assert planned(run(*overrides, *elsewhere), *TRIED, path).missing()[:2] == trials
+    for more in ("evaluate.strengths=[0.25]", "evaluate.curve=3", "evaluate.refine=4"):  # which trials do not measure
+        assert planned(run(chosen_on, more, "output=elsewhere"), *TRIED, path).missing() == ["test/lora-seed0"]
     held = turned(first)  # corrected under its name
     assert planned(run(chosen_on), *TRIED, path).missing()[:2] == trials
     first.write_text(held)
@@ -331,6 +333,8 @@ def test_a_sequence_is_measured_again_on_other_questions(run, tmp_path):
     for more in ("limit=4", "max_new_tokens=5", "metric={a: contains}", f"source=[{test}]"):
         other = run(*overrides, f"evaluate.{more}", "output=elsewhere")
         assert planned(other, ["lora"], 1, None, path).missing() == ["test/lora-seed0"]
+    other = run(*overrides, "evaluate.strengths=[]", "evaluate.curve=3", "output=elsewhere")  # nothing of a sequence's
+    assert planned(other, ["lora"], 1, None, path).missing() == []
     matrix = config.output / "test" / "lora-lr0.01-seed0" / "matrix.json"
     record = json.loads(matrix.read_text())
     turned(test)

@@ -31,6 +31,7 @@ from .run.trainer import PUSHING
 
 RESULTS_FILE, RETAINED = "results.json", "adapter-retained"
 PLACES = ("source", "target", "validation", "validation_source", "images")  # of evaluate
+ANSWERING = ("limit", "max_new_tokens", "metric", "as_task")  # of evaluate: what decides an answer and its score
 TEXTS = 32  # of the drift, where a budget needs one and the run says nothing
 AT_BASE = {"value": 0.0, "interval": [0.0, 0.0]}  # the drift of the base from itself
 
@@ -281,6 +282,15 @@ def tells(how: dict[str, Any] | None, config: RunConfig) -> bool:
 
     finer = set(how["strengths"]) >= set(asked["strengths"]) and most(how) >= most(asked) and asked["retain"] is None
     return finer and how | {key: asked[key] for key in ("strengths", "refine")} == asked
+
+
+def answered_alike(how: dict[str, Any] | None, config: RunConfig) -> bool:
+    """Whether questions that were asked in the manner ``how`` (None: not told) have the answers and scores of today's.
+
+    What a curve, a drift or a strength takes besides is not looked at.
+    """
+    asked = manner(config)
+    return how is None or all(how.get(key) == asked[key] for key in ANSWERING)
 
 
 def places(config: RunConfig) -> dict[str, list[str]]:

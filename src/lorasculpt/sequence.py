@@ -42,7 +42,7 @@ from .errors import Diverged, UserError
 from .evaluation import Task, evaluate
 from .evaluation.summary import task_average
 from .files import read_json, write_json
-from .measure import manner
+from .measure import answered_alike, manner
 from .provenance import versions
 from .run.folder import ADAPTER, came_to_nothing, check_output, clear, diverged, leave_diverged, write_record
 from .run.model import asking, attach, kind_of, loaded, several_processes, thaw_projector
@@ -233,9 +233,9 @@ class _Matrix:
             "rows": [],
             "switches": [],
         }
-        before = read_json(self.path) if self.path.is_file() else {}
-        if before and all(before.get(key) in (None, value) for key, value in told.items()):
-            self.record = before  # of other questions every row is measured again
+        before: dict[str, Any] = read_json(self.path) if self.path.is_file() else {"questions": ""}
+        if before.get("questions") in (None, told["questions"]) and answered_alike(before.get("evaluate"), config):
+            self.record = before  # else every row is measured again
 
     def before(self) -> None:
         """Measure the base."""

@@ -16,7 +16,7 @@ from ..console import numbers
 from ..evaluation.student import mean_interval, paired
 from ..evaluation.summary import h_mean
 from ..evaluation.tasks import Task
-from ..measure import manner, shape
+from ..measure import answered_alike, shape
 from ..report.results import REFERENCE, stands_for
 from ..run.folder import ADAPTER, LOG_FILE, check_output
 from ..run.records import questions, training_rows
@@ -106,8 +106,8 @@ class InTurn:
 
     def asked_alike(self, found: dict[str, Any], run: Run) -> bool:
         """Whether ``found`` was asked what ``run`` is asked today, as far as it tells."""
-        asked_of = {"questions": self._questions[run.group], "evaluate": manner(run.config)}
-        return all(found.get(key) in (None, value) for key, value in asked_of.items())
+        alike = found.get("questions") in (None, self._questions[run.group])
+        return alike and answered_alike(found.get("evaluate"), run.config)
 
     def scores(self, result: dict[str, Any]) -> dict[str, float]:
         ends = {name: result[name] for name in ("source_before", "source_after")}

@@ -14,7 +14,7 @@ from ..config import Evaluate, RunConfig
 from ..evaluation.correlation import drift_and_loss
 from ..evaluation.score import majority
 from ..evaluation.tasks import Task
-from ..measure import chosen_on, measure, measured, tells
+from ..measure import answered_alike, chosen_on, measure, measured, tells
 from ..report.results import with_kept
 from ..run.folder import DRIFT_FILE, check_output
 from ..run.records import general, general_data, held_out, questions, training_rows
@@ -100,13 +100,11 @@ class Single:
 
     def asked_alike(self, found: dict[str, Any], run: Run) -> bool:
         """Whether ``found``, which the results file has for ``run``, was asked what ``run`` is asked today."""
-        if not tells(found.get("evaluate"), run.config):
-            return False
-        asked = self._questions[run.group]
+        asked, how = self._questions[run.group], found.get("evaluate")
         if run.trial:  # which else went by drift, and there is a source now, or the other way round
-            alike = found.get("questions") in (None, asked.fingerprint)
+            alike = answered_alike(how, run.config) and found.get("questions") in (None, asked.fingerprint)
             return alike and found["scores"].keys() >= set(numbers(self.config))
-        return self._chosen_alike(found, run) and asked.same(found)
+        return tells(how, run.config) and self._chosen_alike(found, run) and asked.same(found)
 
     def _chosen_alike(self, found: dict[str, Any], run: Run) -> bool:
         """Whether the strength of ``found`` was chosen on the questions that ``run`` chooses it on, as far as it tells.

@@ -1164,6 +1164,11 @@ methods:
         assert [test.config.data.replay for test in tests] == shares
     with pytest.raises(UserError, match="is measured and may not be trained on"):
         Comparison(labelled(text, f"data.general={tmp_path / 'test' / 'train.jsonl'}"), None, 1, [0.1])
+    measured = f"data.general={tmp_path / 'test' / 'train.jsonl'}"
+    for asks in ("{name: regularized, penalty: ewc}", "{name: corda}"):  # of the general data first
+        with pytest.raises(UserError, match="is measured and may not be trained on"):
+            Comparison(labelled(f"methods: {{lora: {{}}, asks: {asks}}}", measured), None, 1, [0.1])
+    Comparison(labelled("methods: {lora: {}}", measured), None, 1, [0.1])
 
 
 def test_edits_are_runs_of_what_was_trained(labelled, tmp_path, monkeypatch):

@@ -17,7 +17,7 @@ from ..evaluation.tasks import Task
 from ..measure import answered_alike, chosen_on, measure, measured, tells
 from ..report.results import with_kept
 from ..run.folder import DRIFT_FILE, check_output
-from ..run.records import general, general_data, held_out, questions, training_rows
+from ..run.records import general, general_data, held_out, questions, training_rows, uses_general
 from ..train import train
 from . import edits
 from .labels import Label
@@ -70,8 +70,11 @@ class Single:
 
     def check(self, labels: Mapping[str, Label]) -> None:
         """Raise :class:`UserError` for a row of general data that is measured: now, not after the trials."""
-        if any(what.replay for what in labels.values()):
-            general(self.config)
+        for label, what in labels.items():
+            data = self.config.data.model_copy(update={"replay": what.replay})
+            if what.edit is None and uses_general(self.config.single(label, what.method, data=data)):
+                general(self.config)
+                break
 
     @cached_property
     def data(self) -> Any:

@@ -81,15 +81,18 @@ def general(config: RunConfig) -> list[Record]:
     return records
 
 
-def general_data(config: RunConfig) -> str | None:
-    """What tells the rows of ``data.general`` from others, where the run learns from them; None where it does not.
-
-    It does where it replays them, and where its method first asks what they say of the base.
-    """
+def uses_general(config: RunConfig) -> bool:
+    """Whether the run learns from ``data.general``: replays it, or first has its rows tell what matters to the base."""
     data, settings = config.data, started(config.method)
     measured = settings.get("init_lora_weights") == "corda"
     measured |= settings.get("penalty") == "ewc" and settings.get("fisher") is None
-    if data.general is None or not (data.replay or measured):
+    return data.general is not None and (data.replay is not None or measured)
+
+
+def general_data(config: RunConfig) -> str | None:
+    """What tells the rows of ``data.general`` from others, where the run learns from them; None where it does not."""
+    data = config.data
+    if data.general is None or not uses_general(config):
         return None
     return fingerprint(read(data.general, images=data.images, check_images=False), data.images or data.general.parent)
 

@@ -11,6 +11,7 @@ from equations import all_real, drawn, normal, swapped, tensors, two_processes, 
 from torch import nn
 
 from lorasculpt import LoRAMoEConfig, UserError
+from lorasculpt.adapters import update as shared
 from lorasculpt.adapters.context import Context
 from lorasculpt.adapters.update import Place
 from lorasculpt.methods import loramoe
@@ -258,7 +259,7 @@ def test_an_answer_needs_no_tasks_and_no_other_process(monkeypatch):
     update.context.tasks = None
     with pytest.raises(UserError, match="needs the task of every sample"):
         update(batch())
-    monkeypatch.setattr(loramoe, "across", None)
+    monkeypatch.setattr(shared, "across", None)
     with torch.no_grad():
         expected = update(batch())
     assert torch.equal(update.eval()(batch()), expected)

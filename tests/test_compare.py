@@ -277,6 +277,10 @@ def test_general_rows_are_those_of_today(run, tmp_path):
     assert planned(config, None, 1, [0.01], path).missing() == []
     other = run(replayed, f"data.general={second}", "output=elsewhere")
     assert planned(other, None, 1, [0.01], path).missing() == ["test/replayed-seed0"]
+    held = first.read_text()
+    first.unlink()  # a finished run does without it, as it does without the training rows
+    assert call("train", config.output / "test" / "replayed-lr0.01-seed0.yaml")[0] == 0
+    first.write_text(held)
     turned(first)
     with pytest.raises(UserError, match=r"has other rows than .*replayed-lr0.01-seed0 was trained on"):
         planned(config, None, 1, [0.01], path).missing()

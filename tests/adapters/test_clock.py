@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import copy
 import gc
 import shutil
 from dataclasses import replace
@@ -36,6 +37,8 @@ from lorasculpt import Clock, ClockCallback, LoRASculptConfig, UserError, method
 from lorasculpt.adapters.layers import sites
 from lorasculpt.adapters.method import methods_of
 from lorasculpt.adapters.update import context_of, updates
+from lorasculpt.data.batches import Collator
+from lorasculpt.data.batches import rows as contract_rows
 from lorasculpt.models.parts import target_regex
 
 SHOWN = {"cmr", "penalty_ratio", "density_a", "density_b", "density_ba"}
@@ -336,6 +339,18 @@ def test_a_window_without_pictures_has_all_penalties_too(method, part, micro, tm
         torch.testing.assert_close(found[parameter], expected, rtol=1e-4, atol=1e-6)
 
 
+def test_a_copy_of_a_model_has_no_clock(tmp_path):
+    base, processor = pico.build("llava")
+    model = adapt(base, "regularized", target_modules=target_regex(base, "projector"), **PENALISED["regularized"])
+    clock = Clock(model, sgd(model))
+    clock.begin_step()
+    twin = copy.deepcopy(model)
+    torch.save(model, tmp_path / "model.pt")
+    loss(twin, batches(processor, records(tmp_path / "data", 2), 2)[0]).backward()
+    assert all(parameter.grad is None for parameter in trained(model))
+    assert all(parameter.grad is not None for parameter in trained(twin))
+
+
 # --- under a trainer ------------------------------------------------------------------------------------------------
 
 ROWS = [{key: value[0] for key, value in batch.items()} for batch in texts(size=1, number=16)]
@@ -356,6 +371,31 @@ def trainer(folder: Path, model=None, callbacks=None, rows=ROWS, **settings) -> 
     arguments = TrainingArguments(str(folder), **{**defaults, **settings})
     callbacks = [ClockCallback()] if callbacks is None else callbacks
     return Trainer(model or llama(prune_step=3), arguments, train_dataset=rows, callbacks=callbacks)
+
+
+@pytest.mark.parametrize("pictures", [True, False])
+def test_a_trainer_scales_the_loss_that_reaches_other_parts(pictures, tmp_path):
+    """In place, as that of transformers does: also where parts outside the language model have penalties."""
+    base, processor = pico.build("llava")
+    model = adapt(base, "regularized", target_modules=target_regex(base, "all"), **PENALISED["regularized"])
+    found = records(tmp_path / "data", 4)
+    asked = contract_rows([record if pictures else replace(record, images=()) for record in found])
+    arguments = TrainingArguments(
+        str(tmp_path / "out"),
+        per_device_train_batch_size=2,
+        gradient_accumulation_steps=2,
+        max_steps=2,
+        report_to=[],
+        use_cpu=True,
+        disable_tqdm=True,
+        remove_unused_columns=False,
+    )
+    collate = Collator(processor)
+    run = Trainer(model, arguments, train_dataset=asked, data_collator=collate, callbacks=[ClockCallback()])
+    before = weights(model)
+    run.train()
+    moved = {name.split(".")[1] for name, value in weights(model).items() if not torch.equal(value, before[name])}
+    assert moved >= ({"vision_tower", "multi_modal_projector", "language_model"} if pictures else {"language_model"})
 
 
 @pytest.fixture(scope="module")

@@ -8,8 +8,9 @@ import torch
 from contract import start
 from differences import check_gradients
 from equations import all_real, drawn, normal, unscaled
-from peft import PeftModel
+from peft import PeftModel, get_peft_model
 from torch import nn
+from transformers import MistralConfig, MistralForCausalLM
 
 from lorasculpt import MixLoRAConfig, UserError
 from lorasculpt.adapters.context import Context
@@ -341,23 +342,45 @@ def apart(pool: str = "sequence") -> PeftModel:
     return model.eval()
 
 
+def windowed() -> PeftModel:
+    """The same of a model that looks four tokens back."""
+    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
+    torch.manual_seed(0)
+    base = MistralForCausalLM(MistralConfig(vocab_size=400, num_key_value_heads=2, sliding_window=4, **sizes))
+    model = get_peft_model(
+        base, MixLoRAConfig(r=2, num_factors=6, lora_dropout=0.0, target_modules=["q_proj", "up_proj"])
+    )
+    for update in updates(model).values():
+        nn.init.normal_(update.B, generator=torch.Generator().manual_seed(8))
+    return model.eval()
+
+
 def ids(rows: int, length: int) -> torch.Tensor:
     return torch.randint(4, 400, (rows, length), generator=torch.Generator().manual_seed(9))
 
 
-@pytest.mark.parametrize("form", ["by place", "added", "boolean", "of each kind"])
+@pytest.mark.parametrize("form", ["by place", "added", "boolean", "of each kind", "window", "packed", "bias", "roomy"])
 @torch.no_grad()
 def test_padding_is_not_counted_however_the_mask_is_given(form):
     model, words = apart(), ids(2, 8)
     mask = torch.ones_like(words)
     mask[0, :3] = 0
     causal = torch.ones(8, 8, dtype=torch.bool).tril() & mask.bool()[:, None, None, :]
-    added = torch.zeros(causal.shape).masked_fill(~causal, torch.finfo(torch.float32).min)
+    if form == "window":
+        causal &= ~torch.ones(8, 8, dtype=torch.bool).tril(-2)
+    elif form == "packed":
+        causal[..., 5:, :5] = False
+    least = torch.finfo(torch.float32).min
+    added = torch.zeros(causal.shape).masked_fill(~causal, least)
+    if form == "bias":
+        added += -0.5 * (torch.arange(8)[:, None] - torch.arange(8)).abs()
+    elif form == "roomy":
+        added = torch.cat([added, torch.full((2, 1, 8, 5), least)], -1)
     expected = model(input_ids=words, attention_mask=mask).logits
     if form == "by place":
         found = model(words, mask).logits
     else:
-        given = {"added": added, "boolean": causal, "of each kind": {"full_attention": added}}[form]
+        given = {"boolean": causal, "window": causal, "of each kind": {"full_attention": added}}.get(form, added)
         context = context_of(model)
         places = model.get_base_model().register_forward_pre_hook(
             lambda model, args, kwargs: (args, {**kwargs, "attention_mask": mask}), with_kwargs=True
@@ -369,8 +392,9 @@ def test_padding_is_not_counted_however_the_mask_is_given(form):
     torch.testing.assert_close(found[1], expected[1])
 
 
-def test_padding_is_not_counted_with_a_static_cache():
-    model, words = apart(), ids(2, 8)
+@pytest.mark.parametrize("family", ["llama", "mistral"])
+def test_padding_is_not_counted_with_a_static_cache(family):
+    model, words = apart() if family == "llama" else windowed(), ids(2, 8)
     mask = torch.ones_like(words)
     mask[0, :3] = 0
     how = {"do_sample": False, "max_new_tokens": 5, "min_new_tokens": 5, "pad_token_id": 0}

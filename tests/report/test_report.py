@@ -829,6 +829,15 @@ def test_other_data_questions_and_edits_are_other_methods(tmp_path):
     assert shown(*files) == {"lora (a)": [0, 1], "lora (c)": [2]}
 
 
+def test_the_runs_of_a_file_stay_together(tmp_path):
+    few = write(tmp_path / "a", *seeds("lora", [0.3, 0.4], [0.6, 0.7]))
+    many = write(tmp_path / "b", *seeds("lora", [0.5, 0.5, 0.3, 0.2], [0.6, 0.7, 0.8, 0.9]))
+    assert shown(few, many) == {"lora (a)": [0, 1], "lora (b)": [0, 1, 2, 3]}
+    assert shown(many, few) == {"lora (b)": [0, 1, 2, 3], "lora (a)": [0, 1]}
+    called = write(tmp_path / "c", *seeds("lora", [0.3, 0.4], [0.6, 0.7], label="mine"))
+    assert shown(called, few) == {"mine": [0, 1]}  # a comparison, and the folders of its runs
+
+
 def test_another_run_of_the_same_seed_is_set_apart(tmp_path):
     files = [write(tmp_path / name, *seeds("lora", [0.3, s], [0.6, 0.7])) for name, s in (("a", 0.4), ("b", 0.5))]
     assert shown(*files) == {"lora (a)": [0, 1], "lora (b)": [1]}
@@ -849,6 +858,8 @@ def test_no_two_entries_have_one_name(tmp_path):
 
 def test_seeds_of_another_base_are_told(tmp_path):
     runs = seeds("A", [0.3, 0.3], [0.6, 0.6])
+    runs[1]["summary"]["source_before"] -= 0.002  # of another machine
+    assert "different bases" not in report(write(tmp_path, *runs), tmp_path / "out").read_text()
     runs[1]["summary"]["source_before"] = 0.2
     text = report(write(tmp_path, *runs), tmp_path / "out").read_text()
     assert "The runs of A start from different bases (source 70.0\u00a0% and 20.0\u00a0% before training)" in text

@@ -44,9 +44,13 @@ def carry(
 
 class _Reach(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, output, *parameters):
-        ctx.save_for_backward(*parameters)
-        return output.view_as(output)
+    def forward(output, *parameters):
+        # of a loss a copy, which trainers scale in place, as they may no view
+        return output.clone() if output.dim() == 0 else output.view_as(output)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        ctx.save_for_backward(*inputs[1:])
 
     @staticmethod
     def backward(ctx, *gradients):
@@ -54,7 +58,7 @@ class _Reach(torch.autograd.Function):
 
 
 def reach(output: Tensor, parameters: Sequence[Tensor]) -> Tensor:
-    """``output`` itself; when the gradient comes back, each of ``parameters`` gets one of 0 beside what it gets."""
+    """``output`` as it is; when the gradient comes back, each of ``parameters`` gets one of 0 beside what it gets."""
     return _Reach.apply(output, *parameters)
 
 

@@ -11,7 +11,8 @@ A penalty that depends on the weights alone is added to ``.grad`` by a hook that
 accumulated. So it counts exactly once per optimizer step, whatever the accumulation and the checkpointing; it is
 clipped, reduced and unscaled with the task's gradient, as if it were part of the loss; and the forward pass, compiled
 or not, knows nothing of it. Only where parameters outside the language model have a penalty does the model's output
-give them a gradient of 0 besides: rows without a picture would give them none, and the penalty would be left out.
+give them a gradient of 0 besides: rows without a picture would give them none, and the penalty would be left out. That
+parts a compiled graph right before its output.
 """
 
 from __future__ import annotations
@@ -326,14 +327,21 @@ class ClockCallback(TrainerCallback):
             self._board = None
 
 
-def _weak(method: Callable[..., Any]) -> Callable[..., Any]:
-    """``method``, called as long as its object is there: what a parameter's hooks hold, Python never collects."""
-    weak = WeakMethod(method)
+class _weak:
+    """``method``, called as long as its object is there: what a parameter's hooks hold, Python never collects.
 
-    def call(*args: Any) -> Any:
-        return None if (bound := weak()) is None else bound(*args)
+    A copy, or what is unpickled, calls nothing: the clock drives its own model and no other.
+    """
 
-    return call
+    def __init__(self, method: Callable[..., Any] | None = None):
+        self._method = None if method is None else WeakMethod(method)
+
+    def __call__(self, *args: Any) -> Any:
+        bound = None if self._method is None else self._method()
+        return None if bound is None else bound(*args)
+
+    def __reduce__(self):
+        return _weak, ()
 
 
 def _stepped(optimizer: torch.optim.Optimizer) -> list[nn.Parameter]:

@@ -108,10 +108,11 @@ class Context:
         if not isinstance(mask, Tensor):
             return None
         if mask.dim() == 4 and self.length is not None:
-            # (batch, 1, queries, keys), added or boolean: the last query sees all that is real. A static cache has
-            # room for keys that are still to come
-            last = mask[:, 0, -1, : seen + self.length]
-            return last == 0 if last.is_floating_point() else last.bool()
+            # (batch, 1, queries, keys), added or boolean, with room for keys to come where the cache is static: what is
+            # real sees itself, be it in a window or packed with others
+            itself = mask[:, 0].diagonal(seen, -2, -1)
+            sees = itself > torch.finfo(mask.dtype).min / 2 if mask.is_floating_point() else itself.bool()
+            return sees if sees.shape[1] == self.length else None
         return mask.bool() if mask.dim() == 2 else None
 
     def _begin(self, model: nn.Module, tasks: Tasks | None, words: Any) -> None:

@@ -13,9 +13,8 @@ from typing import Any
 
 from ..errors import UserError
 from ..measure import shape
+from ..report.results import NEAR_BASE
 from .runs import Run
-
-NEAR = 0.01  # what the source score of one base may differ by from machine to machine
 
 
 @dataclass(frozen=True)
@@ -47,7 +46,7 @@ class Known:
             UserError: they differ.
         """
         side = number.removesuffix("_before")
-        if before is not None and here is not None and abs(before - here) > NEAR:
+        if before is not None and here is not None and abs(before - here) > NEAR_BASE:
             raise UserError(
                 f"{self.path} holds runs of another base or other questions: the {side} was at {before:.3f} before "
                 f"training there and is at {here:.3f} here; name another file with --out, or remove it."

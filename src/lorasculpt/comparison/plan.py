@@ -108,8 +108,9 @@ class Comparison:
 
     def _same_data(self, found: dict[str, Any]) -> bool:
         """Whether it is of a run that was trained on the rows of today, where it tells."""
-        scenario = self.scenario
-        return found.get("data") in (None, scenario.data) and found.get("general") in (None, scenario.general)
+        if found.get("data") not in (None, self.scenario.data):
+            return False
+        return found.get("general") is None or self.scenario.general in (None, found["general"])
 
     def _scores(self, result: dict[str, Any]) -> dict[str, float]:
         """What a trial says of its rate; one of the results file, and one that diverged, have nothing else."""

@@ -19,7 +19,7 @@ from ..evaluation.tasks import Task
 from ..measure import answered_alike, shape
 from ..report.results import REFERENCE, stands_for
 from ..run.folder import ADAPTER, LOG_FILE, check_output
-from ..run.records import questions, training_rows
+from ..run.records import general_data, questions, training_rows
 from ..sequence import MATRIX_FILE, asked, grown, learn, stages_of
 from .labels import Label
 from .runs import RATES, Run
@@ -50,7 +50,6 @@ class InTurn:
     """
 
     rows, validation = "sequences", "data.sequence"
-    general = None
 
     def __init__(self, config: RunConfig):
         if not config.evaluate.source:
@@ -88,6 +87,11 @@ class InTurn:
     @cached_property
     def data(self) -> Any:
         return [training_rows(stage, check_images=False).data for stage in stages_of(self.config)]
+
+    @cached_property
+    def general(self) -> str | None:
+        """As of `Single`."""
+        return general_data(changed(self.config, {"replay": 0.5}, {}))
 
     @cached_property
     def _questions(self) -> dict[str, str]:
@@ -147,6 +151,7 @@ def entry(config: RunConfig) -> dict[str, Any] | None:
         "lr": config.training.lr,
         "settings": shape(config),
         **({"data": [log["data"] for log in logs]} if all("data" in log for log in logs) else {}),
+        **{key: logs[0][key] for key in ("general",) if key in logs[0]},
         **{key: found[key] for key in ("questions", "evaluate") if key in found},
         "steps": [log["steps"] for log in logs],
         "machine": logs[-1].get("machine"),

@@ -83,8 +83,8 @@ class Single:
 
     @cached_property
     def general(self) -> str | None:
-        """The same of ``data.general``, for those runs that learn from it."""
-        return general_data(changed(self.config, {"replay": 0.5}, {})) if self.config.data.general else None
+        """The same of ``data.general``, for those runs that learn from it; None where it is not there."""
+        return general_data(changed(self.config, {"replay": 0.5}, {}))
 
     def read(self, run: Run) -> dict[str, Any] | None:
         """What was measured in ``run``, without its pictures; the versions that it was made with may not be today's."""

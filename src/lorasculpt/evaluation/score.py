@@ -15,7 +15,8 @@ from ..errors import UserError
 from .student import quantile
 
 RESAMPLES = 2000  # of a bootstrap
-ARTICLE = re.compile(r"(?<![\w.])(?:an?|the)(?=[^\S\n]+(?!-\s)\S)")  # before a word: no "(A)", "A: a cat", "vitamin A"
+# before a word, no sign: not "(A)", "A: a cat", "vitamin A", "a + b" or "U.S.A is"
+ARTICLE = re.compile(r"(?<!\w)(?<![^\W\d]\.)(?:an?|the)(?=[^\S\n]+(?![-+*/=<>×÷^|&]\s)\S)")
 MONEY = "[$¢-¥฿₠-⃀]"
 ALIKE = str.maketrans({"−": "-", "⁄": "/", "\ufe0f": None})  # minus, the stroke of ½, and what only colours an emoji
 SPELLINGS = (  # of a number: -$4 and $-4 are -4, +4 is 4, .5 is 0.5

@@ -25,6 +25,7 @@ from ..files import write_json, write_text
 from . import plots, sequences
 from .inside import TOTALS, inside
 from .results import (
+    NEAR_BASE,
     Entry,
     Number,
     against,
@@ -421,7 +422,11 @@ def _bases(found: list[Entry], side: str) -> list[str]:
         return {(precision(run), round(run["summary"][side], 9)) for run in entry.runs}
 
     def another(of: set[tuple[str, float]]) -> bool:
-        return len({name for name, _ in of}) < len(of)  # in one precision a base answers in one way
+        """Whether they are more than one base, which answers nearly alike in one precision, be it on two machines."""
+        by_precision: dict[str, list[float]] = defaultdict(list)
+        for name, value in of:
+            by_precision[name].append(value)
+        return any(max(values) - min(values) > NEAR_BASE for values in by_precision.values())
 
     first, alike = found[0], defaultdict(list)
     for entry in found[1:]:

@@ -32,6 +32,7 @@ REFERENCE, OURS = "lora", "lorasculpt"  # what the others are tested against, an
 NEAR = 0.5  # of the most that is gained on the target: who gains less than this is not compared at equal target
 # retention and gain only repeat source and target
 TESTED = ("source_after", "kept", "target_after", "h_mean", "average")
+NEAR_BASE = 0.01  # what the score of one base may differ by from machine to machine
 LEVEL = 0.05  # a difference with a smaller p is told as one
 REQUIRED = ("method", "seed", "source", "target", "summary")
 
@@ -364,13 +365,13 @@ def _leaves(settings: dict, prefix: str = "") -> dict:
 
 
 def _alike(one: dict, other: dict) -> bool:
-    """Whether two runs differ in nothing but the seed; what one of them does not tell of its data may be the same."""
+    """Whether two runs differ in nothing but the seed; a label, or data, that one does not tell may be the other's."""
 
     def made(run: dict) -> list:
         edit = {key: value for key, value in (run.get("edit") or {}).items() if key != "seed"}
-        return [run["method"], run.get("label"), _without_seed(run), edit]
+        return [run["method"], _without_seed(run), edit]
 
-    known = [(one[key], other[key]) for key in ("data", "questions") if one.get(key) and other.get(key)]
+    known = [(one[key], other[key]) for key in ("label", "data", "questions") if one.get(key) and other.get(key)]
     return made(one) == made(other) and all(a == b for a, b in known)
 
 
@@ -385,11 +386,12 @@ def _grouped(runs: list[dict]) -> list[list[dict]]:
         same_seed = [one for group in alike for one in group if one["seed"] == run["seed"]]
         if any(one["summary"] == run["summary"] for one in same_seed):
             continue
-        free = (group for group in alike if all(one["seed"] != run["seed"] for one in group))
-        if (group := next(free, None)) is None:
+        free = [group for group in alike if all(one["seed"] != run["seed"] for one in group)]
+        beside = [group for group in free if any(one.get("file") == run.get("file") for one in group)]
+        if not free:
             groups.append([run])
         else:
-            group.append(run)
+            (beside or free)[0].append(run)
     return groups
 
 

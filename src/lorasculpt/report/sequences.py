@@ -11,11 +11,10 @@ from typing import Any
 
 from ..console import NONE
 from ..errors import UserError
-from .results import Number, load
+from .results import NEAR_BASE, Number, load
 from .words import bracket, listed, percent
 
 MATRIX = "matrix.json"
-NEAR = 0.01  # what one base may differ by from machine to machine
 NUMBERS = {
     "last": "After the last task (%)",
     "average": "On the way (%)",
@@ -165,7 +164,9 @@ def headline(found: Sequence[dict[str, Any]]) -> list[str]:
     if ended:
         sentences.append(f"Before the first, the base had {_share(found[0]['rows'][0])}.")
         before = [_average(matrix["rows"][0]) for matrix in found]
-        others = [matrix["label"] for matrix, share in zip(found, before, strict=True) if abs(share - before[0]) > NEAR]
+        others = [
+            matrix["label"] for matrix, share in zip(found, before, strict=True) if abs(share - before[0]) > NEAR_BASE
+        ]
         if others:
             sentences.append(f"That of {listed(others)} had another share: another base, or other questions.")
     counts = [(matrix["label"], _learned(matrix)) for matrix in found if matrix not in ended]

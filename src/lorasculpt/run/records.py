@@ -84,15 +84,19 @@ def general(config: RunConfig) -> list[Record]:
 def uses_general(config: RunConfig) -> bool:
     """Whether the run learns from ``data.general``: replays it, or first has its rows tell what matters to the base."""
     data, settings = config.data, started(config.method)
-    measured = settings.get("init_lora_weights") == "corda"
+    corda = settings.get("corda_config") or {}
+    measured = settings.get("init_lora_weights") == "corda" and corda.get("corda_method", "ipm") != "ipm"
     measured |= settings.get("penalty") == "ewc" and settings.get("fisher") is None
     return data.general is not None and (data.replay is not None or measured)
 
 
 def general_data(config: RunConfig) -> str | None:
-    """What tells the rows of ``data.general`` from others, where the run learns from them; None where it does not."""
+    """What tells the rows of ``data.general`` from others, where the run learns from them.
+
+    None where it does not, and where the file is no longer there.
+    """
     data = config.data
-    if data.general is None or not uses_general(config):
+    if data.general is None or not uses_general(config) or not data.general.is_file():
         return None
     return fingerprint(read(data.general, images=data.images, check_images=False), data.images or data.general.parent)
 

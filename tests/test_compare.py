@@ -1638,6 +1638,10 @@ def test_the_screen_shows_tests_and_rates_at_the_edge(run, capsys, monkeypatch):
         assert words in out
     assert "time and memory in those of lora" in out
     assert "lora: of the learning rates the largest did best; a larger one may do better." in out
+    for found in record["rates"].values():  # all alike: none did best
+        found["validation"] = {rate: {"source_after": 0.5, "target_after": 0.0} for rate in found["validation"]}
+    show(record)
+    assert "did best" not in capsys.readouterr().out
     assert "Source where all reach the target 50.0, p against a: a 55.0 ±64, b 60.0 ±127 (p 0.500)." in out
     assert "Left out there for gaining less than 50 % of the most that is gained on the target: weak; for curves" in out
     assert "that have no points close enough to this score: steep." in out

@@ -240,6 +240,13 @@ def test_another_base_is_refused(sculpted, base, trainable):
         lorasculpt.load(base(), folder, trainable=trainable)
 
 
+def test_a_name_is_no_base(sculpted):
+    with pytest.raises(
+        UserError, match="load takes the base as a model, loaded with from_pretrained, and not 'me/base'"
+    ):
+        lorasculpt.load("me/base", sculpted[1])
+
+
 def test_a_folder_without_an_adapter_is_refused(tmp_path):
     with pytest.raises(UserError, match="holds no adapter"):
         lorasculpt.load(llama(), tmp_path)

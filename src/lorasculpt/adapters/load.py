@@ -78,6 +78,8 @@ def load(
     else:
         config = PeftConfig.from_pretrained(str(folder))
     config.inference_mode = not trainable
+    if not isinstance(base, nn.Module):
+        raise UserError(f"load takes the base as a model, loaded with from_pretrained, and not {base!r}.")
     within = base.get_base_model() if isinstance(base, PeftModel) else base
     kinds = [kind.__name__ for kind in type(within).__mro__]
     check_family(folder, getattr(getattr(within, "config", None), "model_type", None), kinds)

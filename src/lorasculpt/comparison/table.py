@@ -293,8 +293,13 @@ def tell_ends(rates: dict[str, dict[str, Any]]) -> None:
         tried = [float(rate) for rate in found["validation"]]
         if tried and found["chosen"] is None and all("diverged" in score for score in found["validation"].values()):
             print(f"{label}: no learning rate that was tried so far can be used; a smaller one may.")
+        scores = [
+            {key: value for key, value in score.items() if not key.endswith("_before")}
+            for score in found["validation"].values()
+        ]
+        told_apart = any(score != scores[0] for score in scores)
         for end, best, beyond in ((min, "smallest", "smaller"), (max, "largest", "larger")):
-            if tried and found["chosen"] == end(tried):
+            if told_apart and found["chosen"] == end(tried):
                 print(f"{label}: of the learning rates the {best} did best; a {beyond} one may do better.")
 
 

@@ -156,7 +156,8 @@ def summary(
         ("h_mean", h_mean, ("source_after", "target_after"), 0.0, (0.0, 1.0)),
         ("average", average, ("source_after", "target_after"), 0.0, (0.0, 1.0)),
     ):
-        numbers[name] = float(formula(known[first][0], known[second][0]))
+        value = float(formula(known[first][0], known[second][0]))
         ends = np.clip(combined(formula, known[first], known[second], paired), least, most)
-        numbers[f"{name}_interval"] = ends.tolist()
+        told = not math.isnan(value)  # of what is not defined there is no interval either
+        numbers |= {name: value, f"{name}_interval": ends.tolist() if told else [math.nan, math.nan]}
     return numbers

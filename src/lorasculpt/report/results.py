@@ -235,7 +235,7 @@ def measured(found: dict, name: str) -> Number:
     """``found[name]`` with the interval beside it; what is null in the file is nan here."""
     value = math.nan if found[name] is None else found[name]
     low, high = found.get(f"{name}_interval") or (None, None)
-    unknown = low is None or high is None or math.isnan(low) or math.isnan(high)
+    unknown = low is None or high is None or any(map(math.isnan, (value, low, high)))
     return Number(value, None if unknown else low, None if unknown else high)
 
 

@@ -233,9 +233,10 @@ class _Matrix:
             "rows": [],
             "switches": [],
         }
-        before: dict[str, Any] = read_json(self.path) if self.path.is_file() else {"questions": ""}
-        if before.get("questions") in (None, told["questions"]) and answered_alike(before.get("evaluate"), config):
-            self.record = before  # else every row is measured again
+        if self.path.is_file():
+            before = read_json(self.path)
+            if before.get("questions") in (None, told["questions"]) and answered_alike(before.get("evaluate"), config):
+                self.record = before  # else every row is measured again
 
     def before(self) -> None:
         """Measure the base."""

@@ -97,11 +97,11 @@ class Clock:
         ]
         if self._aside:
             bases = [module.model for module in model.modules() if isinstance(module, Methods)]
-            self._handles += [base.register_forward_hook(_weak(self._reach)) for base in bases]
+            self._handles += [base.register_forward_hook(_Weak(self._reach)) for base in bases]
         for method in self.methods.values():
             for parameter in method.parameters():
                 if parameter.requires_grad:
-                    self._handles.append(parameter.register_post_accumulate_grad_hook(_weak(self._accumulated)))
+                    self._handles.append(parameter.register_post_accumulate_grad_hook(_Weak(self._accumulated)))
 
     def begin_step(self, micro_batches: int | None = None) -> None:
         """Open the window of one optimizer step, before its first forward pass.
@@ -327,7 +327,7 @@ class ClockCallback(TrainerCallback):
             self._board = None
 
 
-class _weak:
+class _Weak:
     """``method``, called as long as its object is there: what a parameter's hooks hold, Python never collects.
 
     A copy, or what is unpickled, calls nothing: the clock drives its own model and no other.
@@ -341,7 +341,7 @@ class _weak:
         return None if bound is None else bound(*args)
 
     def __reduce__(self):
-        return _weak, ()
+        return _Weak, ()
 
 
 def _stepped(optimizer: torch.optim.Optimizer) -> list[nn.Parameter]:

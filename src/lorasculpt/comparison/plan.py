@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ from ..errors import Diverged, UserError
 from ..hub import public_name
 from ..provenance import versions
 from ..run.folder import RUN_FILE, diverged, same_run, trained_alike
-from ..run.records import check_metrics
+from ..run.records import check_metrics, general_data
 from ..train import take
 from . import edits, known, labels, runs
 from .known import Known
@@ -110,7 +111,12 @@ class Comparison:
         """Whether it is of a run that was trained on the rows of today, where it tells."""
         if found.get("data") not in (None, self.scenario.data):
             return False
-        return found.get("general") is None or self.scenario.general in (None, found["general"])
+        return found.get("general") is None or self._general in (None, found["general"])
+
+    @cached_property
+    def _general(self) -> str | None:
+        """What tells the rows of ``data.general``, for runs that learned from them."""
+        return general_data(self.config)
 
     def _scores(self, result: dict[str, Any]) -> dict[str, float]:
         """What a trial says of its rate; one of the results file, and one that diverged, have nothing else."""

@@ -15,11 +15,10 @@ from ..config import RunConfig
 from ..console import numbers
 from ..evaluation.student import mean_interval, paired
 from ..evaluation.summary import h_mean
-from ..evaluation.tasks import Task
 from ..measure import answered_alike, shape
 from ..report.results import REFERENCE, stands_for
 from ..run.folder import ADAPTER, LOG_FILE, check_output
-from ..run.records import general_data, questions, training_rows
+from ..run.records import questions, training_rows
 from ..sequence import MATRIX_FILE, asked, grown, learn, stages_of
 from .labels import Label
 from .runs import RATES, Run
@@ -89,19 +88,10 @@ class InTurn:
         return [training_rows(stage, check_images=False).data for stage in stages_of(self.config)]
 
     @cached_property
-    def general(self) -> str | None:
-        """As of `Single`."""
-        return general_data(changed(self.config, {"replay": 0.5}, {}))
-
-    @cached_property
     def _questions(self) -> dict[str, str]:
         """By group, what tells what its runs are asked from other questions."""
-        return {group: questions([*source, *tasks]) for group, (source, tasks) in self._asked.items()}
-
-    @cached_property
-    def _asked(self) -> dict[str, tuple[list[Task], list[Task]]]:
         groups = self.common if self.validated else {"test": self.common["test"]}
-        return {group: asked(common) for group, common in groups.items()}
+        return {group: questions([task for side in asked(common) for task in side]) for group, common in groups.items()}
 
     def read(self, run: Run) -> dict[str, Any] | None:
         if (found := entry(run.config)) is not None:

@@ -17,7 +17,7 @@ from ..evaluation.tasks import Task
 from ..measure import answered_alike, chosen_on, measure, measured, tells
 from ..report.results import with_kept
 from ..run.folder import DRIFT_FILE, check_output
-from ..run.records import general, general_data, held_out, questions, training_rows, uses_general
+from ..run.records import general, held_out, questions, training_rows, uses_general
 from ..train import train
 from . import edits
 from .labels import Label
@@ -80,11 +80,6 @@ class Single:
     def data(self) -> Any:
         """What tells the rows that a run is trained on from others, as an entry has it under ``data``."""
         return training_rows(self.config, check_images=False).data
-
-    @cached_property
-    def general(self) -> str | None:
-        """The same of ``data.general``, for those runs that learn from it; None where it is not there."""
-        return general_data(changed(self.config, {"replay": 0.5}, {}))
 
     def read(self, run: Run) -> dict[str, Any] | None:
         """What was measured in ``run``, without its pictures; the versions that it was made with may not be today's."""

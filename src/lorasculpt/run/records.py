@@ -91,19 +91,16 @@ def uses_general(config: RunConfig) -> bool:
 
 
 def general_data(config: RunConfig) -> str | None:
-    """What tells the rows of ``data.general`` from others, where the run learns from them.
-
-    None where it does not, and where the file is no longer there.
-    """
+    """What tells the rows of ``data.general`` from others; None where no such file is there."""
     data = config.data
-    if data.general is None or not uses_general(config) or not data.general.is_file():
+    if data.general is None or not data.general.is_file():
         return None
     return fingerprint(read(data.general, images=data.images, check_images=False), data.images or data.general.parent)
 
 
 def learned_from(config: RunConfig, given: Rows) -> dict[str, str]:
     """What tells the rows that a run learns from, ``given`` and others, as ``training.json`` and results have it."""
-    told = general_data(config)
+    told = general_data(config) if uses_general(config) else None
     return {"data": given.data} | ({} if told is None else {"general": told})
 
 
